@@ -1,0 +1,118 @@
+// TurboQuant: key and value vectors as 2-, 3- or 4-bit codes, and attention that reads the codes.
+//
+// arXiv 2504.19874 (the MSE quantizer, section 3): a vector's norm is split off, a randomized rotation makes its
+// coordinates nearly Gaussian, and each is rounded to a Lloyd-Max codebook.  Attention rotates the query once, works in
+// the rotated basis, and rotates its result back once.
+//
+// All functions throw std::invalid_argument before they write anything when an argument breaks a rule; the message names
+// the operation, the rule and the value found.  They are thread-safe.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "turboquant/format.h"
+
+namespace turboquant {
+
+enum class Dtype : uint8_t { float32, float16, bfloat16 };
+
+/// Numbers [batch, heads, tokens, head_dim]; the last axis is dense, strides are in elements.
+template <class Pointer>
+struct BasicTensor {
+  Pointer data = nullptr;
+  Dtype dtype = Dtype::float32;
+  int64_t batch_stride = 0, head_stride = 0, token_stride = 0;
+};
+using Tensor = BasicTensor<const void*>;
+using MutableTensor = BasicTensor<void*>;
+
+/// Packed vectors: codes [batch, heads, tokens, words_per_vector] and fp16 scales [batch, heads, tokens].  Rows follow
+/// each other densely; batch and head strides are in words (codes) and in elements (scales), so a view of the first
+/// tokens of a larger buffer works.
+template <class Codes, class Scales>
+struct BasicPacked {
+  Codes codes = nullptr;
+  Scales scales = nullptr;
+  int bits = 3;
+  int64_t codes_batch_stride = 0, codes_head_stride = 0;
+  int64_t scales_batch_stride = 0, scales_head_stride = 0;
+};
+using Packed = BasicPacked<const uint32_t*, const uint16_t*>;
+using MutablePacked = BasicPacked<uint32_t*, uint16_t*>;
+
+/// What `encode` does.  For each vector x (less its head's centre):
+///   r = H (s * x),  code_i = nearest codebook level of r_i / rms(r),  scale = |x| / |levels| (so that |x^| = |x|).
+/// A zero vector has scale 0.  NaN propagates: a vector that holds NaN or infinity gets the scale NaN and codes 0.
+/// A norm beyond fp16's range gives an infinite scale, as an fp16 cache would.
+struct EncodeParams {
+  int batch = 0, heads = 0, tokens = 0, head_dim = 0;
+  uint64_t seed = 0;              // of the signs
+  Tensor x;                       // [batch, heads, tokens, head_dim]
+  const float* centre = nullptr;  // [heads, head_dim], taken from every vector; null: none
+  MutablePacked out;
+};
+
+/// What `decode` does: x^ = s * H (scale * levels) + centre.
+struct DecodeParams {
+  int batch = 0, heads = 0, tokens = 0, head_dim = 0;
+  uint64_t seed = 0;
+  Packed in;
+  const float* centre = nullptr;  // [heads, head_dim]
+  MutableTensor out;              // [batch, heads, tokens, head_dim]
+};
+
+enum class MaskKind : uint8_t {
+  none,
+  boolean,   // one byte a pair; zero hides the key
+  additive,  // a number added to the scaled score; minus infinity hides the key
+};
+
+/// What `attend` does:  out = softmax(scale * q K^T + mask, sink) V  with K and V decoded from their codes.
+/// Query head h reads KV head h / (query_heads / kv_heads).  Query i stands at position kv_len - query_len + i.
+/// A key is visible when every rule given allows it; hidden keys have no influence, whatever they hold.  A query that
+/// sees no key gets 0.
+struct AttendParams {
+  int batch = 0, query_heads = 0, kv_heads = 0, query_len = 0, kv_len = 0, head_dim = 0;
+  float scale = 1;    // of the scores; finite
+  uint64_t seed = 0;  // of the signs, for keys and values alike
+  Tensor q;           // [batch, query_heads, query_len, head_dim]
+  Packed keys, values;  // [batch, kv_heads, kv_len]; widths may differ
+  const float* key_centre = nullptr;    // [kv_heads, head_dim]; matters only beside sinks (softmax ignores a shift)
+  const float* value_centre = nullptr;  // [kv_heads, head_dim]; added once to the output
+  bool causal = false;                  // key position <= query position
+  int window = 0;                       // > 0: key position > query position - window
+  const int32_t* starts = nullptr;      // [batch] first visible key: a left-padded batch; null: 0
+  MaskKind mask_kind = MaskKind::none;
+  Dtype mask_dtype = Dtype::float32;    // of an additive mask
+  const void* mask = nullptr;           // [batch, query_heads, query_len, kv_len], any stride may be 0
+  int64_t mask_strides[4] = {0, 0, 0, 0};  // in elements
+  const float* sinks = nullptr;         // [query_heads] a logit per head that takes weight and has no value
+  MutableTensor out;                    // [batch, query_heads, query_len, head_dim]
+};
+
+/// A set of kernels.  `reference` is the oracle: scalar, double, in the paper's order.  `cpu` picks the best
+/// instruction set of the processor.
+enum class Backend : uint8_t { reference, cpu };
+
+/// Sizes: head_dim a multiple of 32 from 32 to 256, bits 2, 3 or 4, the rest >= 0 (heads >= 1).
+void encode(const EncodeParams& params, Backend backend = Backend::cpu);
+void decode(const DecodeParams& params, Backend backend = Backend::cpu);
+/// Also: query_heads a multiple of kv_heads, a finite scale.
+void attend(const AttendParams& params, Backend backend = Backend::cpu);
+
+/// Instruction sets of the `cpu` backend that this processor can run, best first; the last is "scalar".
+std::vector<std::string> available_isas();
+/// The one in use: the best, unless TURBOQUANT_ISA or `force_isa` names another.
+std::string current_isa();
+/// Uses this instruction set from now on ("" goes back to the best).  Throws when it cannot run here.
+void force_isa(const std::string& name);
+
+/// Threads of the `cpu` backend: TURBOQUANT_NUM_THREADS, else the processors this process may use.
+/// Results do not depend on it.
+int num_threads();
+/// Changes it; n >= 1.
+void set_num_threads(int n);
+
+}  // namespace turboquant

@@ -1,0 +1,23 @@
+// What a backend is: a table of functions over checked parameters.
+#pragma once
+
+#include "turboquant/turboquant.h"
+
+namespace turboquant {
+
+/// Parameters reach these functions checked; sizes may be zero.
+struct BackendTable {
+  const char* name;
+  void (*encode)(const EncodeParams&);
+  void (*decode)(const DecodeParams&);
+  void (*attend)(const AttendParams&);
+};
+
+namespace reference {
+extern const BackendTable table;
+}
+namespace cpu {
+extern const BackendTable table;
+}
+
+}  // namespace turboquant

@@ -1,0 +1,18 @@
+// One vector at a time, in double: what the reference attention reads its keys and values with.
+#pragma once
+
+#include "turboquant/turboquant.h"
+
+namespace turboquant::reference {
+
+/// Writes the codes of x (dim numbers) and returns the fp16 bits of its scale.
+uint16_t encode_vector(const double* x, int dim, int bits, uint64_t seed, uint32_t* words);
+
+/// Writes dim numbers, in the original basis, without any centre.
+void decode_vector(const uint32_t* words, uint16_t scale, int dim, int bits, uint64_t seed, double* x);
+
+void encode(const EncodeParams& params);
+void decode(const DecodeParams& params);
+void attend(const AttendParams& params);
+
+}  // namespace turboquant::reference

@@ -1,0 +1,77 @@
+// The public edge: every argument is checked here, once, and nowhere else does the core throw.
+#include "turboquant/turboquant.h"
+
+#include <cmath>
+#include <sstream>
+#include <stdexcept>
+
+#include "backend.h"
+#include "turboquant/rotation.h"
+
+namespace turboquant {
+namespace {
+
+template <class... Parts>
+void require(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+void check_vectors(const char* op, int head_dim, int bits) {
+  require(valid_head_dim(head_dim), "[", op, "] head_dim must be a multiple of 32 from 32 to 256; got ", head_dim);
+  require(bits >= 2 && bits <= 4, "[", op, "] bits must be 2, 3 or 4; got ", bits);
+}
+
+void check_size(const char* op, const char* name, int value, int least) {
+  require(value >= least, "[", op, "] ", name, " must be at least ", least, "; got ", value);
+}
+
+template <class P>
+void check_rows(const char* op, const P& p, int bits) {
+  check_vectors(op, p.head_dim, bits);
+  check_size(op, "batch", p.batch, 0);
+  check_size(op, "heads", p.heads, 0);
+  check_size(op, "tokens", p.tokens, 0);
+}
+
+const BackendTable& table_of(Backend backend) { return backend == Backend::cpu ? cpu::table : reference::table; }
+
+}  // namespace
+
+void encode(const EncodeParams& p, Backend backend) {
+  check_rows("encode", p, p.out.bits);
+  if (int64_t(p.batch) * p.heads * p.tokens == 0) return;
+  require(p.x.data && p.out.codes && p.out.scales, "[encode] x, codes and scales must not be null");
+  table_of(backend).encode(p);
+}
+
+void decode(const DecodeParams& p, Backend backend) {
+  check_rows("decode", p, p.in.bits);
+  if (int64_t(p.batch) * p.heads * p.tokens == 0) return;
+  require(p.out.data && p.in.codes && p.in.scales, "[decode] codes, scales and out must not be null");
+  table_of(backend).decode(p);
+}
+
+void attend(const AttendParams& p, Backend backend) {
+  check_vectors("attend", p.head_dim, p.keys.bits);
+  check_vectors("attend", p.head_dim, p.values.bits);
+  check_size("attend", "batch", p.batch, 0);
+  check_size("attend", "kv_heads", p.kv_heads, 1);
+  check_size("attend", "query_heads", p.query_heads, 1);
+  check_size("attend", "query_len", p.query_len, 0);
+  check_size("attend", "kv_len", p.kv_len, 0);
+  check_size("attend", "window", p.window, 0);
+  require(p.query_heads % p.kv_heads == 0, "[attend] query_heads must be a multiple of kv_heads; got ", p.query_heads,
+          " and ", p.kv_heads);
+  require(std::isfinite(p.scale), "[attend] scale must be finite; got ", p.scale);
+  if (int64_t(p.batch) * p.query_len == 0) return;
+  require(p.q.data && p.out.data, "[attend] q and out must not be null");
+  require(p.kv_len == 0 || (p.keys.codes && p.keys.scales && p.values.codes && p.values.scales),
+          "[attend] codes and scales must not be null");
+  require(p.mask_kind == MaskKind::none || p.kv_len == 0 || p.mask, "[attend] mask must not be null");
+  table_of(backend).attend(p);
+}
+
+}  // namespace turboquant

@@ -1,0 +1,266 @@
+// The shared inputs of tests and benchmarks: one table of cases, deterministic data, and the comparison with the oracle.
+// A backend joins by giving a function that takes AttendParams (host pointers) and fills params.out.
+#pragma once
+
+#include <cmath>
+#include <functional>
+#include <random>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "turboquant/half.h"
+#include "turboquant/turboquant.h"
+
+namespace turboquant::cases {
+
+/// One row of the table.  Zero or false leaves a feature out.
+struct Case {
+  int key_bits = 3, value_bits = 3, head_dim = 256;
+  int batch = 1, query_heads = 4, kv_heads = 1, query_len = 1, kv_len = 100;
+  bool causal = false, ragged = false, sinks = false, centred = false;
+  int window = 0;
+  MaskKind mask = MaskKind::none;
+  Dtype dtype = Dtype::float32;  // of q and out, and of an additive mask
+  uint64_t seed = 1;
+
+  std::string name() const {
+    std::ostringstream s;
+    s << "K" << key_bits << "V" << value_bits << "_D" << head_dim << "_B" << batch << "_H" << query_heads << "x"
+      << kv_heads << "_L" << query_len << "_N" << kv_len;
+    if (causal) s << "_causal";
+    if (window) s << "_window" << window;
+    if (ragged) s << "_ragged";
+    if (sinks) s << "_sinks";
+    if (centred) s << "_centred";
+    if (mask == MaskKind::boolean) s << "_boolean";
+    if (mask == MaskKind::additive) s << "_additive";
+    if (dtype != Dtype::float32) s << (dtype == Dtype::float16 ? "_f16" : "_bf16");
+    return s.str();
+  }
+};
+
+/// Bytes per number.
+inline size_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+/// Numbers stored in a dtype.
+struct Buffer {
+  Dtype dtype = Dtype::float32;
+  std::vector<uint8_t> bytes;
+  explicit Buffer(Dtype dtype = Dtype::float32, size_t count = 0) : dtype(dtype), bytes(count * size_of(dtype)) {}
+  size_t size() const { return bytes.size() / size_of(dtype); }
+  float get(size_t i) const {
+    if (dtype == Dtype::float32) return reinterpret_cast<const float*>(bytes.data())[i];
+    const uint16_t v = reinterpret_cast<const uint16_t*>(bytes.data())[i];
+    return dtype == Dtype::float16 ? half_to_float(v) : bfloat_to_float(v);
+  }
+  void set(size_t i, float v) {
+    if (dtype == Dtype::float32) {
+      reinterpret_cast<float*>(bytes.data())[i] = v;
+    } else {
+      reinterpret_cast<uint16_t*>(bytes.data())[i] = dtype == Dtype::float16 ? float_to_half(v) : float_to_bfloat(v);
+    }
+  }
+};
+
+/// Owns packed vectors.  Rows `capacity` apart, as in a cache that has grown beyond its tokens.
+struct PackedBuffer {
+  std::vector<uint32_t> codes;
+  std::vector<uint16_t> scales;
+  MutablePacked view;
+  PackedBuffer(int batch, int heads, int capacity, int head_dim, int bits)
+      : codes(size_t(batch) * heads * capacity * words_per_vector(bits, head_dim), 0xdeadbeef),
+        scales(size_t(batch) * heads * capacity, 0x7e00) {
+    const int64_t row = int64_t(capacity) * words_per_vector(bits, head_dim);
+    view = {codes.data(), scales.data(), bits, heads * row, row, int64_t(heads) * capacity, capacity};
+  }
+  Packed packed() const {
+    return {codes.data(),           scales.data(),          view.bits, view.codes_batch_stride, view.codes_head_stride,
+            view.scales_batch_stride, view.scales_head_stride};
+  }
+};
+
+/// A contiguous [batch, heads, tokens, dim] view.
+template <class Pointer>
+BasicTensor<Pointer> contiguous(Pointer data, Dtype dtype, int heads, int tokens, int dim) {
+  return {data, dtype, int64_t(heads) * tokens * dim, int64_t(tokens) * dim, dim};
+}
+
+/// Everything an attention call needs.  Keys share a direction with the queries, so that softmax is neither flat nor a
+/// single token, and values have a mean, so that the output does not vanish for long contexts.
+struct Inputs {
+  Case c;
+  Buffer q, mask, out;
+  PackedBuffer keys, values;
+  std::vector<float> key_centre, value_centre, sinks;
+  std::vector<int32_t> starts;
+
+  explicit Inputs(const Case& c)
+      : c(c),
+        q(c.dtype, size_t(c.batch) * c.query_heads * c.query_len * c.head_dim),
+        mask(c.dtype, c.mask == MaskKind::additive ? size_t(c.batch) * c.query_len * c.kv_len : 0),
+        out(c.dtype, q.size()),
+        keys(c.batch, c.kv_heads, c.kv_len + 7, c.head_dim, c.key_bits),
+        values(c.batch, c.kv_heads, c.kv_len + 7, c.head_dim, c.value_bits) {
+    std::mt19937_64 rng(c.seed);
+    std::normal_distribution<float> normal;
+    for (size_t i = 0; i < q.size(); ++i) q.set(i, normal(rng));
+    const size_t rows = size_t(c.batch) * c.kv_heads * c.kv_len;
+    std::vector<float> k(rows * c.head_dim), v(rows * c.head_dim);
+    for (auto& x : k) x = normal(rng);
+    for (size_t i = 0; i < v.size(); ++i) v[i] = 0.5f * normal(rng) + (i % c.head_dim % 7 == 0 ? 0.7f : -0.1f);
+    if (c.centred) {
+      for (int i = 0; i < c.kv_heads * c.head_dim; ++i) {
+        key_centre.push_back(0.3f * normal(rng));
+        value_centre.push_back(0.3f * normal(rng));
+      }
+    }
+    pack(k, key_centre, keys);
+    pack(v, value_centre, values);
+    if (c.sinks) {
+      for (int h = 0; h < c.query_heads; ++h) sinks.push_back(normal(rng));
+    }
+    if (c.ragged) {
+      for (int b = 0; b < c.batch; ++b) starts.push_back(b * c.kv_len / (c.batch + 1));
+    }
+    if (c.mask == MaskKind::boolean) mask.bytes.resize(size_t(c.batch) * c.query_len * c.kv_len);
+    for (size_t i = 0; i < size_t(c.batch) * c.query_len * c.kv_len && c.mask != MaskKind::none; ++i) {
+      const bool hidden = rng() % 3 == 0;
+      if (c.mask == MaskKind::boolean) mask.bytes[i] = !hidden;
+      if (c.mask == MaskKind::additive) mask.set(i, hidden ? -INFINITY : 0.5f * normal(rng));
+    }
+  }
+
+  /// Parameters that write into `out`.
+  AttendParams params() {
+    AttendParams p;
+    p.batch = c.batch;
+    p.query_heads = c.query_heads;
+    p.kv_heads = c.kv_heads;
+    p.query_len = c.query_len;
+    p.kv_len = c.kv_len;
+    p.head_dim = c.head_dim;
+    p.scale = 1.5f / std::sqrt(float(c.head_dim));
+    p.seed = c.seed;
+    p.q = contiguous<const void*>(q.bytes.data(), c.dtype, c.query_heads, c.query_len, c.head_dim);
+    p.keys = keys.packed();
+    p.values = values.packed();
+    if (c.centred) p.key_centre = key_centre.data(), p.value_centre = value_centre.data();
+    p.causal = c.causal;
+    p.window = c.window;
+    if (c.ragged) p.starts = starts.data();
+    if (c.sinks) p.sinks = sinks.data();
+    p.mask_kind = c.mask;
+    p.mask_dtype = c.dtype;
+    if (c.mask != MaskKind::none) p.mask = mask.bytes.data();
+    p.mask_strides[0] = int64_t(c.query_len) * c.kv_len;  // one mask for all heads
+    p.mask_strides[2] = c.kv_len;
+    p.mask_strides[3] = 1;
+    p.out = contiguous<void*>(out.bytes.data(), c.dtype, c.query_heads, c.query_len, c.head_dim);
+    return p;
+  }
+
+ private:
+  void pack(const std::vector<float>& x, const std::vector<float>& centre, PackedBuffer& into) {
+    EncodeParams p;
+    p.batch = c.batch;
+    p.heads = c.kv_heads;
+    p.tokens = c.kv_len;
+    p.head_dim = c.head_dim;
+    p.seed = c.seed;
+    p.x = contiguous<const void*>(x.data(), Dtype::float32, c.kv_heads, c.kv_len, c.head_dim);
+    if (!centre.empty()) p.centre = centre.data();
+    p.out = into.view;
+    encode(p, Backend::reference);
+  }
+};
+
+/// What the comparison with the oracle found.
+struct Difference {
+  double overall = 0;  // |out - oracle| / |oracle| over everything
+  double worst_row = 0;  // the same for the worst single query
+};
+
+/// Runs a backend on a case and compares.  The oracle's output is float32 whatever the case's dtype.
+inline Difference compare(const Case& c, const std::function<void(const AttendParams&)>& run) {
+  Inputs inputs(c);
+  for (size_t i = 0; i < inputs.out.size(); ++i) inputs.out.set(i, NAN);  // an unwritten number must not pass
+  run(inputs.params());
+  Buffer want(Dtype::float32, inputs.out.size());
+  AttendParams p = inputs.params();
+  p.out = contiguous<void*>(want.bytes.data(), Dtype::float32, c.query_heads, c.query_len, c.head_dim);
+  attend(p, Backend::reference);
+  Difference d;
+  double all_error = 0, all_square = 0;
+  for (size_t row = 0; row < want.size() / c.head_dim; ++row) {
+    double error = 0, square = 0;
+    for (int i = 0; i < c.head_dim; ++i) {
+      const double a = inputs.out.get(row * c.head_dim + i), b = want.get(row * c.head_dim + i);
+      error += (a - b) * (a - b);
+      square += b * b;
+    }
+    all_error += error;
+    all_square += square;
+    const double ratio = error == 0 ? 0 : std::sqrt(error / square);
+    if (!(ratio <= d.worst_row)) d.worst_row = ratio;  // NaN sticks out
+  }
+  d.overall = all_error == 0 ? 0 : std::sqrt(all_error / all_square);
+  return d;
+}
+
+/// What rounding the output to its dtype alone can add.
+inline double rounding(Dtype dtype) {
+  return dtype == Dtype::float32 ? 0 : dtype == Dtype::float16 ? 0x1p-11 : 0x1p-8;
+}
+
+/// The table every backend is held against.  `long_contexts` adds the slow rows.
+inline std::vector<Case> table(bool long_contexts = false) {
+  std::vector<Case> rows;
+  for (int bits : {2, 3, 4}) {
+    for (int dim : {32, 64, 96, 128, 160, 192, 224, 256}) {
+      for (int n : {1, 5, 33, 300}) rows.push_back({.key_bits = bits, .value_bits = bits, .head_dim = dim, .kv_len = n});
+    }
+  }
+  for (int kb : {2, 3, 4}) {
+    for (int vb : {2, 3, 4}) rows.push_back({.key_bits = kb, .value_bits = vb, .head_dim = 128, .kv_len = 130});
+  }
+  for (auto [hq, hkv] : {std::pair{1, 1}, {2, 2}, {6, 2}, {8, 1}, {10, 2}, {16, 4}, {16, 1}, {24, 1}}) {
+    rows.push_back({.head_dim = 128, .query_heads = hq, .kv_heads = hkv, .kv_len = 97});
+    rows.push_back({.key_bits = 4, .value_bits = 4, .query_heads = hq, .kv_heads = hkv, .kv_len = 260});
+  }
+  for (int len : {2, 3, 4, 5, 8, 9, 17, 64, 70}) {
+    for (int dim : {64, 96, 256}) {
+      rows.push_back({.head_dim = dim, .query_heads = 8, .kv_heads = 2, .query_len = len, .kv_len = 190, .causal = true});
+    }
+    rows.push_back({.key_bits = 4, .value_bits = 2, .head_dim = 128, .query_len = len, .kv_len = len, .causal = true});
+    rows.push_back({.batch = 3, .query_heads = 4, .kv_heads = 2, .query_len = len, .kv_len = 150, .causal = true,
+                    .ragged = true, .window = 40});
+  }
+  for (int len : {1, 4, 40}) {
+    for (MaskKind mask : {MaskKind::boolean, MaskKind::additive}) {
+      for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
+        rows.push_back({.head_dim = 128, .batch = 2, .query_heads = 4, .kv_heads = 2, .query_len = len, .kv_len = 111,
+                        .mask = mask, .dtype = dtype});
+      }
+    }
+    for (bool centred : {false, true}) {
+      rows.push_back({.batch = 2, .query_heads = 8, .kv_heads = 2, .query_len = len, .kv_len = 77, .causal = true,
+                      .sinks = true, .centred = centred});
+      rows.push_back({.head_dim = 64, .batch = 3, .query_heads = 8, .kv_heads = 1, .query_len = len, .kv_len = 345,
+                      .causal = true, .ragged = true, .sinks = centred, .centred = true, .dtype = Dtype::bfloat16});
+    }
+  }
+  for (int n : {1023, 2049, 4100}) {
+    rows.push_back({.query_heads = 16, .kv_heads = 4, .kv_len = n});
+    rows.push_back({.key_bits = 4, .value_bits = 4, .batch = 2, .kv_len = n, .ragged = true});
+  }
+  if (long_contexts) {
+    for (int bits : {2, 3, 4}) {
+      rows.push_back({.key_bits = bits, .value_bits = bits, .query_heads = 16, .kv_heads = 4, .kv_len = 40001});
+    }
+    rows.push_back({.query_heads = 8, .kv_heads = 2, .query_len = 130, .kv_len = 9000, .causal = true});
+  }
+  return rows;
+}
+
+}  // namespace turboquant::cases
