@@ -8,17 +8,25 @@ namespace turboquant {
 
 inline float load_number(const void* data, Dtype dtype, int64_t i) {
   switch (dtype) {
-    case Dtype::float16: return half_to_float(static_cast<const uint16_t*>(data)[i]);
-    case Dtype::bfloat16: return bfloat_to_float(static_cast<const uint16_t*>(data)[i]);
-    default: return static_cast<const float*>(data)[i];
+    case Dtype::float16:
+      return half_to_float(static_cast<const uint16_t*>(data)[i]);
+    case Dtype::bfloat16:
+      return bfloat_to_float(static_cast<const uint16_t*>(data)[i]);
+    default:
+      return static_cast<const float*>(data)[i];
   }
 }
 
 inline void store_number(void* data, Dtype dtype, int64_t i, float value) {
   switch (dtype) {
-    case Dtype::float16: static_cast<uint16_t*>(data)[i] = float_to_half(value); break;
-    case Dtype::bfloat16: static_cast<uint16_t*>(data)[i] = float_to_bfloat(value); break;
-    default: static_cast<float*>(data)[i] = value;
+    case Dtype::float16:
+      static_cast<uint16_t*>(data)[i] = float_to_half(value);
+      break;
+    case Dtype::bfloat16:
+      static_cast<uint16_t*>(data)[i] = float_to_bfloat(value);
+      break;
+    default:
+      static_cast<float*>(data)[i] = value;
   }
 }
 

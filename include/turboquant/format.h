@@ -37,8 +37,8 @@ TQ_FN int magnitudes(int bits) { return 1 << (bits - 1); }
 /// The int8 magnitude of index m: Lloyd-Max levels of N(0, 1) times `unit(bits)`, rounded (docs/format.md).
 TQ_FN int magnitude(int bits, int m) {
   return bits == 2   ? (m ? 10 : 3)
-         : bits == 3 ? (0x58371f0a >> (8 * m)) & 0xff                                     // 10 31 55 88
-                     : ((m < 4 ? 0x24190f05 : 0x684f3e30) >> (8 * (m & 3))) & 0xff;        // 5 15 25 36 | 48 62 79 104
+         : bits == 3 ? (0x58371f0a >> (8 * m)) & 0xff                                // 10 31 55 88
+                     : ((m < 4 ? 0x24190f05 : 0x684f3e30) >> (8 * (m & 3))) & 0xff;  // 5 15 25 36 | 48 62 79 104
 }
 
 /// The signed int8 level of a code.

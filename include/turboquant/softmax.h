@@ -35,7 +35,9 @@ struct OnlineSoftmax {
   Real finish() const { return sum == 0 ? Real(0) : Real(1) / sum; }
 
  private:
-  static Real weight(Real m, Real top) { return m == -std::numeric_limits<Real>::infinity() ? Real(0) : std::exp(m - top); }
+  static Real weight(Real m, Real top) {
+    return m == -std::numeric_limits<Real>::infinity() ? Real(0) : std::exp(m - top);
+  }
 };
 
 }  // namespace turboquant

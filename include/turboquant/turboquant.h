@@ -4,8 +4,8 @@
 // coordinates nearly Gaussian, and each is rounded to a Lloyd-Max codebook.  Attention rotates the query once, works in
 // the rotated basis, and rotates its result back once.
 //
-// All functions throw std::invalid_argument before they write anything when an argument breaks a rule; the message names
-// the operation, the rule and the value found.  They are thread-safe.
+// All functions throw std::invalid_argument before they write anything when an argument breaks a rule; the message
+// names the operation, the rule and the value found.  They are thread-safe.
 #pragma once
 
 #include <cstdint>
@@ -75,21 +75,21 @@ enum class MaskKind : uint8_t {
 /// sees no key gets 0.
 struct AttendParams {
   int batch = 0, query_heads = 0, kv_heads = 0, query_len = 0, kv_len = 0, head_dim = 0;
-  float scale = 1;    // of the scores; finite
-  uint64_t seed = 0;  // of the signs, for keys and values alike
-  Tensor q;           // [batch, query_heads, query_len, head_dim]
-  Packed keys, values;  // [batch, kv_heads, kv_len]; widths may differ
+  float scale = 1;                      // of the scores; finite
+  uint64_t seed = 0;                    // of the signs, for keys and values alike
+  Tensor q;                             // [batch, query_heads, query_len, head_dim]
+  Packed keys, values;                  // [batch, kv_heads, kv_len]; widths may differ
   const float* key_centre = nullptr;    // [kv_heads, head_dim]; matters only beside sinks (softmax ignores a shift)
   const float* value_centre = nullptr;  // [kv_heads, head_dim]; added once to the output
   bool causal = false;                  // key position <= query position
   int window = 0;                       // > 0: key position > query position - window
   const int32_t* starts = nullptr;      // [batch] first visible key: a left-padded batch; null: 0
   MaskKind mask_kind = MaskKind::none;
-  Dtype mask_dtype = Dtype::float32;    // of an additive mask
-  const void* mask = nullptr;           // [batch, query_heads, query_len, kv_len], any stride may be 0
+  Dtype mask_dtype = Dtype::float32;       // of an additive mask
+  const void* mask = nullptr;              // [batch, query_heads, query_len, kv_len], any stride may be 0
   int64_t mask_strides[4] = {0, 0, 0, 0};  // in elements
-  const float* sinks = nullptr;         // [query_heads] a logit per head that takes weight and has no value
-  MutableTensor out;                    // [batch, query_heads, query_len, head_dim]
+  const float* sinks = nullptr;            // [query_heads] a logit per head that takes weight and has no value
+  MutableTensor out;                       // [batch, query_heads, query_len, head_dim]
 };
 
 /// A set of kernels.  `reference` is the oracle: scalar, double, in the paper's order.  `cpu` picks the best

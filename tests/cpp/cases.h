@@ -1,5 +1,5 @@
-// The shared inputs of tests and benchmarks: one table of cases, deterministic data, and the comparison with the oracle.
-// A backend joins by giving a function that takes AttendParams (host pointers) and fills params.out.
+// The shared inputs of tests and benchmarks: one table of cases, deterministic data, and the comparison with the
+// oracle. A backend joins by giving a function that takes AttendParams (host pointers) and fills params.out.
 #pragma once
 
 #include <cmath>
@@ -75,8 +75,13 @@ struct PackedBuffer {
     view = {codes.data(), scales.data(), bits, heads * row, row, int64_t(heads) * capacity, capacity};
   }
   Packed packed() const {
-    return {codes.data(),           scales.data(),          view.bits, view.codes_batch_stride, view.codes_head_stride,
-            view.scales_batch_stride, view.scales_head_stride};
+    return {codes.data(),
+            scales.data(),
+            view.bits,
+            view.codes_batch_stride,
+            view.codes_head_stride,
+            view.scales_batch_stride,
+            view.scales_head_stride};
   }
 };
 
@@ -177,7 +182,7 @@ struct Inputs {
 
 /// What the comparison with the oracle found.
 struct Difference {
-  double overall = 0;  // |out - oracle| / |oracle| over everything
+  double overall = 0;    // |out - oracle| / |oracle| over everything
   double worst_row = 0;  // the same for the worst single query
 };
 
@@ -209,16 +214,15 @@ inline Difference compare(const Case& c, const std::function<void(const AttendPa
 }
 
 /// What rounding the output to its dtype alone can add.
-inline double rounding(Dtype dtype) {
-  return dtype == Dtype::float32 ? 0 : dtype == Dtype::float16 ? 0x1p-11 : 0x1p-8;
-}
+inline double rounding(Dtype dtype) { return dtype == Dtype::float32 ? 0 : dtype == Dtype::float16 ? 0x1p-11 : 0x1p-8; }
 
 /// The table every backend is held against.  `long_contexts` adds the slow rows.
 inline std::vector<Case> table(bool long_contexts = false) {
   std::vector<Case> rows;
   for (int bits : {2, 3, 4}) {
     for (int dim : {32, 64, 96, 128, 160, 192, 224, 256}) {
-      for (int n : {1, 5, 33, 300}) rows.push_back({.key_bits = bits, .value_bits = bits, .head_dim = dim, .kv_len = n});
+      for (int n : {1, 5, 33, 300})
+        rows.push_back({.key_bits = bits, .value_bits = bits, .head_dim = dim, .kv_len = n});
     }
   }
   for (int kb : {2, 3, 4}) {
@@ -230,24 +234,52 @@ inline std::vector<Case> table(bool long_contexts = false) {
   }
   for (int len : {2, 3, 4, 5, 8, 9, 17, 64, 70}) {
     for (int dim : {64, 96, 256}) {
-      rows.push_back({.head_dim = dim, .query_heads = 8, .kv_heads = 2, .query_len = len, .kv_len = 190, .causal = true});
+      rows.push_back(
+          {.head_dim = dim, .query_heads = 8, .kv_heads = 2, .query_len = len, .kv_len = 190, .causal = true});
     }
     rows.push_back({.key_bits = 4, .value_bits = 2, .head_dim = 128, .query_len = len, .kv_len = len, .causal = true});
-    rows.push_back({.batch = 3, .query_heads = 4, .kv_heads = 2, .query_len = len, .kv_len = 150, .causal = true,
-                    .ragged = true, .window = 40});
+    rows.push_back({.batch = 3,
+                    .query_heads = 4,
+                    .kv_heads = 2,
+                    .query_len = len,
+                    .kv_len = 150,
+                    .causal = true,
+                    .ragged = true,
+                    .window = 40});
   }
   for (int len : {1, 4, 40}) {
     for (MaskKind mask : {MaskKind::boolean, MaskKind::additive}) {
       for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
-        rows.push_back({.head_dim = 128, .batch = 2, .query_heads = 4, .kv_heads = 2, .query_len = len, .kv_len = 111,
-                        .mask = mask, .dtype = dtype});
+        rows.push_back({.head_dim = 128,
+                        .batch = 2,
+                        .query_heads = 4,
+                        .kv_heads = 2,
+                        .query_len = len,
+                        .kv_len = 111,
+                        .mask = mask,
+                        .dtype = dtype});
       }
     }
     for (bool centred : {false, true}) {
-      rows.push_back({.batch = 2, .query_heads = 8, .kv_heads = 2, .query_len = len, .kv_len = 77, .causal = true,
-                      .sinks = true, .centred = centred});
-      rows.push_back({.head_dim = 64, .batch = 3, .query_heads = 8, .kv_heads = 1, .query_len = len, .kv_len = 345,
-                      .causal = true, .ragged = true, .sinks = centred, .centred = true, .dtype = Dtype::bfloat16});
+      rows.push_back({.batch = 2,
+                      .query_heads = 8,
+                      .kv_heads = 2,
+                      .query_len = len,
+                      .kv_len = 77,
+                      .causal = true,
+                      .sinks = true,
+                      .centred = centred});
+      rows.push_back({.head_dim = 64,
+                      .batch = 3,
+                      .query_heads = 8,
+                      .kv_heads = 1,
+                      .query_len = len,
+                      .kv_len = 345,
+                      .causal = true,
+                      .ragged = true,
+                      .sinks = centred,
+                      .centred = true,
+                      .dtype = Dtype::bfloat16});
     }
   }
   for (int n : {1023, 2049, 4100}) {

@@ -24,8 +24,7 @@ TEST_P(Table, AttentionMatchesTheOracle) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Isa, Table, testing::ValuesIn(available_isas()),
-                         [](const auto& info) { return info.param; });
+INSTANTIATE_TEST_SUITE_P(Isa, Table, testing::ValuesIn(available_isas()), [](const auto& info) { return info.param; });
 
 }  // namespace
 }  // namespace turboquant
