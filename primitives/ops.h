@@ -1,0 +1,64 @@
+// TurboQuant as lazy MLX operations.  Only this folder knows MLX.
+//
+// On the CPU each operation is an MLX primitive over the core library; on a GPU it is a graph of MLX custom kernels
+// (gpu.h).  All are evaluated on the stream given, and can stand inside mx.compile; vmap and gradients are refused.
+// Errors are std::invalid_argument, thrown when the graph is built, naming the operation, the rule and the value found.
+#pragma once
+
+#include <mlx/mlx.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace turboquant::ops {
+
+namespace mx = mlx::core;
+
+/// Packed vectors as MLX arrays: uint32 codes (..., tokens, bits * D / 32) and float16 scales (..., tokens).
+struct PackedArrays {
+  mx::array codes;
+  mx::array scales;
+};
+
+/// Encodes x (..., D), float16, bfloat16 or float32.  `centre` (H, D) is taken from every vector of head H, the third
+/// axis from the end of x (B, H, N, D).
+PackedArrays encode(const mx::array& x, int bits, uint64_t seed, const std::optional<mx::array>& centre = std::nullopt,
+                    mx::StreamOrDevice s = {});
+
+/// Both sides of a cache at once: keys and values (B, H, N, D).  One kernel on a GPU.
+std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx::array& values, int key_bits,
+                                                int value_bits, uint64_t seed,
+                                                const std::optional<mx::array>& key_centre = std::nullopt,
+                                                const std::optional<mx::array>& value_centre = std::nullopt,
+                                                mx::StreamOrDevice s = {});
+
+/// Decodes to (..., D) of `dtype`.
+mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype = mx::float32,
+                 const std::optional<mx::array>& centre = std::nullopt, mx::StreamOrDevice s = {});
+
+/// How attention reads its inputs.  See AttendParams in turboquant/turboquant.h for the meaning of each rule.
+struct AttentionOptions {
+  float scale = 1;
+  int key_bits = 3, value_bits = 3;
+  uint64_t seed = 0;
+  int kv_len = -1;  // tokens to read of each buffer; -1: all
+  bool causal = false;
+  int window = 0;
+  std::optional<mx::array> mask;          // broadcastable to (B, H_q, L, N): bool, or a float that is added
+  std::optional<mx::array> starts;        // (B,) int32: first visible token of each row
+  std::optional<mx::array> sinks;         // (H_q,)
+  std::optional<mx::array> key_centre;    // (H_kv, D)
+  std::optional<mx::array> value_centre;  // (H_kv, D)
+};
+
+/// Attention of q (B, H_q, L, D) over packed keys and values (B, H_kv, N, ...); returns q's shape and dtype.
+mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,
+                    const AttentionOptions& options, mx::StreamOrDevice s = {});
+
+/// Which kernel `attention` uses for these sizes on this device, for people: "cpu avx512vbmi decode".
+std::string attention_route(int query_len, int head_dim, const mx::Device& device);
+
+}  // namespace turboquant::ops

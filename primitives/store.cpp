@@ -1,0 +1,137 @@
+#include "primitives/store.h"
+
+#include "primitives/checks.h"
+
+namespace turboquant::ops {
+namespace {
+
+/// Start and stop corners of the tokens [from, to) of an array.
+std::pair<mx::Shape, mx::Shape> token_range(const mx::array& x, int from, int to) {
+  mx::Shape start(x.ndim(), 0), stop = x.shape();
+  start[2] = from;
+  stop[2] = to;
+  return {start, stop};
+}
+
+bool same_array(const std::optional<mx::array>& a, const std::optional<mx::array>& b) {
+  if (a.has_value() != b.has_value()) return false;
+  return !a || a->id() == b->id() || mx::array_equal(*a, *b).item<bool>();
+}
+
+}  // namespace
+
+void check_same_coding(const char* op, const Coding& a, const Coding& b) {
+  require(a.key_bits == b.key_bits && a.value_bits == b.value_bits, "[", op,
+          "] caches must have the same bits; got keys ", a.key_bits, " and ", b.key_bits, ", values ", a.value_bits,
+          " and ", b.value_bits);
+  require(a.seed == b.seed, "[", op, "] caches must have the same seed; got ", a.seed, " and ", b.seed);
+  require(same_array(a.key_centre, b.key_centre) && same_array(a.value_centre, b.value_centre), "[", op,
+          "] caches must have the same centres");
+}
+
+size_t Store::nbytes() const {
+  return keys.codes.nbytes() + keys.scales.nbytes() + values.codes.nbytes() + values.scales.nbytes();
+}
+
+Store Store::map(const std::function<mx::array(const mx::array&)>& f) const {
+  return {{f(keys.codes), f(keys.scales)}, {f(values.codes), f(values.scales)}};
+}
+
+Store Store::tokens(int from, int to, mx::StreamOrDevice s) const {
+  if (from == 0 && to == capacity()) return *this;
+  return map([&](const mx::array& x) {
+    const auto [start, stop] = token_range(x, from, to);
+    return mx::slice(x, start, stop, s);
+  });
+}
+
+Store Store::pad(int before, int after, mx::StreamOrDevice s) const {
+  if (before == 0 && after == 0) return *this;
+  return map([&](const mx::array& x) {
+    return mx::pad(x, std::vector<int>{2}, mx::Shape{before}, mx::Shape{after}, mx::array(0, x.dtype()), "constant", s);
+  });
+}
+
+Store Store::write(const Store& rows, int at, mx::StreamOrDevice s) const {
+  const auto put = [&](const mx::array& x, const mx::array& update) {
+    const auto [start, stop] = token_range(x, at, at + rows.capacity());
+    return mx::slice_update(x, update, start, stop, s);
+  };
+  return {{put(keys.codes, rows.keys.codes), put(keys.scales, rows.keys.scales)},
+          {put(values.codes, rows.values.codes), put(values.scales, rows.values.scales)}};
+}
+
+Store Store::take(const mx::array& rows, mx::StreamOrDevice s) const {
+  return map([&](const mx::array& x) { return mx::take(x, rows, 0, s); });
+}
+
+Store Store::roll(const mx::array& amounts, mx::StreamOrDevice s) const {
+  const int n = capacity();
+  const auto from = mx::remainder(mx::subtract(mx::arange(n, mx::int32, s), mx::expand_dims(amounts, 1, s), s),
+                                  mx::array(n), s);  // (B, n): where token t comes from
+  return map([&](const mx::array& x) {
+    auto index = mx::expand_dims(from, 1, s);
+    if (x.ndim() == 4) index = mx::expand_dims(index, 3, s);
+    return mx::take_along_axis(x, index, 2, s);
+  });
+}
+
+Store concatenate(const std::vector<Store>& stores, int axis, mx::StreamOrDevice s) {
+  const auto join = [&](auto pick) {
+    std::vector<mx::array> parts;
+    for (const auto& store : stores) parts.push_back(pick(store));
+    return mx::concatenate(parts, axis, s);
+  };
+  return {{join([](const Store& x) { return x.keys.codes; }), join([](const Store& x) { return x.keys.scales; })},
+          {join([](const Store& x) { return x.values.codes; }), join([](const Store& x) { return x.values.scales; })}};
+}
+
+Store encode_store(const Coding& coding, const mx::array& keys, const mx::array& values,
+                   const std::optional<Store>& held, mx::StreamOrDevice s) {
+  auto [k, v] = encode_kv(keys, values, coding.key_bits, coding.value_bits, coding.seed, coding.key_centre,
+                          coding.value_centre, s);
+  if (held) {
+    require(keys.shape(0) == held->batch(), "[append] batch must stay ", held->batch(), "; got ", keys.shape(0));
+    require(keys.shape(1) == held->heads(), "[append] KV heads must stay ", held->heads(), "; got ", keys.shape(1));
+    const int dim = held->head_dim(coding);
+    require(keys.shape(3) == dim, "[append] head_dim must stay ", dim, "; got ", keys.shape(3));
+  }
+  return {k, v};
+}
+
+mx::array View::attend(const mx::array& q, float scale, bool causal, const std::optional<mx::array>& mask,
+                       const std::optional<mx::array>& sinks, mx::StreamOrDevice s) const {
+  AttentionOptions o;
+  o.scale = scale;
+  o.key_bits = coding.key_bits;
+  o.value_bits = coding.value_bits;
+  o.seed = coding.seed;
+  o.kv_len = length;
+  o.causal = causal;
+  o.mask = mask;
+  o.starts = starts;
+  o.sinks = sinks;
+  o.key_centre = sinks ? coding.key_centre : std::nullopt;  // without sinks the softmax does not see it
+  o.value_centre = coding.value_centre;
+  return attention(q, store.keys, store.values, o, s);
+}
+
+std::pair<mx::array, mx::array> View::decode(mx::Dtype dtype, mx::StreamOrDevice s) const {
+  const auto held = store.tokens(0, length, s);
+  return {ops::decode(held.keys, coding.key_bits, coding.seed, dtype, coding.key_centre, s),
+          ops::decode(held.values, coding.value_bits, coding.seed, dtype, coding.value_centre, s)};
+}
+
+Store grow(const std::optional<Store>& held, int length, const Store& like, int needed, mx::StreamOrDevice s) {
+  if (held && needed <= held->capacity()) return *held;
+  const int kept = held ? length : 0;
+  const int added = (needed - kept + kGrowth - 1) / kGrowth * kGrowth;
+  const auto fresh = like.map([&](const mx::array& x) {
+    auto shape = x.shape();
+    shape[2] = added;
+    return mx::zeros(shape, x.dtype(), s);
+  });
+  return held && kept > 0 ? concatenate({held->tokens(0, kept, s), fresh}, 2, s) : fresh;
+}
+
+}  // namespace turboquant::ops

@@ -1,0 +1,74 @@
+// Packed keys and values side by side, and what every cache does to them.
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <vector>
+
+#include "primitives/ops.h"
+
+namespace turboquant::ops {
+
+/// How a cache codes its vectors.  It is part of the cache's identity: caches of different coding never mix.
+struct Coding {
+  int key_bits = 3, value_bits = 3;
+  uint64_t seed = 0;
+  std::optional<mx::array> key_centre, value_centre;  // (H_kv, D) float32
+};
+
+/// Throws std::invalid_argument naming `op` unless both codings decode the same bits to the same vectors.
+void check_same_coding(const char* op, const Coding& a, const Coding& b);
+
+/// Keys and values of shape (B, H_kv, capacity, ...).  The token axis of all four arrays is axis 2.
+struct Store {
+  PackedArrays keys, values;
+
+  int batch() const { return keys.scales.shape(0); }
+  int heads() const { return keys.scales.shape(1); }
+  int capacity() const { return keys.scales.shape(2); }
+  int head_dim(const Coding& coding) const { return keys.codes.shape(3) / coding.key_bits * 32; }
+  /// Bytes of all four arrays.
+  size_t nbytes() const;
+  /// f on each of the four arrays.
+  Store map(const std::function<mx::array(const mx::array&)>& f) const;
+  /// Tokens [from, to).
+  Store tokens(int from, int to, mx::StreamOrDevice s = {}) const;
+  /// Zero tokens in front and behind; a zero scale decodes to a zero vector.
+  Store pad(int before, int after, mx::StreamOrDevice s = {}) const;
+  /// This store with `rows` written at token `at`; in place when nobody else holds the buffers.
+  Store write(const Store& rows, int at, mx::StreamOrDevice s = {}) const;
+  /// Rows of the batch, in the order given.
+  Store take(const mx::array& rows, mx::StreamOrDevice s = {}) const;
+  /// Each row's tokens rolled to the right by its own amount (B,).
+  Store roll(const mx::array& amounts, mx::StreamOrDevice s = {}) const;
+};
+
+/// Stores joined along an axis (0: batch, 2: tokens).
+Store concatenate(const std::vector<Store>& stores, int axis, mx::StreamOrDevice s = {});
+
+/// Encodes keys and values (B, H_kv, N, D) and checks that they can follow `held`.
+Store encode_store(const Coding& coding, const mx::array& keys, const mx::array& values,
+                   const std::optional<Store>& held, mx::StreamOrDevice s = {});
+
+/// What a cache hands to attention: the packed history up to `length`.  It does not change when the cache goes on.
+struct View {
+  Coding coding;
+  Store store;
+  int length;
+  std::optional<mx::array> starts;  // (B,) first real token of each row, for left-padded batches
+
+  int head_dim() const { return store.head_dim(coding); }
+  /// Attention of q (B, H_q, L, D) over the history.
+  mx::array attend(const mx::array& q, float scale, bool causal, const std::optional<mx::array>& mask = std::nullopt,
+                   const std::optional<mx::array>& sinks = std::nullopt, mx::StreamOrDevice s = {}) const;
+  /// The history as numbers, (B, H_kv, length, D) each: materialises all of it.
+  std::pair<mx::array, mx::array> decode(mx::Dtype dtype, mx::StreamOrDevice s = {}) const;
+};
+
+/// How many tokens buffers grow by.
+constexpr int kGrowth = 256;
+
+/// A store that can hold `needed` tokens, of which `length` are kept; grows in steps of kGrowth.
+Store grow(const std::optional<Store>& held, int length, const Store& like, int needed, mx::StreamOrDevice s = {});
+
+}  // namespace turboquant::ops

@@ -1,0 +1,29 @@
+"""TurboQuant for MLX: KV caches of 3-bit and 4-bit codes, with attention that reads the codes.
+
+    from turboquant_mlx import enable
+    enable(model, bits=3)                   # model.make_cache() now gives packed caches
+
+or slot by slot, as in the model card this package reimplements:
+
+    from turboquant_mlx import TurboQuantKVCache, apply_patch
+
+The algorithm is TurboQuant's MSE quantizer (arXiv 2504.19874, section 3): see docs/algorithm.md.
+"""
+
+from . import _checks
+
+_checks.before_loading()
+
+from .cache import TurboQuantKVCache  # noqa: E402
+from .ops import attention, decode, encode  # noqa: E402
+from .patch import apply_patch, remove_patch  # noqa: E402
+
+__all__ = [
+    "TurboQuantKVCache",
+    "apply_patch",
+    "attention",
+    "decode",
+    "encode",
+    "remove_patch",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,85 @@
+"""The codec and the attention as functions of MLX arrays.  All are lazy and run on the given or default stream."""
+
+import mlx.core as mx
+
+from . import _core
+
+
+def encode(x, bits=3, *, seed=0, centre=None, stream=None):
+    """Codes of vectors (TurboQuant's MSE quantizer, arXiv 2504.19874, section 3).
+
+    Args:
+        x (mx.array): (..., D) float16, bfloat16 or float32; D a multiple of 32 from 32 to 256.
+        bits (int): 2, 3 or 4 bits a coordinate.
+        seed (int): of the random signs; decode and attention need the same.
+        centre (mx.array): (H, D), taken from every vector of head H before coding; x is then (B, H, N, D).
+        stream: an MLX stream or device.
+
+    Returns:
+        codes (..., bits * D / 32) uint32 and scales (...) float16: 98 bytes for 3 bits and D = 256.
+        A vector with NaN or infinity gets the scale NaN, a zero vector the scale 0.
+
+    Raises:
+        ValueError: bits, dtype or D out of range; the message gives the value found.
+    """
+    return _core.encode(x, bits, seed=seed, centre=centre, stream=stream)
+
+
+def decode(codes, scales, bits=3, *, seed=0, centre=None, dtype=mx.float32, stream=None):
+    """Vectors (..., D) of `dtype` from the (codes, scales) of `encode` with the same bits, seed and centre."""
+    return _core.decode(codes, scales, bits, seed=seed, centre=centre, dtype=dtype, stream=stream)
+
+
+def attention(
+    q,
+    keys,
+    values,
+    *,
+    scale,
+    mask=None,
+    key_bits=3,
+    value_bits=3,
+    seed=0,
+    sinks=None,
+    starts=None,
+    window=0,
+    key_centre=None,
+    value_centre=None,
+    stream=None,
+):
+    """softmax(scale * q K^T + mask) V over packed keys and values, without decoding the history.
+
+    Args:
+        q (mx.array): (B, H_q, L, D) float16, bfloat16 or float32.  Query i stands at position N - L + i.
+        keys, values: pairs (codes (B, H_kv, N, bits * D / 32), scales (B, H_kv, N)) of `encode`; H_q a multiple of H_kv.
+        scale (float): of the scores; finite.
+        mask: None, "causal", or an array that broadcasts to (B, H_q, L, N): bool (False hides) or a float to add.
+        key_bits, value_bits (int): widths of the two sides, each 2, 3 or 4.
+        seed (int): as given to `encode`.
+        sinks (mx.array): (H_q,) a logit per head that takes weight and has no value.
+        starts (mx.array): (B,) first visible token of each row of a left-padded batch.
+        window (int): > 0 hides keys `window` or more positions before the query.
+        key_centre, value_centre (mx.array): (H_kv, D), as given to `encode`.
+
+    Returns:
+        (B, H_q, L, D) in q's dtype; 0 for a query that sees no key.
+
+    Raises:
+        ValueError: a shape, dtype or number out of range; the message names the rule and the value found.
+    """
+    return _core.attention(
+        q,
+        keys,
+        values,
+        scale=scale,
+        mask=mask,
+        key_bits=key_bits,
+        value_bits=value_bits,
+        seed=seed,
+        sinks=sinks,
+        starts=starts,
+        window=window,
+        key_centre=key_centre,
+        value_centre=value_centre,
+        stream=stream,
+    )
