@@ -15,6 +15,7 @@ from . import _checks
 _checks.before_loading()
 
 from .cache import TurboQuantKVCache  # noqa: E402
+from .slots import disable, enable  # noqa: E402
 from .ops import attention, decode, encode  # noqa: E402
 from .patch import apply_patch, remove_patch  # noqa: E402
 
@@ -23,6 +24,8 @@ __all__ = [
     "apply_patch",
     "attention",
     "decode",
+    "disable",
+    "enable",
     "encode",
     "remove_patch",
 ]

@@ -1,7 +1,7 @@
 """The packed cache of one attention layer, in mlx-lm's cache protocol.  The logic is C++ (primitives/cache.h)."""
 
 import mlx.core as mx
-from mlx_lm.models.cache import _BaseCache, create_attention_mask
+from mlx_lm.models.cache import KVCache, _BaseCache, create_attention_mask
 
 from . import _core
 
@@ -28,27 +28,12 @@ class TurboQuantKVCache(_BaseCache):
 
     def __init__(self, bits=3, *, key_bits=None, value_bits=None, seed=0, centres=None):
         key_centre, value_centre = centres or (None, None)
-        self._coding = {
-            "key_bits": bits if key_bits is None else key_bits,
-            "value_bits": bits if value_bits is None else value_bits,
-            "seed": seed,
-            "key_centre": key_centre,
-            "value_centre": value_centre,
-        }
-        self._core = _core.KVCache(**self._coding)
-        self.route = None  # the kernel that attention used last
-
-    @property
-    def key_bits(self):
-        return self._coding["key_bits"]
-
-    @property
-    def value_bits(self):
-        return self._coding["value_bits"]
-
-    @property
-    def seed(self):
-        return self._coding["seed"]
+        self.key_bits = bits if key_bits is None else key_bits
+        self.value_bits = bits if value_bits is None else value_bits
+        self.seed = seed
+        self.centres = centres
+        self._core = _core.KVCache(self.key_bits, self.value_bits, seed, key_centre, value_centre)
+        self._query = None  # (query_len, head_dim) of the last append
 
     @property
     def bits(self):
@@ -65,9 +50,15 @@ class TurboQuantKVCache(_BaseCache):
         """Resident bytes of codes and scales, the spare room of the buffers included."""
         return self._core.nbytes
 
+    @property
+    def route(self):
+        """Which kernel attention used last, as words; None before it ran."""
+        return self._query and _core.attention_route(*self._query, mx.default_device())
+
     def update_and_fetch(self, keys, values):
         """Appends (B, H_kv, N, D) keys and values; returns the packed history twice, as keys and as values."""
         self._core.append(keys, values)
+        self._query = keys.shape[2:]
         view = self._core.view()
         return view, view
 
@@ -85,3 +76,27 @@ class TurboQuantKVCache(_BaseCache):
 
     def trim(self, n):
         return self._core.trim(n)
+
+    def to_float(self, dtype=mx.float16):
+        """A `KVCache` with the decoded history: materialises all of it."""
+        cache = KVCache()
+        if not self.empty():
+            cache.keys, cache.values = self._core.view().decode(dtype)
+            cache.offset = self.offset
+        return cache
+
+    def inspect(self):
+        """What the cache holds, for people: bits, tokens, resident bytes, what float16 would take, last kernel."""
+        shape = None if self.empty() else self._core.view().shape
+        return {
+            "kind": type(self).__name__,
+            "key_bits": self.key_bits,
+            "value_bits": self.value_bits,
+            "tokens": self.offset,
+            "resident_bytes": self.nbytes,
+            "float16_bytes": 0 if shape is None else 2 * 2 * shape[0] * shape[1] * shape[2] * shape[3],
+            "kernel": self.route,
+        }
+
+
+CACHE_CLASSES = (TurboQuantKVCache,)

@@ -1,36 +1,78 @@
-"""Putting packed caches into models of mlx-lm, and attention over them into mlx-lm itself.
+"""Attention over packed caches inside mlx-lm.
 
 mlx-lm's `scaled_dot_product_attention` hands every cache that has `.bits` to
-`mlx_lm.models.base.quantized_scaled_dot_product_attention`, looked up when called; replacing that one global reaches
-models imported before and after.
+`base.quantized_scaled_dot_product_attention`, looked up when called: replacing that one global reaches every model.  It
+refuses attention sinks before it gets there, so the outer function is replaced too, in `base` and in the modules that
+imported it by name.
 """
+
+import sys
 
 import mlx.core as mx
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import KVCache
 
 from . import _core
-from .cache import TurboQuantKVCache
+from .cache import CACHE_CLASSES
 
-_original = base.quantized_scaled_dot_product_attention
+_quantized = base.quantized_scaled_dot_product_attention
+_outer = base.scaled_dot_product_attention
+_seen = None  # while a model is probed: ids of the histories that attention read
 
 
-def _attention(queries, q_keys, q_values, scale, mask, group_size=64, bits=8):
-    """mlx-lm's quantised attention, with packed histories sent to their own kernel."""
-    if not isinstance(q_keys, _core.View):
-        return _original(queries, q_keys, q_values, scale=scale, mask=mask, group_size=group_size, bits=bits)
-    return q_keys.attend(queries, scale, mask)
+def _attend(view, queries, scale, mask, sinks=None):
+    if _seen is not None:
+        _seen.add(id(view))
+    return view.attend(queries, scale, mask, sinks)
+
+
+def _patched_quantized(queries, q_keys, q_values, scale, mask, group_size=64, bits=8):
+    if isinstance(q_keys, _core.View):
+        return _attend(q_keys, queries, scale, mask)
+    if isinstance(q_keys, mx.array):  # a cache that has not begun to pack
+        return mx.fast.scaled_dot_product_attention(queries, q_keys, q_values, scale=scale, mask=mask)
+    return _quantized(queries, q_keys, q_values, scale=scale, mask=mask, group_size=group_size, bits=bits)
+
+
+def _patched_outer(queries, keys, values, cache, scale, mask, sinks=None):
+    if isinstance(keys, _core.View):
+        return _attend(keys, queries, scale, mask, sinks)
+    if sinks is not None and isinstance(cache, CACHE_CLASSES):
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+    return _outer(queries, keys, values, cache, scale, mask, sinks)
+
+
+def _rebind(old, new):
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get("scaled_dot_product_attention") is old:
+            module.scaled_dot_product_attention = new
 
 
 def apply_patch():
     """Makes mlx-lm's attention read packed caches.  Idempotent; before or after loading a model."""
-    base.quantized_scaled_dot_product_attention = _attention
-    mlx_lm_cache.TurboQuantKVCache = TurboQuantKVCache  # load_prompt_cache looks classes up there
+    base.quantized_scaled_dot_product_attention = _patched_quantized
+    _rebind(_outer, _patched_outer)
+    for cls in CACHE_CLASSES:  # load_prompt_cache looks classes up there
+        setattr(mlx_lm_cache, cls.__name__, cls)
 
 
 def remove_patch():
     """Undoes apply_patch()."""
-    base.quantized_scaled_dot_product_attention = _original
-    if getattr(mlx_lm_cache, "TurboQuantKVCache", None) is TurboQuantKVCache:
-        del mlx_lm_cache.TurboQuantKVCache
+    base.quantized_scaled_dot_product_attention = _quantized
+    _rebind(_patched_outer, _outer)
+    for cls in CACHE_CLASSES:
+        if getattr(mlx_lm_cache, cls.__name__, None) is cls:
+            delattr(mlx_lm_cache, cls.__name__)
+
+
+class record_reads:
+    """Context: collects the ids of the histories that attention reads while a model's graph is built."""
+
+    def __enter__(self):
+        global _seen
+        _seen = set()
+        return _seen
+
+    def __exit__(self, *_):
+        global _seen
+        _seen = None

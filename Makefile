@@ -1,0 +1,55 @@
+# make demo   sets everything up and lets a Qwen3.5 model answer from a 3-bit cache
+# make test   builds and runs all tests
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+BUILD := build/tests
+SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
+OS := $(shell uname -s)
+MLX_EXTRA := $(if $(filter Linux,$(OS)),$(if $(TURBOQUANT_CUDA),cuda13,cpu),)
+# MLX's CPU wheel links the reference BLAS; OpenBLAS, where the system has it, multiplies float32 matrices 36 times faster.
+BLAS = $(shell ldconfig -p 2>/dev/null | sed -n 's/.*=> \(.*libopenblas\.so\.0\)$$/\1/p' | head -n 1)
+WITH_BLAS = $(if $(BLAS),LD_PRELOAD=$(BLAS))
+DEBIAN := g++ make python3-venv python3-dev libopenblas0-pthread libgtest-dev libbenchmark-dev
+
+.PHONY: demo test test-cpp test-python install system bench clean format
+
+demo: install
+	$(WITH_BLAS) $(BIN)/python examples/run_qwen35_tq3.py
+
+test: install test-cpp test-python
+
+# Debian's packages, only when one is missing; macOS brings a compiler and a BLAS.
+system:
+ifeq ($(OS),Linux)
+	@if command -v dpkg-query >/dev/null && ! dpkg-query -W $(DEBIAN) >/dev/null 2>&1; then \
+	  $(SUDO) apt-get update -q && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(DEBIAN); fi
+endif
+
+$(BIN)/activate: | system
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+
+# Everything the build needs is installed into the environment first: the extension must be built against the very MLX
+# that will load it.
+$(VENV)/.requirements: requirements.txt $(BIN)/activate
+	$(BIN)/python -m pip install -q -r requirements.txt $(if $(MLX_EXTRA),"mlx[$(MLX_EXTRA)]==0.32.4")
+	@touch $@
+
+install: $(VENV)/.requirements
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+
+test-cpp: $(VENV)/.requirements
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DTURBOQUANT_BUILD_MLX=ON >/dev/null
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(BUILD)
+	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir $(BUILD) --output-on-failure -j 2
+
+test-python: install
+	$(WITH_BLAS) $(BIN)/python -m pytest
+
+format:
+	clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cu.h')
+	$(BIN)/python -m ruff format . && $(BIN)/python -m ruff check --fix .
+
+clean:
+	rm -rf build $(VENV)
