@@ -7,8 +7,9 @@ namespace turboquant::ops {
 namespace {
 
 [[noreturn]] void refuse(const char* op) {
-  throw std::runtime_error(std::string("[") + op +
-                           "] this build has no kernels for this GPU; run the model on the CPU (mx.set_default_device)");
+  throw std::runtime_error(
+      std::string("[") + op +
+      "] this build has no kernels for this GPU; run the model on the CPU (mx.set_default_device)");
 }
 
 }  // namespace

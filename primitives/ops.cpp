@@ -39,9 +39,9 @@ PackedArrays encode_rank4(const mx::array& x, int bits, uint64_t seed, const std
                           mx::Stream stream) {
   std::vector<mx::array> inputs{x};
   if (centre) inputs.push_back(*centre);
-  auto outputs = mx::array::make_arrays(
-      {with_last(x.shape(), words_per_vector(bits, x.shape(-1))), without_last(x.shape())}, {mx::uint32, mx::float16},
-      std::make_shared<Encode>(stream, bits, seed), inputs);
+  auto outputs =
+      mx::array::make_arrays({with_last(x.shape(), words_per_vector(bits, x.shape(-1))), without_last(x.shape())},
+                             {mx::uint32, mx::float16}, std::make_shared<Encode>(stream, bits, seed), inputs);
   return {outputs[0], outputs[1]};
 }
 
@@ -130,8 +130,8 @@ AttentionOptions checked_options(const mx::array& q, const PackedArrays& keys, c
             " bits and head_dim ", dim, " must have ", words_per_vector(bits, dim), " words a vector; got ",
             side->codes.shape(3));
   }
-  require(kv_heads > 0 && query_heads % kv_heads == 0,
-          "[attention] query heads must be a multiple of KV heads; got ", query_heads, " and ", kv_heads);
+  require(kv_heads > 0 && query_heads % kv_heads == 0, "[attention] query heads must be a multiple of KV heads; got ",
+          query_heads, " and ", kv_heads);
   require(std::isfinite(o.scale), "[attention] scale must be finite; got ", o.scale);
   require(o.window >= 0, "[attention] window must be at least 0; got ", o.window);
   if (o.kv_len < 0) o.kv_len = capacity;
@@ -172,9 +172,17 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
   const auto stream = mx::to_stream(s);
   const auto o = checked_options(q, keys, values, options, stream);
   if (on_gpu(stream)) return attention_gpu(q, keys, values, o, stream);
-  const Attention::Settings settings{o.scale,           o.key_bits,        o.value_bits,        o.seed,
-                                     o.kv_len,          o.window,          o.causal,            o.mask.has_value(),
-                                     o.starts.has_value(), o.sinks.has_value(), o.key_centre.has_value(),
+  const Attention::Settings settings{o.scale,
+                                     o.key_bits,
+                                     o.value_bits,
+                                     o.seed,
+                                     o.kv_len,
+                                     o.window,
+                                     o.causal,
+                                     o.mask.has_value(),
+                                     o.starts.has_value(),
+                                     o.sinks.has_value(),
+                                     o.key_centre.has_value(),
                                      o.value_centre.has_value()};
   std::vector<mx::array> inputs{q, keys.codes, keys.scales, values.codes, values.scales};
   for (const auto* extra : {&o.mask, &o.starts, &o.sinks, &o.key_centre, &o.value_centre}) {

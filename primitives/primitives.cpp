@@ -57,9 +57,12 @@ BasicTensor<Pointer> tensor(const mx::array& x, Pointer data) {
 Tensor tensor(const mx::array& x) { return tensor<const void*>(x, x.data<void>()); }
 
 Packed packed(const mx::array& codes, const mx::array& scales, int bits) {
-  return {codes.data<uint32_t>(), reinterpret_cast<const uint16_t*>(scales.data<mx::float16_t>()),
-          bits,                   codes.strides(0),
-          codes.strides(1),       scales.strides(0),
+  return {codes.data<uint32_t>(),
+          reinterpret_cast<const uint16_t*>(scales.data<mx::float16_t>()),
+          bits,
+          codes.strides(0),
+          codes.strides(1),
+          scales.strides(0),
           scales.strides(1)};
 }
 

@@ -49,7 +49,8 @@ ops::Store store(const std::vector<mx::array>& a) {
 NB_MODULE(_core, m) {
   nb::module_::import_("mlx.core");
 
-  m.def("accepts", [](const mx::array&) { return true; }, "x"_a);
+  m.def(
+      "accepts", [](const mx::array&) { return true; }, "x"_a);
 
   m.def(
       "encode",
@@ -61,7 +62,9 @@ NB_MODULE(_core, m) {
   m.def(
       "decode",
       [](const mx::array& codes, const mx::array& scales, int bits, uint64_t seed, const Array& centre, mx::Dtype dtype,
-         mx::StreamOrDevice s) { return ops::decode({codes, scales}, bits, seed, dtype, centre, s); },
+         mx::StreamOrDevice s) {
+        return ops::decode({codes, scales}, bits, seed, dtype, centre, s);
+      },
       "codes"_a, "scales"_a, "bits"_a = 3, nb::kw_only(), "seed"_a = 0, "centre"_a = nb::none(), "dtype"_a,
       "stream"_a = nb::none());
   m.def(
@@ -81,7 +84,9 @@ NB_MODULE(_core, m) {
 
   nb::class_<ops::View>(m, "View")
       .def_ro("length", &ops::View::length)
-      .def_prop_ro("shape", [](const ops::View& v) { return nb::make_tuple(v.store.batch(), v.store.heads(), v.length, v.head_dim()); })
+      .def_prop_ro(
+          "shape",
+          [](const ops::View& v) { return nb::make_tuple(v.store.batch(), v.store.heads(), v.length, v.head_dim()); })
       .def("__getitem__",
            [](const ops::View&, nb::object) {
              throw std::runtime_error(
@@ -107,18 +112,16 @@ NB_MODULE(_core, m) {
             new (self) ops::KVCache({key_bits, value_bits, seed, key_centre, value_centre});
           },
           "key_bits"_a, "value_bits"_a, "seed"_a = 0, "key_centre"_a = nb::none(), "value_centre"_a = nb::none())
-      .def(nb::init<const ops::KVCache&>())
+      .def(
+          "__deepcopy__", [](const ops::KVCache& c, nb::object) { return ops::KVCache(c); }, "memo"_a)
       .def("append", &ops::KVCache::append, "keys"_a, "values"_a, "stream"_a = nb::none())
       .def("view", &ops::KVCache::view)
       .def("trim", &ops::KVCache::trim, "n"_a)
       .def(
-          "restore",
-          [](ops::KVCache& c, const std::vector<mx::array>& a, int length) { c.restore(store(a), length); },
+          "restore", [](ops::KVCache& c, const std::vector<mx::array>& a, int length) { c.restore(store(a), length); },
           "arrays"_a, "length"_a)
       .def_prop_ro("arrays",
-                   [](const ops::KVCache& c) {
-                     return c.store() ? std::optional(arrays(*c.store())) : std::nullopt;
-                   })
+                   [](const ops::KVCache& c) { return c.store() ? std::optional(arrays(*c.store())) : std::nullopt; })
       .def_prop_ro("offset", &ops::KVCache::offset)
       .def_prop_ro("empty", &ops::KVCache::empty)
       .def_prop_ro("nbytes", &ops::KVCache::nbytes);

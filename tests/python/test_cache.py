@@ -1,0 +1,164 @@
+"""The cache of one layer: growth, trimming, memory, and that failure changes nothing."""
+
+import copy
+
+import mlx.core as mx
+import pytest
+from conftest import relative_error
+
+from turboquant_mlx import TurboQuantKVCache
+
+
+def kv(tokens, batch=1, heads=4, dim=256, dtype=mx.float16):
+    return [mx.random.normal((batch, heads, tokens, dim)).astype(dtype) for _ in range(2)]
+
+
+def held(cache):
+    return cache._core.view().arrays
+
+
+def same(a, b):
+    return all(mx.array_equal(x, y) for x, y in zip(held(a), held(b), strict=True))
+
+
+def test_three_bits_take_98_bytes_a_vector():
+    cache = TurboQuantKVCache(bits=3)
+    cache.update_and_fetch(*kv(512))
+    assert cache.nbytes == 512 * 4 * 2 * 98
+    assert TurboQuantKVCache(bits=4).nbytes == 0
+    mixed = TurboQuantKVCache(key_bits=4, value_bits=2)
+    mixed.update_and_fetch(*kv(256))
+    assert mixed.nbytes == 256 * 4 * (130 + 66)
+
+
+def test_any_chunking_gives_the_same_bytes():
+    k, v = kv(700)
+    whole, parts = TurboQuantKVCache(), TurboQuantKVCache()
+    whole.update_and_fetch(k, v)
+    at = 0
+    for n in (1, 255, 1, 300, 2, 100, 41):
+        parts.update_and_fetch(k[:, :, at : at + n], v[:, :, at : at + n])
+        at += n
+    assert at == 700 == parts.offset and same(whole, parts)
+
+
+def test_trim_then_append_equals_never_having_seen_it():
+    k, v = kv(300)
+    a, b = TurboQuantKVCache(), TurboQuantKVCache()
+    a.update_and_fetch(k, v)
+    assert a.trim(100) == 100 and a.offset == 200
+    a.update_and_fetch(k[:, :, 200:250], v[:, :, 200:250])
+    b.update_and_fetch(k[:, :, :250], v[:, :, :250])
+    assert same(a, b)
+    assert a.trim(1000) == 250 and a.offset == 0
+
+
+def test_a_copy_shares_no_later_write():
+    k, v = kv(100)
+    a = TurboQuantKVCache()
+    a.update_and_fetch(k, v)
+    before = held(a)
+    b = copy.deepcopy(a)
+    b.trim(50)
+    b.update_and_fetch(*kv(50))
+    a_now = held(a)
+    assert all(mx.array_equal(x, y) for x, y in zip(before, a_now, strict=True))
+    assert not same(a, b)
+
+
+def test_the_history_handed_out_does_not_move():
+    cache = TurboQuantKVCache()
+    first, _ = cache.update_and_fetch(*kv(10))
+    arrays = [mx.array(a) for a in first.arrays]
+    cache.trim(5)
+    cache.update_and_fetch(*kv(5))
+    mx.eval(cache._core.arrays)
+    assert first.length == 10
+    assert all(mx.array_equal(x, y) for x, y in zip(first.arrays, arrays, strict=True))
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (lambda: kv(3, batch=2), "batch must stay 1; got 2"),
+        (lambda: kv(3, heads=2), "KV heads must stay 4; got 2"),
+        (lambda: kv(3, dim=128), "head_dim must stay 256; got 128"),
+        (lambda: kv(3, dtype=mx.int32), "must be float16, bfloat16 or float32; got int32"),
+        (lambda: [kv(3)[0], kv(4)[1]], "same shape"),
+        (lambda: [kv(3)[0][0], kv(3)[1][0]], r"shape \(batch, kv_heads, tokens, head_dim\)"),
+    ],
+)
+def test_a_failed_append_changes_nothing(bad, message):
+    cache = TurboQuantKVCache()
+    cache.update_and_fetch(*kv(20))
+    before = [mx.array(a) for a in held(cache)]
+    with pytest.raises(ValueError, match=message):
+        cache.update_and_fetch(*bad())
+    assert cache.offset == 20
+    assert all(mx.array_equal(x, y) for x, y in zip(held(cache), before, strict=True))
+
+
+@pytest.mark.parametrize("arguments", [{"bits": 1}, {"bits": 8}, {"key_bits": 5}, {"value_bits": 0}])
+def test_wrong_widths_are_refused(arguments):
+    with pytest.raises(ValueError, match="must be 2, 3 or 4; got"):
+        TurboQuantKVCache(**arguments)
+
+
+def test_no_float_copy_of_the_history_exists():
+    """Active and peak memory while a history of 8192 tokens is filled and read stay near the packed size."""
+    tokens, chunk = 8192, 512
+    k, v = kv(chunk)
+    q = mx.random.normal((1, 16, 8, 256)).astype(mx.float16)
+    cache = TurboQuantKVCache(bits=3)
+    mx.eval(q, k, v)
+    mx.clear_cache()
+    start = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in range(tokens // chunk):
+        view, _ = cache.update_and_fetch(k, v)
+        mx.eval(view.attend(q, 0.06), cache._core.arrays)
+        del view
+    packed = tokens * 4 * 2 * 98
+    assert cache.nbytes == packed
+    active = mx.get_active_memory() - start
+    assert packed <= active < packed * 1.01, (active, packed)
+    # Growing holds the old and the new buffers; one float16 copy of keys and values would be 5.2 times `packed`.
+    peak = mx.get_peak_memory() - start
+    assert peak < 2.2 * packed, (peak, packed)
+
+
+def test_appending_one_token_writes_in_place():
+    """A decode step must not copy the buffers: its peak above the resting size is far below one buffer."""
+    cache = TurboQuantKVCache(bits=3)
+    cache.update_and_fetch(*kv(8192 - 256))
+    cache.update_and_fetch(*kv(1))
+    mx.eval(cache._core.arrays)
+    k, v = kv(1)
+    mx.eval(k, v)
+    mx.clear_cache()
+    start = mx.get_active_memory()
+    mx.reset_peak_memory()
+    view, _ = cache.update_and_fetch(k, v)
+    out = view.attend(mx.random.normal((1, 16, 1, 256)), 0.06)
+    del view
+    mx.eval(out, cache._core.arrays)
+    assert mx.get_peak_memory() - start < 8192 * 4 * 96 / 4
+
+
+def test_to_float_gives_back_a_kvcache():
+    cache = TurboQuantKVCache(bits=4)
+    k, v = kv(30, dtype=mx.float32)
+    cache.update_and_fetch(k, v)
+    back = cache.to_float(mx.float32)
+    assert back.offset == 30
+    keys, values = back.keys_and_values()
+    assert relative_error(keys, k) ** 2 < 0.0105 and relative_error(values, v) ** 2 < 0.0105
+
+
+def test_inspect_tells_what_is_held():
+    cache = TurboQuantKVCache(bits=3)
+    assert cache.inspect()["tokens"] == 0 and cache.inspect()["kernel"] is None
+    cache.update_and_fetch(*kv(10))
+    note = cache.inspect()
+    assert note["tokens"] == 10 and note["float16_bytes"] == 10 * 4 * 2 * 512
+    assert note["resident_bytes"] == cache.nbytes and note["kernel"].startswith("cpu ")

@@ -1,0 +1,178 @@
+"""The overlay: patching, enabling, refusing."""
+
+import shutil
+import subprocess
+import sys
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from conftest import MODEL
+from mlx_lm.models import base, llama, qwen3
+from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
+
+from turboquant_mlx import TurboQuantKVCache, apply_patch, disable, enable, remove_patch
+
+SMOKE = (
+    "import mlx.core as mx; from pathlib import Path; from mlx_lm import load; from mlx_lm.models.cache import KVCache; "
+    "from turboquant_mlx import TurboQuantKVCache, apply_patch; root=Path('.').resolve(); "
+    "model, tokenizer = load(str(root)); apply_patch(); cache=[TurboQuantKVCache(bits=3) if isinstance(c, KVCache) else "
+    "c for c in model.make_cache()]; logits=model(mx.array(tokenizer.encode('TurboQuant smoke test.'))[None], "
+    "cache=cache); mx.eval(logits); token=mx.argmax(logits[:, -1, :], axis=-1); logits=model(token.reshape(1, 1), "
+    "cache=cache); mx.eval(logits); print('TQ3 local bundle OK')"
+)
+
+
+def small_llama(head_dim=64, layers=2):
+    args = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=128,
+        num_hidden_layers=layers,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=head_dim,
+        rms_norm_eps=1e-5,
+        vocab_size=100,
+    )
+    return llama.Model(args)
+
+
+def small_qwen3():
+    args = qwen3.ModelArgs(
+        model_type="qwen3",
+        hidden_size=128,
+        num_hidden_layers=2,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        vocab_size=100,
+        max_position_embeddings=1000,
+        rope_theta=10000,
+        tie_word_embeddings=False,
+    )
+    return qwen3.Model(args)
+
+
+def test_smoke_test_of_the_seed_card():
+    done = subprocess.run([sys.executable, "-c", SMOKE], cwd=MODEL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "TQ3 local bundle OK"
+
+
+def test_patch_is_idempotent_and_can_be_undone():
+    functions = base.quantized_scaled_dot_product_attention, base.scaled_dot_product_attention, llama.__dict__[
+        "scaled_dot_product_attention"
+    ]
+    apply_patch()
+    apply_patch()
+    assert base.quantized_scaled_dot_product_attention is not functions[0]
+    assert llama.scaled_dot_product_attention is not functions[2]
+    remove_patch()
+    remove_patch()
+    now = base.quantized_scaled_dot_product_attention, base.scaled_dot_product_attention, llama.__dict__[
+        "scaled_dot_product_attention"
+    ]
+    assert now == functions
+
+
+def test_without_the_patch_the_message_says_so():
+    remove_patch()
+    model = small_llama()
+    with pytest.raises(RuntimeError, match=r"call turboquant_mlx.apply_patch\(\)"):
+        model(mx.array([[1, 2, 3]]), cache=[TurboQuantKVCache() for _ in range(2)])
+
+
+def test_mlx_lms_own_quantised_cache_still_works(patched):
+    from mlx_lm.models.cache import QuantizedKVCache
+
+    model = small_llama()
+    want = model(mx.array([[1, 2, 3]]), cache=[KVCache() for _ in range(2)])
+    got = model(mx.array([[1, 2, 3]]), cache=[QuantizedKVCache(bits=8) for _ in range(2)])
+    assert mx.allclose(got, want, atol=0.05)
+
+
+def test_enable_replaces_only_kvcache_slots(bundled):
+    model, _ = bundled
+    try:
+        assert enable(model, bits=4) == 2
+        cache = model.make_cache()
+        kinds = [type(c) for c in cache]
+        assert kinds == [ArraysCache] * 3 + [TurboQuantKVCache] + [ArraysCache] * 3 + [TurboQuantKVCache]
+        assert cache[3].bits == 4
+        enable(model, key_bits=4, value_bits=2)
+        assert (make_prompt_cache(model)[3].key_bits, make_prompt_cache(model)[3].value_bits) == (4, 2)
+    finally:
+        disable(model)
+    assert type(model.make_cache()[3]) is KVCache
+
+
+def test_enable_works_without_make_cache():
+    model = small_qwen3()
+    assert not hasattr(type(model), "make_cache")
+    want = model(mx.array([[5, 6, 7]]), cache=make_prompt_cache(model))
+    assert enable(model, bits=4) == 2
+    cache = make_prompt_cache(model)
+    assert all(type(c) is TurboQuantKVCache for c in cache)
+    got = model(mx.array([[5, 6, 7]]), cache=cache)
+    assert mx.linalg.norm(got - want) / mx.linalg.norm(want) < 0.2
+    disable(model)
+    assert type(make_prompt_cache(model)[0]) is KVCache
+
+
+class Bypass(nn.Module):
+    """A layer that calls MLX's attention by itself."""
+
+    def __call__(self, x, cache):
+        q = x[:, None]
+        k, v = cache.update_and_fetch(q, q)
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0)[:, 0]
+
+
+class BypassModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = [Bypass()]
+
+    def __call__(self, tokens, cache):
+        return self.layers[0](mx.zeros((*tokens.shape, 64)), cache[0])
+
+
+class NoAttention(nn.Module):
+    layers = ()
+
+    def make_cache(self):
+        return [ArraysCache(2)]
+
+
+def test_enable_refuses_with_the_reason_per_layer():
+    with pytest.raises(ValueError, match="layer 0: its attention does not go through"):
+        enable(BypassModel())
+    model = small_llama(head_dim=80)
+    with pytest.raises(ValueError, match="layer 0: .*head_dim must be a multiple of 32 from 32 to 256; got 80"):
+        enable(model)
+    assert type(make_prompt_cache(model)[0]) is KVCache
+    with pytest.raises(ValueError, match="no KVCache slot, so there is nothing to compress"):
+        enable(NoAttention())
+    with pytest.raises(ValueError, match="must be 2, 3 or 4; got 7"):
+        enable(small_llama(), bits=7)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    for file in MODEL.glob("*.json"):
+        shutil.copy(file, tmp_path)
+    script = str(MODEL.parents[1] / "examples" / "run_qwen35_tq3.py")
+    done = subprocess.run([sys.executable, script, "--model", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode != 0 and "holds no *.safetensors weights" in done.stderr
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    done = subprocess.run([sys.executable, script, "--model", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode != 0 and "Git LFS pointer" in done.stderr
+
+
+def test_the_example_finds_the_planted_fact():
+    script = str(MODEL.parents[1] / "examples" / "run_qwen35_tq3.py")
+    done = subprocess.run([sys.executable, script, "--max-tokens", "24"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "70342" in done.stdout and "TurboQuantKVCache K3 V3" in done.stdout
