@@ -1,11 +1,20 @@
 """The codec and the attention as functions of MLX arrays.  All are lazy and run on the given or default stream."""
 
+from __future__ import annotations
+
 import mlx.core as mx
 
 from . import _core
 
 
-def encode(x, bits=3, *, seed=0, centre=None, stream=None):
+def encode(
+    x: mx.array,
+    bits: int = 3,
+    *,
+    seed: int = 0,
+    centre: mx.array | None = None,
+    stream: mx.Stream | mx.Device | None = None,
+) -> tuple[mx.array, mx.array]:
     """Codes of vectors (TurboQuant's MSE quantizer, arXiv 2504.19874, section 3).
 
     Args:
@@ -25,28 +34,37 @@ def encode(x, bits=3, *, seed=0, centre=None, stream=None):
     return _core.encode(x, bits, seed=seed, centre=centre, stream=stream)
 
 
-def decode(codes, scales, bits=3, *, seed=0, centre=None, dtype=mx.float32, stream=None):
+def decode(
+    codes: mx.array,
+    scales: mx.array,
+    bits: int = 3,
+    *,
+    seed: int = 0,
+    centre: mx.array | None = None,
+    dtype: mx.Dtype = mx.float32,
+    stream: mx.Stream | mx.Device | None = None,
+) -> mx.array:
     """Vectors (..., D) of `dtype` from the (codes, scales) of `encode` with the same bits, seed and centre."""
     return _core.decode(codes, scales, bits, seed=seed, centre=centre, dtype=dtype, stream=stream)
 
 
 def attention(
-    q,
-    keys,
-    values,
+    q: mx.array,
+    keys: tuple[mx.array, mx.array],
+    values: tuple[mx.array, mx.array],
     *,
-    scale,
-    mask=None,
-    key_bits=3,
-    value_bits=3,
-    seed=0,
-    sinks=None,
-    starts=None,
-    window=0,
-    key_centre=None,
-    value_centre=None,
-    stream=None,
-):
+    scale: float,
+    mask: str | mx.array | None = None,
+    key_bits: int = 3,
+    value_bits: int = 3,
+    seed: int = 0,
+    sinks: mx.array | None = None,
+    starts: mx.array | None = None,
+    window: int = 0,
+    key_centre: mx.array | None = None,
+    value_centre: mx.array | None = None,
+    stream: mx.Stream | mx.Device | None = None,
+) -> mx.array:
     """softmax(scale * q K^T + mask) V over packed keys and values, without decoding the history.
 
     Args:
