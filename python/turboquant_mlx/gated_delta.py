@@ -18,9 +18,9 @@ state before it.  What token i adds is delta_i k_i^T, and the deltas solve a uni
 With T = (I + A)^-1, U = T (beta V) and W = T (beta c K) the step from chunk to chunk is one product, S' = S M + N, and
 everything else is computed for all chunks at once.
 
-Decays are multiplied, never divided and never taken through logarithms, so a decay of 0 is exact.  The inverse is made by
-halving blocks: the doubling product (I - A)(I + A^2)(I + A^4)... has binomial coefficients up to 9e17 for it in it
-when keys repeat, and loses every digit.
+Decays are multiplied, never divided and never taken through logarithms, so a decay of 0 is exact.  The inverse is
+made by halving blocks: the doubling product (I - A)(I + A^2)(I + A^4)... meets binomial coefficients up to 9e17 when
+keys repeat, and loses every digit.
 """
 
 from functools import lru_cache
@@ -98,7 +98,8 @@ def chunked_gated_delta(
         )
     if g.shape != (batch, tokens, heads) or beta.shape != g.shape:
         raise ValueError(
-            f"[chunked_gated_delta] g and beta must be (B, T, Hv) = {(batch, tokens, heads)}; got {g.shape} and {beta.shape}"
+            f"[chunked_gated_delta] g and beta must be (B, T, Hv) = {(batch, tokens, heads)}; "
+            f"got {g.shape} and {beta.shape}"
         )
     if state is None:
         state = mx.zeros((batch, heads, value_dim, key_dim))
