@@ -17,6 +17,7 @@ from mlx_lm.utils import dequantize_model
 from tqdm import tqdm
 
 from turboquant_mlx import TurboQuantKVCache, enable
+from turboquant_mlx.gated_delta import enable_chunked_recurrence
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "models" / "qwen35-tiny-4bit"
@@ -61,6 +62,7 @@ def load_model(path):
         if parameters < 200e6:  # small enough to hold as float32, whose products a fast BLAS can do
             model = dequantize_model(model)
         model.set_dtype(mx.float32)
+        enable_chunked_recurrence(model)  # mlx-lm reads prompts token by token there
     return model, tokenizer
 
 
