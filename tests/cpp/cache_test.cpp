@@ -1,0 +1,74 @@
+// The cache over MLX arrays as a C++ program uses it.
+#include "primitives/cache.h"
+
+#include <gtest/gtest.h>
+
+namespace turboquant::ops {
+namespace {
+
+mx::array random(int tokens, int batch = 1, mx::Dtype dtype = mx::float16) {
+  return mx::astype(mx::random::normal({batch, 2, tokens, 64}), dtype);
+}
+
+class Cache : public testing::Test {
+ protected:
+  void SetUp() override { mx::set_default_device(mx::Device::cpu); }
+};
+
+TEST_F(Cache, AttendsOverWhatWasAppended) {
+  KVCache cache({.key_bits = 4, .value_bits = 3, .seed = 5});
+  EXPECT_TRUE(cache.empty());
+  for (int n : {300, 1, 20}) cache.append(random(n), random(n));
+  EXPECT_EQ(cache.offset(), 321);
+  const auto view = cache.view();
+  const auto q = random(3, 1, mx::float32);
+  const mx::Shape grouped{1, 2, 3, 64};
+  const auto [k, v] = view.decode(mx::float32);
+  const auto want = mx::fast::scaled_dot_product_attention(q, k, v, 0.125f, "causal");
+  const auto got = view.attend(q, 0.125f, true);
+  EXPECT_EQ(got.shape(), grouped);
+  EXPECT_LT(mx::linalg::norm(got - want).item<float>(), 5e-4f * mx::linalg::norm(want).item<float>());
+}
+
+TEST_F(Cache, IsAValue) {
+  KVCache a;
+  a.append(random(10), random(10));
+  KVCache b = a;
+  b.trim(4);
+  b.append(random(4), random(4));
+  EXPECT_EQ(a.offset(), 10);
+  EXPECT_FALSE(mx::array_equal(a.view().store.keys.codes, b.view().store.keys.codes).item<bool>());
+}
+
+TEST_F(Cache, AFailedAppendChangesNothing) {
+  KVCache cache;
+  cache.append(random(10), random(10));
+  EXPECT_THROW(cache.append(random(1, 2), random(1, 2)), std::invalid_argument);
+  EXPECT_THROW(cache.append(random(1, 1, mx::int32), random(1)), std::invalid_argument);
+  EXPECT_THROW(cache.append(random(1), random(2)), std::invalid_argument);
+  EXPECT_EQ(cache.offset(), 10);
+  cache.append(random(1), random(1));
+  EXPECT_EQ(cache.offset(), 11);
+}
+
+TEST_F(Cache, RefusesWrongCodings) {
+  EXPECT_THROW(KVCache({.key_bits = 5}), std::invalid_argument);
+  EXPECT_THROW(KVCache({.key_centre = mx::zeros({64})}), std::invalid_argument);
+  EXPECT_THROW(KVCache().view(), std::invalid_argument);
+}
+
+TEST_F(Cache, CentresAreAddedBack) {
+  const auto centre = mx::full({2, 64}, 10.0f);
+  KVCache plain({.key_bits = 4, .value_bits = 4}),
+      centred({.key_bits = 4, .value_bits = 4, .key_centre = centre, .value_centre = centre});
+  const auto x = mx::random::normal({1, 2, 50, 64}) + 10.0f;
+  plain.append(x, x);
+  centred.append(x, x);
+  const auto error = [&](const KVCache& cache) {
+    return mx::linalg::norm(cache.view().decode(mx::float32).first - x).item<float>();
+  };
+  EXPECT_LT(error(centred), error(plain) / 5) << "what is left after the centre is ten times shorter";
+}
+
+}  // namespace
+}  // namespace turboquant::ops
