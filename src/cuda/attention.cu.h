@@ -1,0 +1,311 @@
+// What the attention kernels share: their parameters, the division of the cache among blocks, the copies of packed
+// rows into shared memory, and the merge of partial results.
+#pragma once
+
+#include "cuda/codec.cu.h"
+
+namespace turboquant::cuda {
+
+constexpr int kTile = 32;  // tokens a warp handles at a time
+
+/// AttendParams of turboquant.h on the device.
+struct AttentionArgs {
+  int batch, query_heads, kv_heads, query_len, kv_len;
+  float scale;
+  unsigned long long seed;
+  bool causal;
+  int window;
+  const void* q;                                           // [batch, query_heads, query_len, D]
+  long long q_strides[4];                                  // in elements
+  const unsigned *key_codes, *value_codes;                 // [batch, kv_heads, kv_len, bits * D / 32]
+  const __half *key_scales, *value_scales;                 // [batch, kv_heads, kv_len]
+  long long key_code_strides[2], value_code_strides[2];    // of batch and head, in words; rows are dense
+  long long key_scale_strides[2], value_scale_strides[2];  // of batch and head, in elements
+  const float *key_centre, *value_centre;                  // [kv_heads, D] or null
+  const int* starts;                                       // [batch] or null
+  const void* mask;                                        // [batch, query_heads, query_len, kv_len]; bool or MaskT
+  long long mask_strides[4];
+  const float* sinks;    // [query_heads] or null
+  float* partial;        // [slots, ROWS, D]: see Schedule
+  float2* partial_sums;  // [slots, ROWS]: exponent of the largest weight, sum of weights
+  void* out;             // [batch, query_heads, query_len, D], dense
+
+  __device__ int group() const { return query_heads / kv_heads; }
+  __device__ int rows() const { return group() * query_len; }  // query rows that read one KV head
+
+  /// Eight coordinates of a query, from `first` on.
+  template <class T>
+  __device__ Raw8<T> load_query(int b, int head, int query, int first) const {
+    Raw8<T> raw;
+    raw.load(
+        static_cast<const T*>(q) + b * q_strides[0] + head * q_strides[1] + query * q_strides[2] + first * q_strides[3],
+        q_strides[3]);
+    return raw;
+  }
+};
+
+enum MaskType { kNoMask, kBooleanMask, kAdditiveMask };
+
+/// Keys that a query may see by position: [first, last).
+struct Range {
+  int first, last;
+};
+__device__ inline Range visible_keys(const AttentionArgs& a, int b, int query) {
+  const int position = a.kv_len - a.query_len + query;
+  int first = a.starts ? max(a.starts[b], 0) : 0, last = a.kv_len;
+  if (a.causal) last = min(last, position + 1);
+  if (a.window > 0) first = max(first, position - a.window + 1);
+  return {first, max(first, last)};
+}
+
+/// How decoding divides the cache: a segment is one KV head of one batch row, read for one block of ROWS query rows;
+/// the tiles of all segments, in order, are dealt to the blocks in equal contiguous runs, so ragged batches stay
+/// balanced. A block leaves one partial result per segment that it touches, at slot = block + segment, which is unique.
+struct Schedule {
+  int blocks, segments_per_row;  // of the batch
+  unsigned total;                // tiles
+
+  /// Tiles of a segment of batch row b: its first and its count.
+  static __device__ Range tiles(const AttentionArgs& a, int b) {
+    const int first = visible_keys(a, b, 0).first / kTile, last = (a.kv_len + kTile - 1) / kTile;
+    return {first, max(first, last)};
+  }
+  __device__ Schedule(const AttentionArgs& a, int rows_per_block, int launched) {
+    segments_per_row = a.kv_heads * ((a.rows() + rows_per_block - 1) / rows_per_block);
+    total = 0;
+    for (int b = 0; b < a.batch; ++b) {
+      const Range r = tiles(a, b);
+      total += unsigned(r.last - r.first) * segments_per_row;
+    }
+    blocks = min(unsigned(launched), max(total, 1u));
+  }
+  /// First tile of a block's run.
+  __device__ unsigned begin(int block) const { return scaled(block, total, 0, blocks); }
+  /// The block whose run holds a tile.
+  __device__ int block_of(unsigned tile) const { return int(scaled(tile + 1, blocks, 1, total)); }
+
+ private:
+  /// (a b - c) / d; 64-bit division is slow, and seldom needed.
+  static __device__ unsigned scaled(unsigned a, unsigned b, unsigned c, unsigned d) {
+    if (__umulhi(a, b) == 0) return (a * b - c) / d;
+    return unsigned(((unsigned long long)a * b - c) / d);
+  }
+};
+
+/// Copies into shared memory without passing registers; of a copy4, `bytes` are read and the rest is zero.
+__device__ inline void copy16(unsigned to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ inline void copy4(unsigned to, const void* from, int bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+/// Packed rows of a tile in shared memory.  Rows of 32 words would put every token in the same banks, so their 16-byte
+/// chunks are permuted: by the token for keys (lanes read tokens t and 7 - t), by pairs of chunks for values.
+template <int BITS, int D, bool VALUES>
+struct Rows {
+  static constexpr int words = BITS * (D / 32), size = kTile * words;
+  static constexpr bool permuted = words == 32;
+  static __device__ int at(int token, int word) {
+    if constexpr (!permuted) return token * words + word;
+    return token * words + (word ^ (VALUES ? (token & 3) * 8 : (token & 7) * 4));
+  }
+
+  /// Starts the copy of `tokens` (1 to 32) rows by one warp; reads nothing beyond them.
+  static __device__ void copy(unsigned* to, const unsigned* from, int tokens) {
+    const int lane = threadIdx.x & 31;
+    const unsigned base = unsigned(__cvta_generic_to_shared(to));
+    if (tokens == kTile && aligned_to(from, 16)) {
+#pragma unroll
+      for (int i = 0; i < (size + 127) / 128; ++i) {
+        const int word = 4 * (lane + 32 * i);
+        if (size % 128 == 0 || word < size) copy16(base + 4 * at(word / words, word % words), from + word);
+      }
+    } else {
+#pragma unroll 1
+      for (int word = lane; word < tokens * words; word += 32) {
+        copy4(base + 4 * at(word / words, word % words), from + word, 4);
+      }
+    }
+  }
+
+  /// N consecutive words of a row, from a multiple of N.
+  template <int N>
+  static __device__ void load(const unsigned* tile, int token, int word, unsigned (&out)[N]) {
+    constexpr int width = words % 4 == 0 && N % 4 == 0 ? 4 : words % 2 == 0 && N % 2 == 0 ? 2 : 1;
+#pragma unroll
+    for (int i = 0; i < N; i += width) {
+      const unsigned* from = tile + at(token, word + i);
+      if constexpr (width == 4) {
+        const uint4 x = *reinterpret_cast<const uint4*>(from);
+        out[i] = x.x, out[i + 1] = x.y, out[i + 2] = x.z, out[i + 3] = x.w;
+      } else if constexpr (width == 2) {
+        const uint2 x = *reinterpret_cast<const uint2*>(from);
+        out[i] = x.x, out[i + 1] = x.y;
+      } else {
+        out[i] = *from;
+      }
+    }
+  }
+};
+
+/// Starts the copy of 32 key scales and 32 value scales, of which `tokens` exist, by one warp.
+__device__ inline void copy_scales(__half* to, const __half* keys, const __half* values, int tokens) {
+  const int lane = threadIdx.x & 31;
+  if (aligned_to(keys, 4) && aligned_to(values, 4)) {
+    const int token = 2 * (lane & 15), bytes = min(4, 2 * (tokens - token));
+    if (bytes > 0) {
+      copy4(unsigned(__cvta_generic_to_shared(to + 2 * lane)), (lane < 16 ? keys : values) + token, bytes);
+    }
+  } else if (lane < tokens) {
+    to[lane] = keys[lane];
+    to[32 + lane] = values[lane];
+  }
+}
+
+__device__ inline float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kNothing = -1e30f;  // the exponent of an empty sum; finite, so that differences are numbers
+
+/// The term of the mask for one pair, in units of log2; minus infinity hides.
+template <MaskType MASK, class MaskT>
+__device__ float mask_term(const AttentionArgs& a, int b, int head, int query, int key) {
+  if constexpr (MASK == kNoMask) return 0.f;
+  const long long at =
+      b * a.mask_strides[0] + head * a.mask_strides[1] + query * a.mask_strides[2] + key * a.mask_strides[3];
+  if constexpr (MASK == kBooleanMask) {
+    return static_cast<const unsigned char*>(a.mask)[at] ? 0.f : -__uint_as_float(0x7f800000);
+  } else {
+    return to_float(static_cast<const MaskT*>(a.mask)[at]) * kLog2E;
+  }
+}
+
+/// Shared memory of `merge`: [8 warps][D], a sum and an exponent per warp.
+template <int D>
+__host__ __device__ constexpr int merge_shared_floats() {
+  return 8 * D + 16;
+}
+
+/// Merges the partial results of one query row, adds the sink, rotates back and writes.  256 threads; `row` counts
+/// [batch, query_heads, query_len], `slots` the partial results there are room for.
+template <int D, int ROWS, class T>
+__device__ void merge(const AttentionArgs& a, int row, int slots, float* shared) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  const int query = row % a.query_len, head = row / a.query_len % a.query_heads, b = row / a.query_len / a.query_heads;
+  const int kv_head = head / a.group(), in_group = query * a.group() + head % a.group();
+  const bool has = lane < D / 8;
+
+  const int row_blocks = (a.rows() + ROWS - 1) / ROWS;
+  const Schedule schedule(a, ROWS, slots - a.batch * a.kv_heads * row_blocks);
+  const int segment = (b * a.kv_heads + kv_head) * row_blocks + in_group / ROWS;
+  unsigned begin = 0, tiles = 0;
+  for (int i = 0; i <= b; ++i) {
+    begin += tiles * (i ? schedule.segments_per_row : 0);
+    const Range r = Schedule::tiles(a, i);
+    tiles = r.last - r.first;
+  }
+  begin += tiles * (segment - b * schedule.segments_per_row);
+  const int first = tiles ? schedule.block_of(begin) : 0;
+  const int last = tiles ? schedule.block_of(begin + tiles - 1) + 1 : 0;
+
+  float sink = kNothing;
+  if (a.sinks) {
+    float shift = 0;  // the keys' centre moves every score but the sink's
+    if (a.key_centre) {
+      float q[8] = {};
+      if (has) {
+        a.load_query<T>(b, head, query, 8 * lane).to_floats(q);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) shift += q[j] * a.key_centre[kv_head * D + 8 * lane + j];
+      }
+      for (int step = 16; step; step /= 2) shift += __shfl_xor_sync(~0u, shift, step);
+    }
+    sink = (a.sinks[head] - shift * a.scale) * kLog2E;
+  }
+
+  // Each warp merges every eighth partial result, five at a time so that their loads overlap.
+  float top = kNothing, sum = 0, v[8] = {};
+#pragma unroll 1
+  for (int i = first + warp; i < last; i += 40) {
+    float2 sums[5];
+    float x[5][8] = {};
+#pragma unroll
+    for (int k = 0; k < 5; ++k) {
+      sums[k] = make_float2(kNothing, 0);
+      if (i + 8 * k >= last) continue;
+      const long long slot = (long long)(i + 8 * k + segment) * ROWS + in_group % ROWS;
+      sums[k] = a.partial_sums[slot];
+      if (has) load8(a.partial + slot * D + 8 * lane, x[k]);
+    }
+    const float old = top;
+#pragma unroll
+    for (int k = 0; k < 5; ++k) top = fmaxf(top, sums[k].x);
+    const float keep = exp2_fast(old - top);
+    sum *= keep;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] *= keep;
+#pragma unroll
+    for (int k = 0; k < 5; ++k) {
+      const float weight = exp2_fast(sums[k].x - top);
+      sum += weight * sums[k].y;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[j] += weight * x[k][j];
+    }
+  }
+  if (has) {
+    store8(shared + warp * D + 8 * lane, v);
+  }
+  if (lane == 0) shared[8 * D + warp] = sum, shared[8 * D + 8 + warp] = top;
+  __syncthreads();
+  if (warp) return;
+  top = sink - 60;
+#pragma unroll
+  for (int w = 0; w < 8; ++w) top = fmaxf(top, shared[8 * D + 8 + w]);
+  sum = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) v[j] = 0;
+#pragma unroll
+  for (int w = 0; w < 8; ++w) {
+    const float weight = exp2_fast(shared[8 * D + 8 + w] - top);
+    sum += weight * shared[8 * D + w];
+    float x[8];
+    load8(shared + w * D + (has ? 8 * lane : 0), x);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] += has ? weight * x[j] : 0.f;
+  }
+  const float seen = sum;
+  if (a.sinks) sum += exp2_fast(sink - top);
+  const float norm = sum == 0 ? 0.f : 1.f / sum;
+  hadamard<D>(v);
+  apply_signs(v, a.seed, has ? lane : 0, norm * rsqrtf(float(Lanes<D>::power)));
+  if (!has) return;
+  if (a.value_centre) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] += seen * norm * a.value_centre[kv_head * D + 8 * lane + j];
+  }
+  store8(static_cast<T*>(a.out) + (long long)row * D + 8 * lane, v);
+}
+
+/// The same with T from a pointer, for generated code.
+template <int D, int ROWS, class T>
+__device__ void merge_as(const AttentionArgs& a, const T*, int row, int slots, float* shared) {
+  merge<D, ROWS, T>(a, row, slots, shared);
+}
+
+}  // namespace turboquant::cuda

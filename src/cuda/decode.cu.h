@@ -1,0 +1,477 @@
+// Decoding: attention of few query rows over a long packed cache, on int8 tensor cores.
+//
+// A block handles four query rows of a KV head at a time; its warps are independent until the end of a segment, each
+// with its own ring of 32-token tiles.  Queries and softmax weights are split into high and low int8 parts, which fill
+// the eight columns of an m16n8k32 product; keys and values are the bytes that the codebook lookup gives.  Scores come
+// out with a query row and tokens t, 7 - t of every eight in each thread, which is how the product with the values
+// takes its weights, so nothing moves between threads.
+#pragma once
+
+#include "cuda/attention.cu.h"
+
+namespace turboquant::cuda {
+
+/// c += a b: 16x32 by 32x8 bytes.  A and B are signed unless told.
+template <bool A_UNSIGNED, bool B_UNSIGNED>
+__device__ void mma_int8(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+#define TQ_MMA(A, B)                                   \
+  asm("mma.sync.aligned.m16n8k32.row.col.s32." A "." B \
+      ".s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "   \
+      "{%0,%1,%2,%3};"                                 \
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) \
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
+  if constexpr (A_UNSIGNED && B_UNSIGNED) {
+    TQ_MMA("u8", "u8");
+  } else if constexpr (A_UNSIGNED) {
+    TQ_MMA("u8", "s8");
+  } else if constexpr (B_UNSIGNED) {
+    TQ_MMA("s8", "u8");
+  } else {
+    TQ_MMA("s8", "s8");
+  }
+#undef TQ_MMA
+}
+
+/// Which nibble words of which groups a thread holds, when `sharers` threads share the groups of a row.
+template <int D, int SHARERS>
+struct Share {
+  static constexpr int groups = D / 32;
+  static constexpr int padded = groups > SHARERS ? SHARERS : groups > 4 ? 8 : groups > 2 ? 4 : groups;
+  static constexpr int per_thread = (groups + SHARERS - 1) / SHARERS;
+  static constexpr int parts = SHARERS / padded > 4 ? 4 : SHARERS / padded;  // threads that share a group
+  static constexpr int words = 4 / parts;                                    // nibble words of a group a thread takes
+  int group, part;
+  bool valid;
+  __device__ explicit Share(int thread) {
+    group = thread % padded * per_thread;
+    part = thread / padded % parts;
+    valid = group < groups && thread < padded * parts;
+    if (group >= groups) group = 0;
+  }
+  __device__ bool has(int i) const { return valid && group + i < groups; }
+  __device__ int clamped(int i) const { return group + i < groups ? group + i : 0; }
+  /// Its w-th word of a group's four.
+  __device__ unsigned pick(const unsigned (&word)[4], int w) const {
+    if constexpr (parts == 1) return word[w];
+    if constexpr (parts == 2) return part ? word[2 + w] : word[w];
+    const unsigned low = part & 1 ? word[1] : word[0], high = part & 1 ? word[3] : word[2];
+    return part & 2 ? high : low;
+  }
+  /// First coordinate of its w-th word of its i-th group.
+  __device__ int coordinate(int i, int w) const { return 32 * (group + i) + 8 * (part * words + w); }
+};
+
+template <int D, int KEY_BITS, int VALUE_BITS, class T, MaskType MASK, class MaskT, int WARPS, int STAGES>
+struct Decode {
+  static constexpr int kRows = 4;
+  using Keys = Rows<KEY_BITS, D, false>;
+  using Values = Rows<VALUE_BITS, D, true>;
+  using KeyShare = Share<D, 4>;
+  using ValueShare = Share<D, 8>;
+  static constexpr int kKeySteps = KeyShare::per_thread * KeyShare::words;
+  static constexpr int kValueTiles = 4 * ValueShare::words;  // of 16 coordinates
+  static constexpr int kStageWords = Keys::size + Values::size + 32;
+  static constexpr float kWeightOne = 65280;  // 255 * 256: the fixed-point weight of 1
+
+  struct Shared {
+    alignas(16) unsigned ring[WARPS][STAGES][kStageWords];
+    float2 token_scales[WARPS][kTile];  // of keys; of values, times kWeightOne
+    uint4 q[kRows][D / 8];  // eight coordinates: high and low parts of four, high and low parts of the other four
+    float q_scale[kRows];
+    int q_offset[kRows][2];  // what the unsigned bytes of 4-bit keys add to the products
+    float2 sums[WARPS][kRows];
+  };
+
+  /// Where a warp's result for a row and coordinate lies in its part of the ring: lanes of different t write rows two
+  /// apart and coordinates two apart, those of different g coordinates 32 apart, all to different banks.
+  static constexpr int kResultRow = D / 32 * 36 + 1;
+  static __device__ int result_at(int row, int coordinate) {
+    return ((row & 1) * 2 + row / 2) * kResultRow + coordinate / 32 * 36 + coordinate % 32;
+  }
+  static_assert(STAGES * kStageWords >= kRows * kResultRow, "results reuse the ring");
+
+  const AttentionArgs& a;
+  Shared& shared;
+  int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+
+  // Of the segment in hand.
+  int b, kv_head, first_row;
+  int row_query, row_head;  // of this thread's query row, g & 3
+  Range row_range;
+  int acc[kValueTiles][4];
+  int weight_sum;  // of this thread's column: 4-bit values are 128 too large
+  float top, sum;  // exponent that weights are relative to, and their sum over this thread's tokens
+
+  __device__ Decode(const AttentionArgs& args, Shared& memory) : a(args), shared(memory) {}
+
+  __device__ void run(int block, int launched) {
+    const Schedule schedule(a, kRows, launched);
+    if (block >= schedule.blocks) return;
+    unsigned tile = schedule.begin(block), base = 0;
+    const unsigned end = schedule.begin(block + 1);
+    for (int row = 0; tile < end; ++row) {
+      const Range r = Schedule::tiles(a, row);
+      const unsigned count = r.last - r.first, all = count * schedule.segments_per_row;
+      while (tile < end && tile < base + all) {
+        const int local = int((tile - base) / count);
+        const unsigned start = base + local * count, stop = min(end, start + count);
+        segment(row, local, r.first + int(tile - start), r.first + int(stop - start),
+                block + row * schedule.segments_per_row + local);
+        tile = stop;
+      }
+      base += all;
+    }
+  }
+
+  __device__ void start_copy(int tile, int last, int stage) {
+    if (tile < last) {
+      unsigned* to = shared.ring[warp][stage];
+      const int tokens = min(kTile, a.kv_len - tile * kTile);
+      const long long row = (long long)tile * kTile;
+      Keys::copy(to, a.key_codes + b * a.key_code_strides[0] + kv_head * a.key_code_strides[1] + row * Keys::words,
+                 tokens);
+      Values::copy(
+          to + Keys::size,
+          a.value_codes + b * a.value_code_strides[0] + kv_head * a.value_code_strides[1] + row * Values::words,
+          tokens);
+      copy_scales(reinterpret_cast<__half*>(to + Keys::size + Values::size),
+                  a.key_scales + b * a.key_scale_strides[0] + kv_head * a.key_scale_strides[1] + row,
+                  a.value_scales + b * a.value_scale_strides[0] + kv_head * a.value_scale_strides[1] + row, tokens);
+    }
+    commit_copies();
+  }
+
+  /// Rotates a query row and splits it into int8 parts; one warp.
+  __device__ void prepare_query(const Raw8<T>& raw, int row) {
+    float v[8];
+    raw.to_floats(v);
+    apply_signs(v, a.seed, lane < D / 8 ? lane : 0, rsqrtf(float(Lanes<D>::power)));
+    hadamard<D>(v);
+    if (lane >= D / 8) {
+#pragma unroll
+      for (float& x : v) x = 0;
+    }
+    float largest = 0;
+    bool bad = false;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      largest = fmaxf(largest, fabsf(v[j]));
+      bad = bad || v[j] != v[j];
+    }
+    for (int step = 16; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
+    bad = __any_sync(~0u, bad);
+    constexpr float limit = 127 * 256;
+    const float factor = largest > 0 ? limit / largest : 0.f;
+    unsigned high[2] = {}, low[2] = {};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int q = __float2int_rn(v[j] * factor), top_part = (q + 128) >> 8;
+      high[j / 4] |= unsigned(top_part & 255) << (8 * (j % 4));
+      low[j / 4] |= unsigned((q - 256 * top_part) & 255) << (8 * (j % 4));
+    }
+    if (lane < D / 8) {
+      shared.q[row][lane] = make_uint4(high[0], low[0], high[1], low[1]);
+    }
+    if (lane == 0) {
+      shared.q_scale[row] =
+          bad ? __uint_as_float(0x7fc00000) : largest / limit * level_step(KEY_BITS) * a.scale * kLog2E;
+    }
+    if constexpr (KEY_BITS == 4) {
+      int sums[2] = {__dp4a(int(high[0]), 0x01010101, __dp4a(int(high[1]), 0x01010101, 0)),
+                     __dp4a(int(low[0]), 0x01010101, __dp4a(int(low[1]), 0x01010101, 0))};
+      for (int step = 16; step; step /= 2) {
+        sums[0] += __shfl_xor_sync(~0u, sums[0], step);
+        sums[1] += __shfl_xor_sync(~0u, sums[1], step);
+      }
+      if (lane == 0) shared.q_offset[row][0] = -128 * sums[0], shared.q_offset[row][1] = -128 * sums[1];
+    }
+  }
+
+  __device__ void segment(int batch_row, int local, int first_tile, int last_tile, int slot) {
+    const int row_blocks = (a.rows() + kRows - 1) / kRows;
+    b = batch_row, kv_head = local / row_blocks, first_row = local % row_blocks * kRows;
+    const int row = min(first_row + (g & 3), a.rows() - 1);
+    row_query = row / a.group(), row_head = kv_head * a.group() + row % a.group();
+    row_range = visible_keys(a, b, row_query);
+
+    // The queries' load goes first, for the first product waits for it; nothing here waits for it before the copies.
+    Raw8<T> q = {};
+    const int q_row = first_row + warp;
+    if (warp < kRows && q_row < a.rows() && lane < D / 8) {
+      q = a.load_query<T>(b, kv_head * a.group() + q_row % a.group(), q_row / a.group(), 8 * lane);
+    }
+    const int mine = first_tile + warp;
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; ++s) start_copy(mine + s * WARPS, last_tile, s);
+    if (warp < kRows) prepare_query(q, warp);
+    __syncthreads();
+
+    unsigned q_parts[kKeySteps][4];
+    const KeyShare share(t);
+#pragma unroll
+    for (int step = 0; step < kKeySteps; ++step) {
+      const int i = step / KeyShare::words, at = share.coordinate(i, step % KeyShare::words);
+      const uint4 x = share.has(i) ? shared.q[g & 3][at / 8] : make_uint4(0, 0, 0, 0);
+      q_parts[step][0] = x.x, q_parts[step][1] = x.y, q_parts[step][2] = x.z, q_parts[step][3] = x.w;
+    }
+    const float q_scale = shared.q_scale[g & 3];
+    const int high_offset = KEY_BITS == 4 ? shared.q_offset[g & 3][0] : 0;
+    const int low_offset = KEY_BITS == 4 ? shared.q_offset[g & 3][1] : 0;
+
+#pragma unroll
+    for (auto& x : acc) x[0] = x[1] = x[2] = x[3] = 0;
+    weight_sum = 0, top = kNothing, sum = 0;
+    int filled = STAGES - 1, stage = 0;
+#pragma unroll 1
+    for (int tile = mine; tile < last_tile; tile += WARPS) {
+      __syncwarp();  // the stage that is filled next has been read by all
+      start_copy(tile + (STAGES - 1) * WARPS, last_tile, filled);
+      filled = filled == STAGES - 1 ? 0 : filled + 1;
+      wait_copies<STAGES - 1>();
+      __syncwarp();
+      const unsigned* keys = shared.ring[warp][stage];
+      const unsigned* values = keys + Keys::size;
+      stage = stage == STAGES - 1 ? 0 : stage + 1;
+      unpack_scales(reinterpret_cast<const __half*>(values + Values::size));
+
+      int dots[4][4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        dots[j][0] = dots[j][1] = high_offset, dots[j][2] = dots[j][3] = low_offset;
+        multiply_keys(dots[j], keys, 8 * j + (g & 1 ? 7 - g / 2 : g / 2), share, q_parts);
+      }
+      float s[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int dot = dots[i / 2][i % 2] * 256 + dots[i / 2][2 + i % 2];
+        s[i] = float(dot) * (token_scale(i).x * q_scale);
+      }
+      apply_mask(s, tile * kTile);
+      unsigned weights[2];
+      softmax(s, weights);
+      multiply_values(values, weights);
+    }
+    finish(slot);
+  }
+
+  /// The token of this thread's i-th score within a tile.
+  __device__ int token(int i) const { return 8 * (i / 2) + (i % 2 ? 7 - t : t); }
+  __device__ float2 token_scale(int i) const { return shared.token_scales[warp][token(i)]; }
+
+  /// Hides scores and adds the mask's terms; `key` is the tile's first.
+  __device__ void apply_mask(float (&s)[8], int key) const {
+    if constexpr (MASK == kNoMask) {
+      if (__all_sync(~0u, key >= row_range.first && key + kTile <= row_range.last)) return;
+    }
+    const float hidden = -__uint_as_float(0x7f800000);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int at = key + token(i);
+      float term = hidden;
+      if (at >= row_range.first && at < row_range.last) term = mask_term<MASK, MaskT>(a, b, row_head, row_query, at);
+      s[i] = term == hidden ? hidden : s[i] + term;
+    }
+  }
+
+  /// Each lane converts one token's scales.  A value scale that is no number poisons the key's, so that it reaches the
+  /// sum of weights wherever the token is visible.
+  __device__ void unpack_scales(const __half* scales) {
+    float key = __half2float(scales[lane]), value = __half2float(scales[32 + lane]) * kWeightOne;
+    if (!(value < __uint_as_float(0x7f800000))) key = __uint_as_float(0x7fc00000), value = 0;
+    shared.token_scales[warp][lane] = make_float2(key, value);
+    __syncwarp();
+  }
+
+  /// Products of four query rows, high and low, with the keys of eight tokens; this thread brings `token`'s codes.
+  __device__ static void multiply_keys(int (&dots)[4], const unsigned* keys, int token, const KeyShare& share,
+                                       const unsigned (&q)[kKeySteps][4]) {
+    constexpr int n = KeyShare::per_thread;
+    unsigned packed[n][KEY_BITS];
+    if constexpr (KeyShare::groups == 4 * n) {
+      unsigned words[n * KEY_BITS];
+      Keys::load(keys, token, share.group * KEY_BITS, words);
+#pragma unroll
+      for (int k = 0; k < n * KEY_BITS; ++k) packed[k / KEY_BITS][k % KEY_BITS] = words[k];
+    } else {
+#pragma unroll
+      for (int i = 0; i < n; ++i) Keys::load(keys, token, share.clamped(i) * KEY_BITS, packed[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const Group<KEY_BITS> group(packed[i]);
+#pragma unroll
+      for (int w = 0; w < KeyShare::words; ++w) {
+        const unsigned x = share.pick(group.word, w) & group.mask;
+        const auto& f = q[i * KeyShare::words + w];
+        mma_int8<false, KEY_BITS == 4>(dots, f[0], f[1], f[2], f[3], lookup<KEY_BITS>(x), lookup<KEY_BITS>(x >> 16));
+      }
+    }
+  }
+
+  /// Weights exp2(s - top) times the value scale as bytes: the high part in threads of g < 4, else the low part.
+  __device__ void softmax(const float (&s)[8], unsigned (&weights)[2]) {
+    constexpr float shift = 8388608.f;  // 2^23: adding it leaves a rounded integer in the low bits
+    float fixed[8], tile_sum;
+#pragma unroll 1
+    for (int pass = 0;; ++pass) {
+      float largest = 0;
+      tile_sum = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float p = exp2_fast(s[i] - top);
+        tile_sum += p;
+        fixed[i] = fmaf(p, token_scale(i).y, shift);
+        largest = fmaxf(largest, fixed[i]);
+      }
+      // The exponent is an integer that moves only when a weight no longer fits; where values are 0 it may lag by 43.
+      if (pass || !__any_sync(~0u, largest > shift + 65535 || tile_sum > 8e12f)) break;
+      float up = kNothing;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) up = fmaxf(up, s[i] + fmaxf(log2_fast(token_scale(i).y * (1 / kWeightOne)), -40.f));
+      up = fmaxf(up, __shfl_xor_sync(~0u, up, 1));
+      up = fmaxf(up, __shfl_xor_sync(~0u, up, 2));
+      raise(fmaxf(top, ceilf(up)));
+    }
+    sum += tile_sum;
+    const unsigned pick = g < 4 ? 0x51 : 0x40;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const unsigned first = prmt(__float_as_uint(fixed[4 * i]), __float_as_uint(fixed[4 * i + 1]), pick);
+      const unsigned second = prmt(__float_as_uint(fixed[4 * i + 2]), __float_as_uint(fixed[4 * i + 3]), pick);
+      weights[i] = prmt(first, second, 0x5410);
+    }
+    if constexpr (VALUE_BITS == 4) {
+      weight_sum = int(__dp4a(weights[0], 0x01010101u, __dp4a(weights[1], 0x01010101u, unsigned(weight_sum))));
+    }
+  }
+
+  /// Takes from the sums what unsigned 4-bit values added to them.
+  __device__ void settle() {
+    if constexpr (VALUE_BITS == 4) {
+      weight_sum += __shfl_xor_sync(~0u, weight_sum, 1);
+      weight_sum += __shfl_xor_sync(~0u, weight_sum, 2);
+      const int even = 128 * __shfl_sync(~0u, weight_sum, 8 * t), odd = 128 * __shfl_sync(~0u, weight_sum, 8 * t + 4);
+#pragma unroll
+      for (auto& x : acc) x[0] -= even, x[1] -= odd, x[2] -= even, x[3] -= odd;
+      weight_sum = 0;
+    }
+  }
+
+  /// Makes everything relative to a larger exponent.
+  __device__ void raise(float new_top) {
+    const float down = top - new_top;
+    const int bits = int(fminf(-down, 31.f));
+    sum *= exp2_fast(down);
+    top = new_top;
+    settle();
+    const auto rescale = [](int x, int bits) { return bits > 29 ? 0 : (x + (1 << bits >> 1)) >> bits; };
+    const int even = __shfl_sync(~0u, bits, 4 * (2 * t & 3)), odd = __shfl_sync(~0u, bits, 4 * (2 * t & 3) + 4);
+#pragma unroll
+    for (auto& x : acc) {
+      x[0] = rescale(x[0], even), x[1] = rescale(x[1], odd);
+      x[2] = rescale(x[2], even), x[3] = rescale(x[3], odd);
+    }
+  }
+
+  /// Selectors of four tokens' codes, two coordinates a word: nibbles (0, 2), (4, 6), (1, 3), (5, 7).
+  __device__ static void transpose(const unsigned (&x)[4], unsigned (&out)[4]) {
+    constexpr unsigned low = (VALUE_BITS == 4 ? 0xfu : VALUE_BITS == 3 ? 7u : 3u) * 0x01010101u, high = low << 4;
+    const unsigned even[2] = {(x[0] & low) | (x[1] << 4 & high), (x[2] & low) | (x[3] << 4 & high)};
+    const unsigned odd[2] = {(x[0] >> 4 & low) | (x[1] & high), (x[2] >> 4 & low) | (x[3] & high)};
+    out[0] = prmt(even[0], even[1], 0x5140), out[1] = prmt(even[0], even[1], 0x7362);
+    out[2] = prmt(odd[0], odd[1], 0x5140), out[3] = prmt(odd[0], odd[1], 0x7362);
+  }
+
+  /// Adds the weighted values of a tile.
+  __device__ void multiply_values(const unsigned* values, const unsigned (&weights)[2]) {
+    const ValueShare share(g);
+    unsigned nibbles[8][4];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      unsigned packed[VALUE_BITS];
+      Values::load(values, token(i), share.clamped(0) * VALUE_BITS, packed);
+      const Group<VALUE_BITS> group(packed);
+#pragma unroll
+      for (int w = 0; w < ValueShare::words; ++w) nibbles[i][w] = share.pick(group.word, w);
+    }
+#pragma unroll
+    for (int w = 0; w < ValueShare::words; ++w) {
+      unsigned low[4], high[4];
+      transpose({nibbles[0][w], nibbles[1][w], nibbles[2][w], nibbles[3][w]}, low);
+      transpose({nibbles[4][w], nibbles[5][w], nibbles[6][w], nibbles[7][w]}, high);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        mma_int8<VALUE_BITS == 4, true>(acc[4 * w + k], lookup<VALUE_BITS>(low[k]), lookup<VALUE_BITS>(low[k] >> 16),
+                                        lookup<VALUE_BITS>(high[k]), lookup<VALUE_BITS>(high[k] >> 16), weights[0],
+                                        weights[1]);
+      }
+    }
+  }
+
+  /// Merges the warps of the block and writes the segment's partial result.
+  __device__ void finish(int slot) {
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    settle();
+    if (t == 0 && g < kRows) shared.sums[warp][g] = make_float2(top, sum);
+    wait_copies<0>();
+    __syncthreads();
+    float* out = reinterpret_cast<float*>(shared.ring[warp]);
+    const int rows[2] = {2 * t & 3, (2 * t & 3) + 1};  // this thread's columns: high parts for t < 2, else low parts
+    float factor[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      float most = kNothing;
+      for (int w = 0; w < WARPS; ++w) most = fmaxf(most, shared.sums[w][rows[k]].x);
+      factor[k] =
+          exp2_fast(shared.sums[warp][rows[k]].x - most) * (t < 2 ? 256 : 1) * level_step(VALUE_BITS) / kWeightOne;
+    }
+    const ValueShare share(g);
+    // High and low parts meet: threads of t < 2 end up with the first coordinate of both rows, the rest with the
+    // second.
+    float total[kValueTiles][2];
+#pragma unroll
+    for (int m = 0; m < kValueTiles; ++m) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const float first = float(acc[m][k]) * factor[k], second = float(acc[m][2 + k]) * factor[k];
+        total[m][k] = (t < 2 ? first : second) + __shfl_xor_sync(~0u, t < 2 ? second : first, 2);
+      }
+    }
+    if (share.has(0)) {
+#pragma unroll
+      for (int m = 0; m < kValueTiles; ++m) {
+        const int coordinate = share.coordinate(0, m / 4) + (m % 2 * 4 + m % 4 / 2) + (t < 2 ? 0 : 2);
+        out[result_at(rows[0], coordinate)] = total[m][0];
+        out[result_at(rows[1], coordinate)] = total[m][1];
+      }
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kRows * D; i += 32 * WARPS) {
+      float x = 0;
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) x += reinterpret_cast<const float*>(shared.ring[w])[result_at(i / D, i % D)];
+      a.partial[(long long)slot * kRows * D + i] = x;
+    }
+    if (threadIdx.x < kRows) {
+      float most = kNothing, total = 0;
+      for (int w = 0; w < WARPS; ++w) most = fmaxf(most, shared.sums[w][threadIdx.x].x);
+      for (int w = 0; w < WARPS; ++w) {
+        total += exp2_fast(shared.sums[w][threadIdx.x].x - most) * shared.sums[w][threadIdx.x].y;
+      }
+      a.partial_sums[(long long)slot * kRows + threadIdx.x] = make_float2(most, total);
+    }
+    __syncthreads();
+  }
+};
+
+/// Entry for generated code: types from pointers, shared memory as bytes.
+template <int D, int KEY_BITS, int VALUE_BITS, MaskType MASK, int WARPS, int STAGES, class T, class MaskT>
+__device__ void run_decode(const AttentionArgs& a, const T*, const MaskT*, unsigned char* shared) {
+  using Kernel = Decode<D, KEY_BITS, VALUE_BITS, T, MASK, MaskT, WARPS, STAGES>;
+  Kernel kernel(a, *reinterpret_cast<typename Kernel::Shared*>(shared));
+  kernel.run(blockIdx.x, gridDim.x);
+}
+
+}  // namespace turboquant::cuda

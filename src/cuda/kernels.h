@@ -1,0 +1,50 @@
+// The kernels as text: what MLX's cuda_kernel (and the tests, which imitate it) need to compile and launch one.
+#pragma once
+
+#include <array>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cuda/plan.h"
+#include "turboquant/turboquant.h"
+
+namespace turboquant::cuda {
+
+/// The device sources (format.h, codec.cu.h, attention.cu.h, ...) in one text without includes and comments, up to and
+/// with the file that a kernel needs.
+enum class Source { codec, attention, decode };
+std::string_view source_text(Source source);
+
+/// A kernel: `source` is the body of a __global__ function whose parameters are the inputs (const pointers, with
+/// NAME_shape and NAME_strides after each whose name appears so in the body), then the outputs.
+struct Kernel {
+  std::string name;
+  Source header;
+  std::vector<std::string> inputs, outputs;
+  std::string source;
+  std::array<int, 3> grid{1, 1, 1}, block{1, 1, 1};  // grid in threads, as MLX counts
+  int shared_bytes = 0;
+};
+
+struct EncodeSide {
+  int bits;
+  bool centred;
+};
+/// One or two sides of `vectors` = batch * heads * tokens each.
+Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t vectors);
+Kernel decode_kernel(int bits, bool centred, int head_dim, uint64_t seed, int64_t vectors);
+
+/// What an attention kernel is compiled for, beside its shape.
+struct AttentionSettings {
+  float scale = 1;
+  uint64_t seed = 0;
+  bool causal = false;
+  int window = 0;
+  MaskKind mask = MaskKind::none;
+  bool starts = false, sinks = false, key_centre = false, value_centre = false;
+};
+Kernel partial_kernel(const AttentionShape& shape, const AttentionSettings& settings, const DecodePlan& plan);
+Kernel merge_kernel(const AttentionShape& shape, const AttentionSettings& settings, const DecodePlan& plan);
+
+}  // namespace turboquant::cuda

@@ -1,0 +1,70 @@
+// The kernels' text compiles for every architecture served, whatever the machine; no GPU is used.
+#include <gtest/gtest.h>
+
+#include "attend.h"
+#include "cases.h"
+
+namespace turboquant {
+namespace {
+
+class Compile : public testing::TestWithParam<std::string> {
+ protected:
+  void attention(const cases::Case& c, const cuda::Device& device = {}) {
+    SCOPED_TRACE(c.name());
+    cases::Inputs inputs(c);
+    const auto call = jit::attention_call(inputs.params(), device, false);
+    for (size_t k = 0; k < call.kernels.size(); ++k) {
+      EXPECT_FALSE(
+          jit::compile(jit::whole_source(call.kernels[k], call.inputs[k], call.outputs[k]), GetParam()).empty());
+    }
+  }
+};
+
+TEST_P(Compile, Attention) {
+  for (int len : {1, 4, 40}) {
+    for (int bits : {2, 3, 4}) {
+      attention({.key_bits = bits, .value_bits = bits, .query_len = len, .kv_len = 40});
+    }
+    attention({.key_bits = 4, .value_bits = 2, .head_dim = 96, .query_len = len, .kv_len = 40, .causal = true});
+    attention({.head_dim = 128, .query_len = len, .kv_len = 40, .mask = MaskKind::boolean, .dtype = Dtype::float16});
+    attention({.head_dim = 64,
+               .query_len = len,
+               .kv_len = 40,
+               .sinks = true,
+               .centred = true,
+               .mask = MaskKind::additive,
+               .dtype = Dtype::bfloat16});
+    attention({.head_dim = 128, .query_len = len, .kv_len = 40}, {.multiprocessors = 84, .shared_bytes = 101376});
+  }
+}
+
+TEST_P(Compile, Codec) {
+  const jit::Array array;
+  for (int dim : {32, 96, 160, 224, 256}) {
+    for (const char* type : {"float", "__half", "__nv_bfloat16"}) {
+      const jit::Array x(nullptr, type, {1, 1, 1, dim}), codes(nullptr, "uint32_t", {1, 1, 1, 1}),
+          scales(nullptr, "__half", {1, 1, 1});
+      const auto encode = cuda::encode_kernel({{3, true}, {4, false}}, dim, 7, 1);
+      EXPECT_FALSE(
+          jit::compile(jit::whole_source(encode, {x, array, x, array}, {codes, scales, codes, scales}), GetParam())
+              .empty());
+      const auto decode = cuda::decode_kernel(2, true, dim, 7, 1);
+      EXPECT_FALSE(jit::compile(jit::whole_source(decode, {codes, scales, array}, {x}), GetParam()).empty());
+    }
+  }
+}
+
+TEST_P(Compile, ErrorsShowTheCompilersLog) {
+  try {
+    jit::compile("__global__ void f() { undeclared(); }", GetParam());
+    FAIL() << "compiled";
+  } catch (const std::runtime_error& e) {
+    EXPECT_NE(std::string(e.what()).find("undeclared"), std::string::npos);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Architectures, Compile, testing::Values("sm_80", "sm_90a"),
+                         [](const auto& info) { return info.param; });
+
+}  // namespace
+}  // namespace turboquant

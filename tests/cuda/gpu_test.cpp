@@ -1,0 +1,243 @@
+// The CUDA kernels on a GPU against the reference backend.  Skipped where there is no GPU.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <thread>
+
+#include "attend.h"
+#include "cases.h"
+
+namespace turboquant {
+namespace {
+
+// q and the softmax weights are kept to 15 bits or more in decoding, q and the weights to fp16 in prefill.
+constexpr double kTolerance = 5e-4, kPrefillTolerance = 1e-3;
+
+bool has_gpu() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+}
+
+class Gpu : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!has_gpu()) GTEST_SKIP() << "no GPU";
+  }
+};
+
+/// Compiles the kernels of many cases on all processors, so that the table does not wait for one compiler.
+void precompile(const std::vector<cases::Case>& table, const std::string& architecture, const cuda::Device& device) {
+  std::atomic<size_t> next = 0;
+  const auto work = [&] {
+    for (size_t i; (i = next++) < table.size();) {
+      cases::Case small = table[i];
+      const int kv_len = small.kv_len;
+      small.kv_len = std::min(kv_len, small.query_len);  // only its kernels are wanted
+      cases::Inputs inputs(small);
+      AttendParams p = inputs.params();
+      p.kv_len = kv_len;
+      const auto call = jit::attention_call(p, device, false);
+      for (size_t k = 0; k < call.kernels.size(); ++k) {
+        jit::compile(jit::whole_source(call.kernels[k], call.inputs[k], call.outputs[k]), architecture);
+      }
+    }
+  };
+  std::vector<std::thread> threads;
+  for (unsigned i = 0; i < std::max(1u, std::thread::hardware_concurrency()); ++i) threads.emplace_back(work);
+  for (auto& t : threads) t.join();
+}
+
+TEST_F(Gpu, AttentionMatchesTheOracle) {
+  const char* short_run = std::getenv("TURBOQUANT_SHORT");  // under compute-sanitizer the long rows take minutes
+  const auto table = cases::table(!short_run);
+  precompile(table, jit::current_architecture(), jit::current_device());
+  double worst = 0;
+  for (const auto& c : table) {
+    SCOPED_TRACE(c.name());
+    const auto d = cases::compare(c, jit::attend_on_gpu);
+    const double limit = (c.query_len <= 8 ? kTolerance : kPrefillTolerance) + cases::rounding(c.dtype);
+    EXPECT_LE(d.overall, limit);
+    EXPECT_LE(d.worst_row, limit);
+    worst = std::max(worst, d.worst_row - cases::rounding(c.dtype));
+  }
+  std::printf("%zu cases, worst row %.2e\n", table.size(), worst);
+}
+
+/// Vectors [batch, heads, tokens, dim] and room for their codes.
+struct Vectors {
+  cases::Buffer x;
+  cases::PackedBuffer packed;
+  std::vector<float> centre;
+  int batch, heads, tokens, dim;
+  Vectors(int batch, int heads, int tokens, int dim, int bits, Dtype dtype, bool centred)
+      : x(dtype, size_t(batch) * heads * tokens * dim),
+        packed(batch, heads, tokens, dim, bits),
+        batch(batch),
+        heads(heads),
+        tokens(tokens),
+        dim(dim) {
+    std::mt19937_64 rng(bits * 1000 + dim);
+    std::normal_distribution<float> normal;
+    for (size_t i = 0; i < x.size(); ++i) x.set(i, 3 * normal(rng));
+    for (int i = 0; centred && i < heads * dim; ++i) centre.push_back(normal(rng));
+  }
+  EncodeParams params() {
+    EncodeParams p;
+    p.batch = batch, p.heads = heads, p.tokens = tokens, p.head_dim = dim, p.seed = 7;
+    p.x = cases::contiguous<const void*>(x.bytes.data(), x.dtype, heads, tokens, dim);
+    p.centre = centre.empty() ? nullptr : centre.data();
+    p.out = packed.view;
+    return p;
+  }
+};
+
+int read_code(const uint32_t* row, int bits, int i) {
+  int code = 0;
+  for (int bit = 0; bit < bits; ++bit) {
+    code |= int(row[i / 32 * bits + bit_word(bits, i % 32, bit)] >> bit_position(bits, i % 32, bit) & 1) << bit;
+  }
+  return code;
+}
+
+TEST_F(Gpu, EncodeMatchesTheOracle) {
+  for (int dim : {32, 64, 96, 128, 160, 192, 224, 256}) {
+    for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
+      for (int bits : {2, 3, 4}) {
+        SCOPED_TRACE(testing::Message() << "dim " << dim << " bits " << bits << " dtype " << int(dtype));
+        const int other = bits == 4 ? 2 : bits + 1;
+        Vectors k(2, 3, 37, dim, bits, dtype, false), v(2, 3, 37, dim, other, dtype, true);
+        Vectors k_want = k, v_want = v;
+        for (Vectors* x : {&k, &v, &k_want, &v_want}) {
+          const int width = x == &k || x == &k_want ? bits : other;
+          const int64_t row = int64_t(x->tokens) * words_per_vector(width, dim);
+          x->packed.view = {x->packed.codes.data(),
+                            x->packed.scales.data(),
+                            width,
+                            x->heads * row,
+                            row,
+                            int64_t(x->heads) * x->tokens,
+                            x->tokens};
+        }
+        const EncodeParams values = v.params();
+        jit::encode_on_gpu(k.params(), &values);
+        encode(k_want.params(), Backend::reference);
+        encode(v_want.params(), Backend::reference);
+        for (auto [got, want] : {std::pair{&k, &k_want}, {&v, &v_want}}) {
+          const int width = got->packed.view.bits, words = words_per_vector(width, dim);
+          int differ = 0, total = 0;
+          for (size_t row = 0; row < got->packed.scales.size(); ++row) {
+            const int before = differ;
+            for (int i = 0; i < dim; ++i, ++total) {
+              const int a = read_code(&got->packed.codes[row * words], width, i);
+              const int b = read_code(&want->packed.codes[row * words], width, i);
+              differ += a != b;
+              // Rounding can only move a coordinate across one threshold.
+              EXPECT_LE(std::abs(std::abs(level(width, a)) - std::abs(level(width, b))), 25);
+            }
+            // One step of fp16; a code across a threshold moves |levels| with it.
+            const double tolerance = differ == before ? 0x1p-10 : 0.02;
+            EXPECT_NEAR(half_to_float(got->packed.scales[row]) / half_to_float(want->packed.scales[row]), 1, tolerance);
+          }
+          EXPECT_LE(differ, 2 + total / 20000);
+        }
+      }
+    }
+  }
+}
+
+TEST_F(Gpu, EncodeKeepsZeroAndSpoilsNothingButBadVectors) {
+  for (int bits : {2, 3, 4}) {
+    for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
+      Vectors v(1, 1, 8, 128, bits, dtype, false);
+      for (int i = 0; i < 128; ++i) v.x.set(i, 0);
+      v.x.set(128 + 5, NAN);
+      v.x.set(2 * 128 + 9, INFINITY);
+      const bool wide = dtype != Dtype::float16;
+      for (int i = 0; i < 128; ++i) v.x.set(3 * 128 + i, wide ? 1e30f : 60000.f);  // beyond a fp16 scale
+      for (int i = 0; i < 128; ++i) v.x.set(4 * 128 + i, wide ? 1e-30f : 6e-8f);
+      Vectors want = v;
+      want.packed.view.codes = want.packed.codes.data(), want.packed.view.scales = want.packed.scales.data();
+      v.packed.view.codes = v.packed.codes.data(), v.packed.view.scales = v.packed.scales.data();
+      jit::encode_on_gpu(v.params(), nullptr);
+      encode(want.params(), Backend::reference);
+      for (int t = 0; t < 8; ++t) {
+        SCOPED_TRACE(testing::Message() << "bits " << bits << " dtype " << int(dtype) << " token " << t);
+        const float a = half_to_float(v.packed.scales[t]), b = half_to_float(want.packed.scales[t]);
+        if (std::isfinite(b) && b > 0) {
+          EXPECT_NEAR(a, b, std::max(2e-3f * b, 1e-7f));
+        } else {
+          EXPECT_TRUE(a == b || (std::isnan(a) && std::isnan(b))) << a << " " << b;
+        }
+        if (t <= 2) {  // zero, NaN, infinity
+          const int words = words_per_vector(bits, 128);
+          EXPECT_EQ(std::memcmp(&v.packed.codes[t * words], &want.packed.codes[t * words], words * 4), 0);
+        }
+      }
+    }
+  }
+}
+
+TEST_F(Gpu, DecodeMatchesTheOracle) {
+  for (int dim : {32, 96, 128, 160, 256}) {
+    for (int bits : {2, 3, 4}) {
+      Vectors v(2, 2, 19, dim, bits, Dtype::float32, true);
+      v.packed.view.codes = v.packed.codes.data(), v.packed.view.scales = v.packed.scales.data();
+      encode(v.params(), Backend::reference);
+      DecodeParams p;
+      p.batch = 2, p.heads = 2, p.tokens = 19, p.head_dim = dim, p.seed = 7;
+      p.in = v.packed.packed();
+      p.centre = v.centre.data();
+      std::vector<float> got(v.x.size()), want(v.x.size());
+      p.out = cases::contiguous<void*>(got.data(), Dtype::float32, 2, 19, dim);
+      jit::decode_on_gpu(p);
+      p.out.data = want.data();
+      decode(p, Backend::reference);
+      for (size_t i = 0; i < got.size(); ++i) ASSERT_NEAR(got[i], want[i], 1e-4) << dim << " " << bits << " " << i;
+    }
+  }
+}
+
+/// Runs a case whose packed keys or values are spoilt at one token, and counts outputs that are no numbers.
+int spoilt_outputs(cases::Case c, bool values, int token) {
+  cases::Inputs inputs(c);
+  (values ? inputs.values : inputs.keys).scales[token] = 0x7e00;
+  for (size_t i = 0; i < inputs.out.size(); ++i) inputs.out.set(i, 0);
+  jit::attend_on_gpu(inputs.params());
+  int count = 0;
+  for (size_t i = 0; i < inputs.out.size(); ++i) count += std::isnan(inputs.out.get(i));
+  return count;
+}
+
+TEST_F(Gpu, HiddenTokensHaveNoInfluenceAndVisibleNaNPropagates) {
+  for (int len : {1, 3, 20}) {
+    cases::Case c{.head_dim = 128, .query_heads = 2, .query_len = len, .kv_len = 90, .causal = true, .window = 40};
+    for (bool values : {false, true}) {
+      SCOPED_TRACE(testing::Message() << "queries " << len << " values " << values);
+      EXPECT_EQ(spoilt_outputs(c, values, 0), 0) << "outside every window";
+      EXPECT_EQ(spoilt_outputs(c, values, 89), 2 * 128) << "seen by the last query of both heads";
+    }
+  }
+}
+
+TEST_F(Gpu, QueriesThatSeeNothingGiveZero) {
+  for (int len : {1, 12}) {
+    cases::Case c{.head_dim = 64, .batch = 2, .query_len = len, .kv_len = 50, .ragged = true, .centred = true};
+    for (bool sinks : {false, true}) {
+      c.sinks = sinks;
+      cases::Inputs inputs(c);
+      inputs.starts = {0, 50};
+      for (size_t i = 0; i < inputs.out.size(); ++i) inputs.out.set(i, 1);
+      jit::attend_on_gpu(inputs.params());
+      const size_t half = inputs.out.size() / 2;
+      for (size_t i = 0; i < inputs.out.size(); ++i) {
+        if (i >= half) ASSERT_EQ(inputs.out.get(i), 0) << i;
+        ASSERT_TRUE(std::isfinite(inputs.out.get(i)));
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace turboquant

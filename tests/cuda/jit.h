@@ -1,0 +1,83 @@
+// Compiles and launches the kernels of src/cuda/kernels.h as MLX's cuda_kernel does: the same signature around the same
+// text, compiled by NVRTC.  Compilation needs no GPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cuda/kernels.h"
+
+namespace turboquant::jit {
+
+/// An array argument: a device pointer, C type, sizes and strides (in elements).
+struct Array {
+  void* data = nullptr;
+  std::string type = "float";
+  std::vector<int32_t> shape;
+  std::vector<int64_t> strides;
+
+  /// Dense.
+  Array(void* data, std::string type, std::vector<int32_t> shape);
+  Array(void* data, std::string type, std::vector<int32_t> shape, std::vector<int64_t> strides)
+      : data(data), type(std::move(type)), shape(std::move(shape)), strides(std::move(strides)) {}
+  /// What a kernel that ignores this argument gets.
+  Array() : Array(nullptr, "float", {1}) {}
+};
+
+std::string type_name(Dtype dtype);
+
+/// The whole translation unit of a kernel, whose function is `function`.
+std::string whole_source(const cuda::Kernel& kernel, const std::vector<Array>& inputs,
+                         const std::vector<Array>& outputs);
+
+/// Machine code for an architecture ("sm_90a"); throws std::runtime_error with the compiler's log.  Kept in memory, and
+/// in the folder TURBOQUANT_CUBIN_CACHE if that is set.
+std::string compile(const std::string& source, const std::string& architecture);
+
+/// "sm_90a" for the current device.
+std::string current_architecture();
+/// Limits of the current device.
+cuda::Device current_device();
+
+/// A kernel ready to launch with fixed arguments.
+class Launch {
+ public:
+  Launch(const cuda::Kernel& kernel, const std::vector<Array>& inputs, const std::vector<Array>& outputs);
+  void operator()(cudaStream_t stream = nullptr) const;
+
+ private:
+  cudaKernel_t function_;
+  dim3 grid_, block_;
+  int shared_bytes_;
+  std::vector<std::vector<uint8_t>> arguments_;
+};
+
+/// Throws with the error's name.
+void check(cudaError_t error, const char* what);
+
+/// Device memory that is freed with it.
+class Memory {
+ public:
+  explicit Memory(size_t bytes = 0);
+  Memory(const void* host, size_t bytes);
+  Memory(Memory&& other) noexcept : data_(other.data_), bytes_(other.bytes_) { other.data_ = nullptr; }
+  Memory& operator=(Memory&& other) noexcept {
+    std::swap(data_, other.data_), std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  ~Memory() {
+    if (data_) cudaFree(data_);
+  }
+  void* get() const { return data_; }
+  size_t size() const { return bytes_; }
+  void download(void* host) const;
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+}  // namespace turboquant::jit
