@@ -186,15 +186,21 @@ struct Difference {
   double worst_row = 0;  // the same for the worst single query
 };
 
-/// Runs a backend on a case and compares.  The oracle's output is float32 whatever the case's dtype.
-inline Difference compare(const Case& c, const std::function<void(const AttendParams&)>& run) {
-  Inputs inputs(c);
-  for (size_t i = 0; i < inputs.out.size(); ++i) inputs.out.set(i, NAN);  // an unwritten number must not pass
-  run(inputs.params());
+/// The oracle's output, float32 whatever the case's dtype.
+inline Buffer oracle(Inputs& inputs) {
+  const Case& c = inputs.c;
   Buffer want(Dtype::float32, inputs.out.size());
   AttendParams p = inputs.params();
   p.out = contiguous<void*>(want.bytes.data(), Dtype::float32, c.query_heads, c.query_len, c.head_dim);
   attend(p, Backend::reference);
+  return want;
+}
+
+/// Runs a backend on the inputs and compares with what the oracle wants.
+inline Difference compare(Inputs& inputs, const Buffer& want, const std::function<void(const AttendParams&)>& run) {
+  const Case& c = inputs.c;
+  for (size_t i = 0; i < inputs.out.size(); ++i) inputs.out.set(i, NAN);  // an unwritten number must not pass
+  run(inputs.params());
   Difference d;
   double all_error = 0, all_square = 0;
   for (size_t row = 0; row < want.size() / c.head_dim; ++row) {
@@ -211,6 +217,12 @@ inline Difference compare(const Case& c, const std::function<void(const AttendPa
   }
   d.overall = all_error == 0 ? 0 : std::sqrt(all_error / all_square);
   return d;
+}
+
+/// Runs a backend on a case and compares.
+inline Difference compare(const Case& c, const std::function<void(const AttendParams&)>& run) {
+  Inputs inputs(c);
+  return compare(inputs, oracle(inputs), run);
 }
 
 /// What rounding the output to its dtype alone can add.

@@ -1,0 +1,209 @@
+// The driver of attend: tiles of query rows times chunks of tokens, each a task; chunks of a tile merge in order.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu/driver.h"
+#include "cpu/kernels.h"
+#include "cpu/pool.h"
+#include "tensor.h"
+#include "turboquant/rotation.h"
+#include "turboquant/softmax.h"
+
+namespace turboquant::cpu {
+namespace {
+
+constexpr float kLog2E = 1.44269504f;
+
+/// How the work is cut, from the shape alone: results must not depend on the number of threads.
+struct Split {
+  int group, rows;       // query heads of a KV head; query rows of a KV head, i.e. query * group + head
+  int tiles, tile_rows;  // of rows
+  int chunks, chunk_tokens;
+
+  explicit Split(const AttendParams& p) : group(p.query_heads / p.kv_heads), rows(group * p.query_len) {
+    tiles = (rows + kTileRows - 1) / kTileRows;
+    tile_rows = (rows + tiles - 1) / tiles;
+    const int64_t work = int64_t(p.batch) * p.kv_heads * tiles;
+    // Some 64 tasks, of 256 to 2048 tokens unless there are tiles enough, and at most 4 MiB of partial results.
+    int64_t most = std::max<int64_t>(1, (4 << 20) / (4 * int64_t(p.head_dim) * p.batch * p.query_heads * p.query_len));
+    if (work >= 32) most = 1;
+    int64_t tokens = std::clamp<int64_t>(p.kv_len * work / 64, 256, 2048);
+    tokens = std::max(tokens, (p.kv_len + most - 1) / most);
+    chunk_tokens = int((tokens + kBlock - 1) / kBlock * kBlock);
+    chunks = std::max(1, (p.kv_len + chunk_tokens - 1) / chunk_tokens);
+  }
+};
+
+/// A thread's scratch memory, kept between calls.
+std::byte* workspace(size_t bytes) {
+  struct Free {
+    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  thread_local std::unique_ptr<std::byte, Free> memory;
+  thread_local size_t capacity = 0;
+  if (capacity < bytes) {
+    memory.reset();
+    memory.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t(64))));
+    capacity = bytes;
+  }
+  return memory.get();
+}
+
+/// What a tile's mask callback needs.
+struct MaskContext {
+  const AttendParams& p;
+  int batch, first_head, first_row, group;
+};
+
+void add_mask(const void* context, int row, int t, int n, float* scores) {
+  const MaskContext& c = *static_cast<const MaskContext*>(context);
+  const AttendParams& p = c.p;
+  const int flat = c.first_row + row;
+  const int64_t at = mask_offset(p, c.batch, c.first_head + flat % c.group, flat / c.group, t);
+  const int64_t stride = p.mask_strides[3];
+  if (p.mask_kind == MaskKind::boolean) {
+    const uint8_t* mask = static_cast<const uint8_t*>(p.mask) + at;
+    for (int i = 0; i < n; ++i) scores[i] = mask[i * stride] ? scores[i] : -INFINITY;
+  } else {
+    for (int i = 0; i < n; ++i) {
+      const float bias = load_number(p.mask, p.mask_dtype, at + i * stride);
+      scores[i] = bias == -INFINITY ? bias : scores[i] + bias * kLog2E;
+    }
+  }
+}
+
+class Attention {
+ public:
+  explicit Attention(const AttendParams& p) : p_(p), split_(p), kernels_(kernels()) {
+    fill_signs(p.seed, p.head_dim, signs_);
+    const size_t rows = size_t(p.batch) * p.kv_heads * split_.rows * split_.chunks;
+    max_.resize(rows);
+    sum_.resize(rows);
+    acc_.reset(new float[rows * p.head_dim]);
+    const size_t tiles = size_t(p.batch) * p.kv_heads * split_.tiles;
+    left_.reset(new std::atomic<int>[tiles]);
+    for (size_t i = 0; i < tiles; ++i) left_[i] = split_.chunks;
+  }
+
+  void run() {
+    parallel_for(p_.batch * p_.kv_heads * split_.tiles * split_.chunks, [&](int task) {
+      const int chunk = task % split_.chunks, tile = task / split_.chunks;
+      attend(tile, chunk);
+      if (--left_[tile] == 0) finish(tile);
+    });
+  }
+
+ private:
+  int tile_begin(int tile) const { return tile % split_.tiles * split_.tile_rows; }
+  int tile_end(int tile) const { return std::min(split_.rows, tile_begin(tile) + split_.tile_rows); }
+  /// Where the partial results of a tile's chunk begin.
+  size_t partial(int tile, int chunk) const {
+    const size_t head = tile / split_.tiles;
+    const int begin = tile_begin(tile);
+    return (head * split_.rows + begin) * split_.chunks + size_t(chunk) * (tile_end(tile) - begin);
+  }
+
+  void attend(int tile, int chunk) {
+    const int head = tile / split_.tiles, b = head / p_.kv_heads, kv = head % p_.kv_heads;
+    const int begin = tile_begin(tile), rows = tile_end(tile) - begin;
+    const size_t out = partial(tile, chunk);
+    const MaskContext context{p_, b, kv * split_.group, begin, split_.group};
+    Tile t;
+    t.dim = p_.head_dim;
+    t.rows = rows;
+    t.begin = chunk * split_.chunk_tokens;
+    t.end = std::min(p_.kv_len, t.begin + split_.chunk_tokens);
+    t.kv_len = p_.kv_len;
+    t.keys = rows_of(p_.keys, p_.head_dim, b, kv);
+    t.values = rows_of(p_.values, p_.head_dim, b, kv);
+    t.scale = p_.scale;
+    t.q_dtype = p_.q.dtype;
+    t.signs = signs_;
+    for (int r = 0; r < rows; ++r) {
+      const int i = (begin + r) / split_.group, h = kv * split_.group + (begin + r) % split_.group;
+      t.q[r] = static_cast<const std::byte*>(p_.q.data) + row_offset(p_.q, b, h, i) * size_of(p_.q.dtype);
+      const KeyRange range = visible_keys(p_, b, i);
+      t.first[r] = range.first;
+      t.last[r] = range.last;
+    }
+    t.add_mask = p_.mask_kind == MaskKind::none ? nullptr : add_mask;
+    t.context = &context;
+    t.workspace = workspace(kernels_.workspace_bytes(t.dim, rows));
+    t.max = &max_[out];
+    t.sum = &sum_[out];
+    t.acc = &acc_[out * p_.head_dim];
+    kernels_.attend(t);
+  }
+
+  /// Merges the chunks of a tile, rotates back and writes the output.
+  void finish(int tile) {
+    const int head = tile / split_.tiles, b = head / p_.kv_heads, kv = head % p_.kv_heads;
+    const int begin = tile_begin(tile), rows = tile_end(tile) - begin, dim = p_.head_dim;
+    for (int r = 0; r < rows; ++r) {
+      const int i = (begin + r) / split_.group, h = kv * split_.group + (begin + r) % split_.group;
+      Base2Softmax softmax;
+      alignas(64) float x[256] = {};
+      for (int c = 0; c < split_.chunks; ++c) {
+        const size_t at = partial(tile, c) + r;
+        const auto [old_part, new_part] = softmax.merge(max_[at], sum_[at]);
+        const float* acc = &acc_[at * dim];
+        for (int d = 0; d < dim; ++d) x[d] = x[d] * old_part + acc[d] * new_part;
+      }
+      const float seen = softmax.sum;
+      float norm = seen == 0 ? 0 : 1 / seen;
+      if (p_.sinks) {
+        // Against a sink the keys' common part counts: scores are q . (k - centre), so q . centre is still due.
+        float due = 0;
+        if (p_.key_centre) {
+          const int64_t row = row_offset(p_.q, b, h, i);
+          for (int d = 0; d < dim; ++d)
+            due += load_number(p_.q.data, p_.q.dtype, row + d) * p_.key_centre[kv * dim + d];
+        }
+        const auto [old_part, new_part] = softmax.merge((p_.sinks[h] - p_.scale * due) * kLog2E, 1);
+        norm = old_part == 0 && seen == 0 ? 0 : old_part / softmax.sum;
+      }
+      kernels_.hadamard(x, dim);
+      const float weight = seen * norm;  // of all the values together: 1 unless a sink takes some
+      const int64_t row = row_offset(p_.out, b, h, i);
+      for (int d = 0; d < dim; ++d) {
+        float y = x[d] * signs_[d] * norm;
+        if (p_.value_centre) y += weight * p_.value_centre[kv * dim + d];
+        store_number(p_.out.data, p_.out.dtype, row + d, y);
+      }
+    }
+  }
+
+  /// OnlineSoftmax in base 2.
+  struct Base2Softmax {
+    float max = -INFINITY, sum = 0;
+    struct Factors {
+      float old_part, new_part;
+    };
+    Factors merge(float other_max, float other_sum) {
+      const float top = std::fmax(max, other_max);
+      auto weight = [top](float m) { return m == -INFINITY ? 0.0f : std::exp2(m - top); };
+      const Factors f{weight(max), weight(other_max)};
+      sum = sum * f.old_part + other_sum * f.new_part;
+      max = top;
+      return f;
+    }
+  };
+
+  const AttendParams& p_;
+  const Split split_;
+  const Kernels& kernels_;
+  alignas(64) float signs_[256];
+  std::vector<float> max_, sum_;
+  std::unique_ptr<float[]> acc_;
+  std::unique_ptr<std::atomic<int>[]> left_;
+};
+
+}  // namespace
+
+void attend(const AttendParams& p) { Attention(p).run(); }
+
+}  // namespace turboquant::cpu

@@ -1,0 +1,316 @@
+// The attention kernel: a tile of query rows against a range of packed tokens, kBlock tokens at a time.
+//
+// Per block: keys are unpacked to int8 levels in L1, integer dot products with the rows' queries give the scores, an
+// online softmax (softmax.h, here in base 2 and for a block at a time) turns them to weights, the values' scales fold
+// into the weights, and these are rounded to 16 bits relative to the block's largest; values are unpacked to the same
+// scratch and accumulated in integers, which are added to the float result once per block.
+//
+// Queries and weights are 16-bit integers (of high and low int8 parts where dot products are of bytes), |w| <=
+// kLargest. Hidden tokens have the score minus infinity, and nothing of theirs is read after that.  NaN and infinity of
+// a visible key's or value's scale, or in q, make the row's sum NaN.
+#pragma once
+
+#include "cpu/hadamard.h"
+#include "cpu/simd.h"
+#include "cpu/unpack.h"
+
+namespace turboquant::cpu {
+namespace {
+
+constexpr float kLargest = 32512;  // 127 * 256: the high byte stays below 128 after rounding
+constexpr float kHidden = -__builtin_inff();
+constexpr int kBlockQuads = kBlock / 4;
+
+/// Where things lie in the workspace.
+template <class S>
+struct Workspace {
+  uint8_t* levels;                    // [kBlockQuads, positions] of one block
+  uint8_t* queries;                   // [rows, positions, 2 vectors]
+  float* acc;                         // [rows, positions, lanes]
+  float* scores;                      // [rows, kBlock]
+  uint32_t* weights;                  // [rows, 2 * kBlockQuads]
+  float *factor, *step;               // [rows] of the block: what scales the old accumulator, a unit of weight
+  float* query_step;                  // [rows] a unit of integer query, times the scale of scores
+  int32_t *query_bias, *weight_bias;  // [rows] what undoes level_offset
+  size_t bytes;
+
+  Workspace(std::byte* base, int dim, int rows) {
+    const int pos = positions<S>(dim);
+    size_t at = 0;
+    auto take = [&]<class T>(T*& p, size_t count) {
+      p = reinterpret_cast<T*>(base + at);
+      at += (count * sizeof(T) + 63) / 64 * 64;
+    };
+    take(levels, size_t(kBlockQuads) * pos * kLevelBytes<S>);
+    take(queries, size_t(rows) * pos * 2 * S::bytes);
+    take(acc, size_t(rows) * pos * S::bytes / 4);
+    take(scores, size_t(rows) * kBlock);
+    take(weights, size_t(rows) * 2 * kBlockQuads);
+    take(factor, rows);
+    take(step, rows);
+    take(query_step, rows);
+    take(query_bias, rows);
+    take(weight_bias, rows);
+    bytes = at;
+  }
+};
+
+/// Rotates and rounds the query of a row, and lays it out by position.
+template <class S>
+void prepare_query(const Tile& tile, int row, const Workspace<S>& w) {
+  using F = Vec<float, S::bytes>;
+  using I32 = Vec<int32_t, S::bytes>;
+  constexpr int lanes = S::bytes / 4;
+  alignas(64) float x[256];
+  alignas(64) int32_t rounded[256 + 96] = {};  // groups beyond dim (of a vector's last chunks) stay 0
+  F largest = {}, poison = {};
+  for (int i = 0; i < tile.dim; i += lanes) {
+    store(x + i, load_floats<F>(tile.q[row], tile.q_dtype, i) * load<F>(tile.signs + i));
+  }
+  hadamard<F>(x, tile.dim);
+  for (int i = 0; i < tile.dim; i += lanes) {
+    const F v = absolute(load<F>(x + i));
+    largest = larger(v, largest);
+    poison += v - v;  // NaN if v is not finite
+  }
+  const float top = reduce(largest, [](F a, F b) { return larger(a, b); });
+  const float bad = reduce(poison, [](F a, F b) { return a + b; });
+  const bool usable = top > 1e-30f && bad == 0;
+  const float inverse = usable ? kLargest / top : 0;
+  w.query_step[row] = (usable ? top / kLargest : bad) * tile.scale * level_step(tile.keys.bits) * 1.44269504f;
+  int32_t sum = 0;
+  if (usable) {
+    I32 total = {};
+    for (int i = 0; i < tile.dim; i += lanes) {
+      const F v = load<F>(x + i) * inverse;
+      const F magic = splat<F>(12582912.0f);  // rounds to the nearest integer
+      const I32 r = __builtin_convertvector((v + magic) - magic, I32);
+      store(rounded + i, r);
+      total += r;
+    }
+    sum = reduce(total, [](I32 a, I32 b) { return a + b; });
+  }
+  w.query_bias[row] = -S::level_offset * sum;
+  const int pos = positions<S>(tile.dim);
+  uint32_t* out = reinterpret_cast<uint32_t*>(w.queries + size_t(row) * pos * 2 * S::bytes);
+  for (int p = 0; p < pos; ++p, out += 2 * lanes) {
+    for (int c = 0; c < kChunks<S>; ++c) {
+      const int32_t* q = rounded + coordinate<S>(p, c, 0);
+      const int32_t quad[4] = {q[0], q[2], q[4], q[6]};
+      uint32_t a, b;
+      S::prepare(quad, a, b);
+      for (int t = 0; t < 4; ++t) out[4 * c + t] = a, out[lanes + 4 * c + t] = b;
+    }
+  }
+}
+
+/// Scores of 16 tokens for `count` rows from `row` on.
+template <class S, int count>
+inline void score(const Workspace<S>& w, int pos, int row, int quad) {
+  using F = Vec<float, S::bytes>;
+  using I32 = Vec<int32_t, S::bytes>;
+  const uint8_t* levels = w.levels + size_t(quad) * pos * kLevelBytes<S>;
+  const uint8_t* queries = w.queries + size_t(row) * pos * 2 * S::bytes;
+  typename S::Acc acc[count][4] = {};
+  for (int p = 0; p < pos; ++p) {
+    typename S::Weights q[count];
+#pragma GCC unroll 4
+    for (int r = 0; r < count; ++r) q[r] = S::load_weights(queries + (size_t(r) * pos + p) * 2 * S::bytes);
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t) {
+      const auto l = S::load_levels(levels + (size_t(t) * pos + p) * kLevelBytes<S>);
+#pragma GCC unroll 4
+      for (int r = 0; r < count; ++r) S::dot(acc[r][t], l, q[r]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < count; ++r) {
+    const float step = w.query_step[row + r];
+    const int32_t bias = w.query_bias[row + r];
+    float* out = w.scores + size_t(row + r) * kBlock + quad * 4;
+    I32 x[4];
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; ++t) x[t] = S::total(acc[r][t]);
+    if constexpr (kChunks<S> == 4) {
+      x[0] = fold(fold(x[0], x[1]), fold(x[2], x[3]));
+    } else if constexpr (kChunks<S> == 2) {
+      x[0] = fold(x[0], x[1]);
+      x[1] = fold(x[2], x[3]);
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < 4 / kChunks<S>; ++t) {
+      store(out + t * S::bytes / 4, __builtin_convertvector(x[t] + bias, F) * step);
+    }
+  }
+}
+
+/// Scores to weights, for one row and one block.  `key_scales` and `value_scales` are finite or NaN.
+template <class S>
+inline void soften(const Workspace<S>& w, int row, const float* key_scales, const float* value_scales, int lo, int hi,
+                   const Tile& tile, int t) {
+  using F = Vec<float, S::bytes>;
+  using I32 = Vec<int32_t, S::bytes>;
+  constexpr int lanes = S::bytes / 4;
+  float* scores = w.scores + size_t(row) * kBlock;
+  F top = splat<F>(kHidden);
+  for (int i = 0; i < kBlock; i += lanes) {
+    const F s = load<F>(scores + i) * load<F>(key_scales + i);
+    store(scores + i, s);
+    top = larger(s, top);
+  }
+  if (tile.add_mask || lo > 0 || hi < kBlock) {
+    if (tile.add_mask && hi > lo) tile.add_mask(tile.context, row, t + lo, hi - lo, scores + lo);
+    for (int i = 0; i < lo; ++i) scores[i] = kHidden;
+    for (int i = hi; i < kBlock; ++i) scores[i] = kHidden;
+    top = splat<F>(kHidden);
+    for (int i = 0; i < kBlock; i += lanes) top = larger(load<F>(scores + i), top);
+  }
+  const float old = tile.max[row];
+  const float block = reduce(top, [](F a, F b) { return larger(a, b); });
+  const float now = block > old ? block : old;
+  const float base = now == kHidden ? 0 : now;
+  F sum = {}, most = {}, poison = {};
+  for (int i = 0; i < kBlock; i += lanes) {
+    const F s = load<F>(scores + i);
+    const F p = exp2_of(s - base);
+    const F weight = s == splat<F>(kHidden) ? F{} : p * load<F>(value_scales + i);
+    sum += p;
+    most = larger(weight, most);
+    poison += weight - weight;
+    store(scores + i, weight);
+  }
+  const float factor = old == kHidden ? 0 : exp2_of(Vec<float, 16>{old - base})[0];
+  tile.max[row] = now;
+  tile.sum[row] = tile.sum[row] * factor + reduce(sum + poison, [](F a, F b) { return a + b; });
+  const float largest = reduce(most, [](F a, F b) { return larger(a, b); });
+  const float inverse = largest > 1e-30f ? kLargest / largest : 0;  // below, the block is nothing
+  w.factor[row] = factor;
+  w.step[row] = largest / kLargest * level_step(tile.values.bits);
+  I32 total = {};
+  for (int i = 0; i < kBlock; i += lanes) {
+    const F x = load<F>(scores + i) * inverse;  // within [0, kLargest], or NaN in a poisoned row: then 0
+    const I32 rounded = __builtin_convertvector((x >= F{} ? x : F{}) + 0.5f, I32);
+    S::put_weights(w.weights + size_t(row) * 2 * kBlockQuads, i, rounded);
+    total += rounded;
+  }
+  w.weight_bias[row] = -S::level_offset * reduce(total, [](I32 a, I32 b) { return a + b; });
+}
+
+/// Adds the block's weighted values for `count` rows and two positions.
+template <class S, int count>
+inline void weigh(const Workspace<S>& w, int pos, int row, int p, int quads) {
+  using F = Vec<float, S::bytes>;
+  constexpr int lanes = S::bytes / 4;
+  typename S::Acc acc[count][2] = {};
+  const uint8_t* levels = w.levels + size_t(p) * kLevelBytes<S>;
+  const uint32_t* weights = w.weights + size_t(row) * 2 * kBlockQuads;
+  for (int q = 0; q < quads; ++q, levels += size_t(pos) * kLevelBytes<S>, weights += S::quad_step) {
+    const auto l0 = S::load_levels(levels), l1 = S::load_levels(levels + kLevelBytes<S>);
+#pragma GCC unroll 4
+    for (int r = 0; r < count; ++r) {
+      const uint32_t* at = weights + r * 2 * kBlockQuads;
+      const auto x = S::broadcast_weights(at[0], at[S::quad_offset]);
+      S::dot(acc[r][0], l0, x);
+      S::dot(acc[r][1], l1, x);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < count; ++r) {
+    float* out = w.acc + (size_t(row + r) * pos + p) * lanes;
+    const float factor = w.factor[row + r], step = w.step[row + r];
+    const int32_t bias = w.weight_bias[row + r];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const F x = __builtin_convertvector(S::total(acc[r][i]) + bias, F);
+      store(out + i * lanes, load<F>(out + i * lanes) * factor + x * step);
+    }
+  }
+}
+
+/// Scales of tokens [t, t + n) to float, 0 beyond; infinity becomes NaN.
+template <class S>
+inline void load_scales(const uint16_t* scales, int t, int n, float* out) {
+  using F = Vec<float, S::bytes>;
+  alignas(64) uint16_t padded[kBlock] = {};
+  const uint16_t* from = scales + t;
+  if (n < kBlock) {
+    for (int i = 0; i < n; ++i) padded[i] = from[i];
+    from = padded;
+  }
+  for (int i = 0; i < kBlock; i += S::bytes / 4) {
+    const F x = load_floats<F>(from, Dtype::float16, i);
+    store(out + i, x + (x - x));
+  }
+}
+
+template <class S>
+size_t workspace_bytes(int dim, int rows) {
+  return Workspace<S>(nullptr, dim, rows).bytes;
+}
+
+template <class S>
+void attend_tile(const Tile& tile) {
+  const Workspace<S> w(tile.workspace, tile.dim, tile.rows);
+  const int pos = positions<S>(tile.dim), rows = tile.rows;
+  constexpr int lanes = S::bytes / 4;
+  __builtin_memset(w.acc, 0, size_t(rows) * pos * S::bytes);
+  int begin = tile.end, end = tile.begin;
+  for (int r = 0; r < rows; ++r) {
+    tile.max[r] = kHidden;
+    tile.sum[r] = 0;
+    if (tile.first[r] >= tile.last[r]) continue;
+    if (tile.first[r] < begin) begin = tile.first[r];
+    if (tile.last[r] > end) end = tile.last[r];
+  }
+  if (begin < tile.begin) begin = tile.begin;
+  if (end > tile.end) end = tile.end;
+  begin = tile.begin + (begin - tile.begin) / kBlock * kBlock;
+  if (begin < end) {
+    for (int r = 0; r < rows; ++r) prepare_query<S>(tile, r, w);
+    __builtin_memset(w.levels, 0, size_t(kBlockQuads) * pos * kLevelBytes<S>);
+  }
+  alignas(64) float key_scales[kBlock], value_scales[kBlock];
+  for (int t = begin; t < end; t += kBlock) {
+    const int n = end - t < kBlock ? end - t : kBlock, quads = (n + 3) / 4;
+    unpack<S, uint32_t>(tile.keys.bits, tile.keys.codes, tile.dim, t, n, tile.kv_len, w.levels);
+    for (int q = 0; q < quads; q += 4) {
+      int r = 0;
+      for (; r + S::score_rows <= rows; r += S::score_rows) score<S, S::score_rows>(w, pos, r, q);
+      for (; r < rows; ++r) score<S, 1>(w, pos, r, q);
+    }
+    load_scales<S>(tile.keys.scales, t, n, key_scales);
+    load_scales<S>(tile.values.scales, t, n, value_scales);
+    for (int r = 0; r < rows; ++r) {
+      const int lo = tile.first[r] - t, hi = tile.last[r] - t;
+      soften<S>(w, r, key_scales, value_scales,
+                lo < 0        ? 0
+                : lo > kBlock ? kBlock
+                              : lo,
+                hi < 0   ? 0
+                : hi > n ? n
+                         : hi,
+                tile, t);
+    }
+    unpack<S, uint8_t>(tile.values.bits, tile.values.codes, tile.dim, t, n, tile.kv_len, w.levels);
+    int r = 0;
+    for (; r + 4 <= rows; r += 4) {
+      for (int p = 0; p < pos; p += 2) weigh<S, 4>(w, pos, r, p, quads);
+    }
+    for (; r < rows; ++r) {
+      for (int p = 0; p < pos; p += 2) weigh<S, 1>(w, pos, r, p, quads);
+    }
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int p = 0; p < pos; ++p) {
+      for (int c = 0; c < kChunks<S>; ++c) {
+        if (coordinate<S>(p, c, 0) >= tile.dim) continue;
+        for (int k = 0; k < 4; ++k) {
+          tile.acc[size_t(r) * tile.dim + coordinate<S>(p, c, k)] = w.acc[(size_t(r) * pos + p) * lanes + 4 * c + k];
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace turboquant::cpu

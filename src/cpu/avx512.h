@@ -1,0 +1,31 @@
+// What the 512-bit instruction sets share.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpu/simd.h"
+
+namespace turboquant::cpu {
+namespace {
+
+struct Avx512Loads {
+  using U8 = Vec<uint8_t, 64>;
+
+  static U8 lookup(const int8_t* table, U8 index) {
+    return U8(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(load<__m128i>(table)), __m512i(index)));
+  }
+  /// Masked, so nothing past the groups is touched.
+  template <int bits>
+  static Vec<uint32_t, 64> load_groups(const uint32_t* p, int count) {
+    const __m512i words = _mm512_maskz_loadu_epi32(__mmask16((1u << (bits * count)) - 1), p);
+    if constexpr (bits == 4) return Vec<uint32_t, 64>(words);
+    constexpr int b = bits;
+    return Vec<uint32_t, 64>(
+        _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 1, 2, 3, b, b + 1, b + 2, b + 3, 2 * b, 2 * b + 1, 2 * b + 2,
+                                                   2 * b + 3, 3 * b, 3 * b + 1, 3 * b + 2, 3 * b + 3),
+                                 words));
+  }
+};
+
+}  // namespace
+}  // namespace turboquant::cpu

@@ -1,0 +1,40 @@
+// AVX-512 with VNNI and VBMI.
+#include <immintrin.h>
+
+#include "cpu/avx512.h"
+#include "cpu/table.h"
+#include "cpu/weights.h"
+
+namespace turboquant::cpu {
+namespace {
+
+struct Simd : ByteWeights<64>, Avx512Loads {
+  static constexpr int score_rows = 2, level_offset = 128;
+  using Levels = __m512i;
+  struct Weights {
+    __m512i a, b;
+  };
+  struct Acc {
+    __m512i high, low;
+  };
+  static Levels load_levels(const uint8_t* p) { return load<__m512i>(p); }
+  static Weights load_weights(const uint8_t* p) { return {load<__m512i>(p), load<__m512i>(p + 64)}; }
+  static Weights broadcast_weights(uint32_t a, uint32_t b) {
+    return {_mm512_set1_epi32(int(a)), _mm512_set1_epi32(int(b))};
+  }
+  static void dot(Acc& acc, Levels l, const Weights& w) {
+    acc.high = _mm512_dpbusd_epi32(acc.high, l, w.a);
+    acc.low = _mm512_dpbusd_epi32(acc.low, l, w.b);
+  }
+  static I32 total(const Acc& acc) { return I32(_mm512_add_epi32(_mm512_slli_epi32(acc.high, 8), acc.low)); }
+};
+
+}  // namespace
+
+const Kernels avx512_vbmi_kernels = make_kernels<Simd>("avx512_vbmi", [] {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+});
+
+}  // namespace turboquant::cpu

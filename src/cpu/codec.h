@@ -1,0 +1,165 @@
+// Encode and decode kernels: a row at a time, rotation and quantisation and packing fused.
+#pragma once
+
+#include "cpu/hadamard.h"
+#include "cpu/simd.h"
+#include "turboquant/format.h"
+
+namespace turboquant::cpu {
+namespace {
+
+/// Nibble planes of a group (unpack.h) to its words.
+template <int bits>
+inline void pack_group(const uint32_t* plane, uint32_t* words) {
+  if constexpr (bits == 4) {
+    for (int w = 0; w < 4; ++w) words[w] = plane[w];
+  } else if constexpr (bits == 3) {
+    for (int w = 0; w < 3; ++w) words[w] = plane[w] | (plane[3] & 0x11111111u << w) << (3 - w);
+  } else {
+    for (int w = 0; w < 2; ++w) words[w] = plane[w] | plane[w + 2] << 2;
+  }
+}
+
+template <int bits>
+inline void unpack_group(const uint32_t* words, uint32_t* plane) {
+  if constexpr (bits == 4) {
+    for (int w = 0; w < 4; ++w) plane[w] = words[w];
+  } else if constexpr (bits == 3) {
+    plane[3] = 0;
+    for (int w = 0; w < 3; ++w) {
+      plane[w] = words[w] & 0x77777777u;
+      plane[3] |= words[w] >> (3 - w) & 0x11111111u << w;
+    }
+  } else {
+    for (int w = 0; w < 4; ++w) plane[w] = words[w % 2] >> (w / 2 * 2) & 0x33333333u;
+  }
+}
+
+/// Codes of `rotated` and the sum of their squared levels.  `doubled` turns a coordinate into twice its value in
+/// levels: decision thresholds are then integers (format.h), so truncation does not move a coordinate across one.
+template <int bits, class F>
+inline uint32_t quantize(const float* rotated, int dim, float doubled, uint32_t* words) {
+  constexpr int lanes = sizeof(F) / 4, width = sizeof(F) < 32 ? 16 : 32;
+  using I32 = Vec<int32_t, sizeof(F)>;
+  using Narrow = Vec<uint8_t, lanes>;
+  using U8 = Vec<uint8_t, width>;
+  using U16 = Vec<uint16_t, width>;
+  alignas(64) uint8_t size[256], sign[256], levels[256];
+  for (int i = 0; i < dim; i += lanes) {
+    const F x = load<F>(rotated + i), y = absolute(x) * doubled;
+    const I32 whole = __builtin_convertvector(y < splat<F>(255.0f) ? y : splat<F>(255.0f), I32);
+    store(size + i, __builtin_convertvector(whole, Narrow));
+    store(sign + i, __builtin_convertvector(as<I32>(x < F{}), Narrow));
+  }
+  alignas(64) uint8_t nibbles[128];
+  for (int i = 0; i < dim; i += width) {
+    const U8 s = load<U8>(size + i);
+    U8 code = load<U8>(sign + i) & uint8_t(magnitudes(bits)), magnitude_of = splat<U8>(uint8_t(magnitude(bits, 0)));
+    for (int m = 0; m + 1 < magnitudes(bits); ++m) {
+      const U8 above = as<U8>(s >= splat<U8>(uint8_t(double_threshold(bits, m))));
+      code -= above;
+      magnitude_of += above & uint8_t(magnitude(bits, m + 1) - magnitude(bits, m));
+    }
+    store(levels + i, magnitude_of);
+    const U16 pairs = as<U16>(code) | as<U16>(code) >> 4;
+    store(nibbles + i / 2, __builtin_convertvector(pairs, Vec<uint8_t, width / 2>));
+  }
+  uint32_t square = 0;
+  for (int i = 0; i < dim; ++i) square += uint32_t(levels[i]) * levels[i];
+  for (int g = 0; g < dim / 32; ++g) {
+    uint32_t plane[4];
+    __builtin_memcpy(plane, nibbles + 16 * g, 16);
+    pack_group<bits>(plane, words + g * bits);
+  }
+  return square;
+}
+
+template <class S>
+void encode_rows(const EncodeRows& p) {
+  using F = Vec<float, S::bytes>;
+  constexpr int lanes = S::bytes / 4;
+  const int words = words_per_vector(p.bits, p.dim);
+  const char* row = static_cast<const char*>(p.x);
+  const int64_t row_bytes = p.stride * (p.dtype == Dtype::float32 ? 4 : 2);
+  for (int t = 0; t < p.count; ++t, row += row_bytes) {
+    alignas(64) float x[256];
+    F largest = {}, poison = {};
+    for (int i = 0; i < p.dim; i += lanes) {
+      F v = load_floats<F>(row, p.dtype, i);
+      if (p.centre) v -= load<F>(p.centre + i);
+      largest = larger(absolute(v), largest);
+      poison += v - v;  // NaN if v is not finite
+      store(x + i, v * load<F>(p.signs + i));
+    }
+    uint32_t* const codes = p.codes + int64_t(t) * words;
+    const float top = reduce(largest, [](F a, F b) { return larger(a, b); });
+    const float bad = reduce(poison, [](F a, F b) { return a + b; });
+    if (!(bad == 0 && top > 0)) {
+      for (int w = 0; w < words; ++w) codes[w] = 0;
+      p.scales[t] = bad == 0 ? 0 : 0x7e00;
+      continue;
+    }
+    // A power of two brings the largest number near 1, so that no square over- or underflows.
+    const int exponent = int(as<uint32_t>(top) >> 23) - 127;
+    const int shift = exponent < -126 ? 126 : -exponent < -126 ? -126 : -exponent;
+    const float factor = as<float>(uint32_t(shift + 127) << 23), back = as<float>(uint32_t(127 - shift) << 23);
+    F square = {};
+    for (int i = 0; i < p.dim; i += lanes) {
+      const F v = load<F>(x + i) * factor;
+      square += v * v;
+      store(x + i, v);
+    }
+    const float norm = __builtin_sqrtf(reduce(square, [](F a, F b) { return a + b; }));
+    hadamard<F>(x, p.dim);
+    const float doubled = 2 * unit(p.bits) * __builtin_sqrtf(float(p.dim)) / norm;
+    const uint32_t levels = (p.bits == 2   ? quantize<2, F>
+                             : p.bits == 3 ? quantize<3, F>
+                                           : quantize<4, F>)(x, p.dim, doubled, codes);
+    p.scales[t] = float_to_half_bits(norm / (__builtin_sqrtf(float(levels)) * level_step(p.bits)) * back);
+  }
+}
+
+template <class S>
+void decode_rows(const DecodeRows& p) {
+  using F = Vec<float, S::bytes>;
+  constexpr int lanes = S::bytes / 4;
+  const int bits = p.in.bits, words = words_per_vector(bits, p.dim);
+  float table[16];
+  for (int c = 0; c < 16; ++c) table[c] = float(level(bits, c & ((1 << bits) - 1)));
+  for (int t = 0; t < p.count; ++t) {
+    alignas(64) float x[256];
+    for (int g = 0; g < p.dim / 32; ++g) {
+      uint32_t plane[4];
+      (bits == 2   ? unpack_group<2>
+       : bits == 3 ? unpack_group<3>
+                   : unpack_group<4>)(p.in.codes + int64_t(t) * words + g * bits, plane);
+      for (int w = 0; w < 4; ++w) {
+        for (int j = 0; j < 8; ++j) x[32 * g + 8 * w + j] = table[plane[w] >> (4 * j) & 15];
+      }
+    }
+    hadamard<F>(x, p.dim);
+    const float scale = half_bits_to_float(p.in.scales[t]) * level_step(bits);
+    for (int i = 0; i < p.dim; i += lanes) {
+      F v = load<F>(x + i) * load<F>(p.signs + i) * scale;
+      if (p.centre) v += load<F>(p.centre + i);
+      store(x + i, v);
+    }
+    if (p.dtype == Dtype::float32) {
+      __builtin_memcpy(static_cast<float*>(p.out) + t * p.stride, x, size_t(p.dim) * 4);
+      continue;
+    }
+    uint16_t* out = static_cast<uint16_t*>(p.out) + t * p.stride;
+    for (int i = 0; i < p.dim; ++i) {
+      if (p.dtype == Dtype::float16) {
+        out[i] = float_to_half_bits(x[i]);
+      } else {
+        const uint32_t b = as<uint32_t>(x[i]);
+        out[i] =
+            (b & 0x7fffffff) > 0x7f800000 ? uint16_t(b >> 16 | 0x40) : uint16_t((b + 0x7fff + (b >> 16 & 1)) >> 16);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace turboquant::cpu

@@ -1,0 +1,25 @@
+// What the drivers of attend and of the codec share.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "tensor.h"
+#include "turboquant/rotation.h"
+
+namespace turboquant::cpu {
+
+void encode(const EncodeParams& params);
+void decode(const DecodeParams& params);
+void attend(const AttendParams& params);
+
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+inline void fill_signs(uint64_t seed, int dim, float* signs) {
+  for (int i = 0; i < dim; ++i) signs[i] = is_negative(seed, i) ? -1.0f : 1.0f;
+}
+
+inline Rows rows_of(const Packed& packed, int head_dim, int b, int h) {
+  return {packed.codes ? row_codes(packed, head_dim, b, h, 0) : nullptr,
+          packed.scales ? &row_scale(packed, b, h, 0) : nullptr, packed.bits};
+}
+
+}  // namespace turboquant::cpu

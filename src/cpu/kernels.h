@@ -1,0 +1,79 @@
+// What an instruction set provides: a table of kernels over plain pointers.  The driver (attention.cpp, codec.cpp)
+// splits the work and knows about threads; the kernels know neither.
+//
+// The files that implement the table are compiled for processors that may not be the one at hand, so they must not
+// emit any function that another file could be linked against: their code is in unnamed namespaces (kernel headers
+// included) and calls nothing inline from elsewhere.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "turboquant/turboquant.h"
+
+namespace turboquant::cpu {
+
+constexpr int kBlock = 64;     // tokens unpacked at a time: 16 KiB of levels at head_dim 256, half an L1 cache
+constexpr int kTileRows = 64;  // query rows attended at a time
+
+/// Packed rows of one head.
+struct Rows {
+  const uint32_t* codes;
+  const uint16_t* scales;
+  int bits;
+};
+
+/// Query rows [rows, dim] against the tokens [begin, end) of one KV head.
+struct Tile {
+  int dim, rows;
+  int begin, end, kv_len;  // kv_len: rows that exist in memory
+  Rows keys, values;
+  float scale;  // of the scores
+  Dtype q_dtype;
+  const void* q[kTileRows];               // of each row, dim numbers
+  const float* signs;                     // [dim] +-1
+  int first[kTileRows], last[kTileRows];  // tokens each row may see: [first, last)
+  /// Adds the mask of `row` to scores [t, t + n) (base-2 logarithms); null: no mask.
+  void (*add_mask)(const void* context, int row, int t, int n, float* scores);
+  const void* context;
+  std::byte* workspace;    // workspace_bytes(dim, rows), 64-byte aligned
+  float *max, *sum, *acc;  // out: [rows] base-2 maximum and sum, [rows, dim] weighted values, rotated basis
+};
+
+/// Vectors of one head, `count` rows.
+struct EncodeRows {
+  int dim, count, bits;
+  const void* x;
+  Dtype dtype;
+  int64_t stride;       // in elements
+  const float* centre;  // [dim] or null
+  const float* signs;   // [dim] +-1
+  uint32_t* codes;
+  uint16_t* scales;
+};
+struct DecodeRows {
+  int dim, count;
+  Rows in;
+  const float* centre;
+  const float* signs;
+  void* out;
+  Dtype dtype;
+  int64_t stride;
+};
+
+struct Kernels {
+  const char* name;
+  bool (*runs_here)();
+  size_t (*workspace_bytes)(int dim, int rows);
+  void (*attend)(const Tile&);
+  void (*encode)(const EncodeRows&);
+  void (*decode)(const DecodeRows&);
+  void (*hadamard)(float* x, int dim);  // the symmetric orthonormal H of rotation.h, in place
+};
+
+/// The one in use.
+const Kernels& kernels();
+
+extern const Kernels scalar_kernels, avx2_kernels, avx_vnni_kernels, avx512_kernels, avx512_vbmi_kernels, neon_kernels;
+
+}  // namespace turboquant::cpu

@@ -1,0 +1,56 @@
+// NEON with the dot-product extension (Armv8.2): signed bytes by signed bytes.
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+#include "cpu/table.h"
+#include "cpu/weights.h"
+
+namespace turboquant::cpu {
+namespace {
+
+struct Simd : ByteWeights<16> {
+  static constexpr int score_rows = 2, level_offset = 0;
+  using U8 = Vec<uint8_t, 16>;
+
+  static U8 lookup(const int8_t* table, U8 index) {
+    return U8(vqtbl1q_u8(vld1q_u8(reinterpret_cast<const uint8_t*>(table)), uint8x16_t(index)));
+  }
+  template <int bits>
+  static Vec<uint32_t, 16> load_groups(const uint32_t* p, int) {
+    return load<Vec<uint32_t, 16>>(p);
+  }
+  using Levels = int8x16_t;
+  struct Weights {
+    int8x16_t a, b;
+  };
+  struct Acc {
+    int32x4_t high, low;
+  };
+  static Levels load_levels(const uint8_t* p) { return load<int8x16_t>(p); }
+  static Weights load_weights(const uint8_t* p) { return {load<int8x16_t>(p), load<int8x16_t>(p + 16)}; }
+  static Weights broadcast_weights(uint32_t a, uint32_t b) {
+    return {vreinterpretq_s8_u32(vdupq_n_u32(a)), vreinterpretq_s8_u32(vdupq_n_u32(b))};
+  }
+  static void dot(Acc& acc, Levels l, const Weights& w) {
+    acc.high = vdotq_s32(acc.high, l, w.a);
+    acc.low = vdotq_s32(acc.low, l, w.b);
+  }
+  static I32 total(const Acc& acc) { return I32(vaddq_s32(vshlq_n_s32(acc.high, 8), acc.low)); }
+};
+
+bool has_dot_product() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+  return true;  // every Apple processor that macOS for Arm runs on has it
+#endif
+}
+
+}  // namespace
+
+const Kernels neon_kernels = make_kernels<Simd>("neon", has_dot_product);
+
+}  // namespace turboquant::cpu

@@ -1,0 +1,127 @@
+#include "cpu/pool.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <list>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+
+#include "turboquant/turboquant.h"
+
+namespace turboquant {
+namespace cpu {
+namespace {
+
+int processors() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1, int(std::thread::hardware_concurrency()));
+}
+
+int initial_threads() {
+  if (const char* text = std::getenv("TURBOQUANT_NUM_THREADS")) {
+    const int n = std::atoi(text);
+    if (n >= 1) return n;
+  }
+  return processors();
+}
+
+/// One call of parallel_for.
+struct Job {
+  const std::function<void(int)>& task;
+  const int count;
+  std::atomic<int> next{0};
+  int helpers = 0;  // guarded by the pool's mutex
+};
+
+class Pool {
+ public:
+  std::atomic<int> limit{initial_threads()};
+
+  void run(Job& job) {
+    ++active_;
+    const int helpers = std::min(job.count, limit.load()) - 1;
+    if (helpers > 0) {
+      const std::lock_guard lock(mutex_);
+      while (threads_ < limit - 1) spawn();
+      jobs_.push_back(&job);
+    }
+    for (int i = 0; i < helpers; ++i) wake_.notify_one();
+    for (int i; (i = job.next++) < job.count;) job.task(i);
+    if (helpers > 0) {
+      std::unique_lock lock(mutex_);
+      jobs_.remove(&job);
+      done_.wait(lock, [&] { return job.helpers == 0; });
+    }
+    --active_;
+  }
+
+ private:
+  void spawn() {
+    std::thread([this] { help(); }).detach();
+    ++threads_;
+  }
+
+  /// A helper's life: it joins the oldest job that has tasks left, while fewer than `limit` threads are active.
+  void help() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      Job* job = nullptr;
+      wake_.wait(lock, [&] { return active_ < limit && (job = open_job()); });
+      ++job->helpers;
+      ++active_;
+      lock.unlock();
+      while (active_ <= limit) {  // another caller may have come: make room for it
+        const int i = job->next++;
+        if (i >= job->count) break;
+        job->task(i);
+      }
+      lock.lock();
+      --active_;
+      if (--job->helpers == 0) done_.notify_all();
+    }
+  }
+
+  Job* open_job() {
+    for (Job* job : jobs_) {
+      if (job->next < job->count) return job;
+    }
+    return nullptr;
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  std::list<Job*> jobs_;
+  std::atomic<int> active_{0};  // callers and helpers at work
+  int threads_ = 0;
+};
+
+Pool& pool() {
+  static Pool* const p = new Pool;  // never destroyed: helpers may outlive static destructors
+  return *p;
+}
+
+}  // namespace
+
+void parallel_for(int count, const std::function<void(int)>& task) {
+  Job job{task, count};
+  pool().run(job);
+}
+
+}  // namespace cpu
+
+int num_threads() { return cpu::pool().limit; }
+
+void set_num_threads(int n) {
+  if (n < 1) throw std::invalid_argument("[set_num_threads] n must be at least 1; got " + std::to_string(n));
+  cpu::pool().limit = n;
+}
+
+}  // namespace turboquant

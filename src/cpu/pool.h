@@ -1,0 +1,13 @@
+// The fixed pool of threads of the CPU backend.
+#pragma once
+
+#include <functional>
+
+namespace turboquant::cpu {
+
+/// Calls task(i) once for every i in [0, count); returns when all have run.  The caller takes part, so a call never
+/// waits for a thread to wake, and callers on several streams share the same helpers: no more than num_threads()
+/// threads work at once unless there are more callers than that.
+void parallel_for(int count, const std::function<void(int)>& task);
+
+}  // namespace turboquant::cpu

@@ -1,0 +1,346 @@
+// Encode and decode: every instruction set against the oracle, golden bytes, the codebooks, and what vectors that are
+// zero, infinite or not numbers become.
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+
+#include "cases.h"
+#include "turboquant/rotation.h"
+
+namespace turboquant {
+namespace {
+
+using cases::Buffer;
+using cases::contiguous;
+
+constexpr Backend kBackends[] = {Backend::reference, Backend::cpu};
+
+/// Codes and scales of vectors [heads, tokens, dim], dense.
+struct Encoded {
+  int heads, tokens, dim, bits;
+  std::vector<uint32_t> codes;
+  std::vector<uint16_t> scales;
+  Encoded(int heads, int tokens, int dim, int bits)
+      : heads(heads),
+        tokens(tokens),
+        dim(dim),
+        bits(bits),
+        codes(size_t(heads) * tokens * words_per_vector(bits, dim), 0xdeadbeef),
+        scales(size_t(heads) * tokens, 0x1234) {}
+  MutablePacked view() {
+    const int64_t row = int64_t(tokens) * words_per_vector(bits, dim);
+    return {codes.data(), scales.data(), bits, heads * row, row, int64_t(heads) * tokens, tokens};
+  }
+  Packed packed() const {
+    const int64_t row = int64_t(tokens) * words_per_vector(bits, dim);
+    return {codes.data(), scales.data(), bits, heads * row, row, int64_t(heads) * tokens, tokens};
+  }
+};
+
+Encoded encode_rows(const Buffer& x, int heads, int tokens, int dim, int bits, Backend backend, uint64_t seed = 3,
+                    const float* centre = nullptr) {
+  Encoded e(heads, tokens, dim, bits);
+  EncodeParams p;
+  p.batch = 1, p.heads = heads, p.tokens = tokens, p.head_dim = dim, p.seed = seed, p.centre = centre;
+  p.x = contiguous<const void*>(x.bytes.data(), x.dtype, heads, tokens, dim);
+  p.out = e.view();
+  encode(p, backend);
+  return e;
+}
+
+std::vector<float> decode_rows(const Encoded& e, Backend backend, uint64_t seed = 3, const float* centre = nullptr) {
+  std::vector<float> x(size_t(e.heads) * e.tokens * e.dim, NAN);
+  DecodeParams p;
+  p.batch = 1, p.heads = e.heads, p.tokens = e.tokens, p.head_dim = e.dim, p.seed = seed, p.centre = centre;
+  p.in = e.packed();
+  p.out = contiguous<void*>(x.data(), Dtype::float32, e.heads, e.tokens, e.dim);
+  decode(p, backend);
+  return x;
+}
+
+Buffer gaussian(size_t count, Dtype dtype = Dtype::float32, uint64_t seed = 5) {
+  std::mt19937_64 rng(seed);
+  std::normal_distribution<float> normal;
+  Buffer x(dtype, count);
+  for (size_t i = 0; i < count; ++i) x.set(i, normal(rng));
+  return x;
+}
+
+int code_at(const uint32_t* words, int bits, int i) {
+  const uint32_t* group = words + i / 32 * bits;
+  int code = 0;
+  for (int bit = 0; bit < bits; ++bit) {
+    code |= int(group[bit_word(bits, i % 32, bit)] >> bit_position(bits, i % 32, bit) & 1) << bit;
+  }
+  return code;
+}
+
+/// Rotated coordinates of a vector in units of half a level: where thresholds are integers.
+std::vector<double> doubled_coordinates(const Buffer& x, size_t row, int dim, int bits, const float* centre) {
+  std::vector<double> r(dim);
+  double square = 0;
+  for (int i = 0; i < dim; ++i) {
+    r[i] = double(x.get(row * dim + i)) - (centre ? centre[i] : 0);
+    square += r[i] * r[i];
+  }
+  rotate(r.data(), dim, 3);
+  for (double& v : r) v *= std::sqrt(dim / square) * 2 * unit(bits);
+  return r;
+}
+
+class Codec : public testing::TestWithParam<std::string> {
+ protected:
+  void SetUp() override { force_isa(GetParam()); }
+  void TearDown() override { force_isa(""); }
+};
+
+TEST_P(Codec, EncodeMatchesTheOracleExceptWithinRoundingOfAThreshold) {
+  const int tokens = 67, heads = 2;
+  for (int bits : {2, 3, 4}) {
+    for (int dim = 32; dim <= 256; dim += 32) {
+      for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
+        SCOPED_TRACE(testing::Message() << "bits " << bits << " dim " << dim << " dtype " << int(dtype));
+        const Buffer x = gaussian(size_t(heads) * tokens * dim, dtype);
+        const Buffer centre = gaussian(size_t(heads) * dim, Dtype::float32, 6);
+        const float* centre_data =
+            dtype == Dtype::float16 ? reinterpret_cast<const float*>(centre.bytes.data()) : nullptr;
+        const Encoded want = encode_rows(x, heads, tokens, dim, bits, Backend::reference, 3, centre_data);
+        const Encoded got = encode_rows(x, heads, tokens, dim, bits, Backend::cpu, 3, centre_data);
+        int differences = 0;
+        for (int row = 0; row < heads * tokens; ++row) {
+          const uint32_t* a = &want.codes[size_t(row) * words_per_vector(bits, dim)];
+          const uint32_t* b = &got.codes[size_t(row) * words_per_vector(bits, dim)];
+          EXPECT_LE(std::abs(int(want.scales[row]) - int(got.scales[row])), 1) << "scale of row " << row;
+          if (std::equal(a, a + words_per_vector(bits, dim), b)) continue;
+          const auto r =
+              doubled_coordinates(x, row, dim, bits, centre_data ? centre_data + row / tokens * dim : nullptr);
+          for (int i = 0; i < dim; ++i) {
+            if (code_at(a, bits, i) == code_at(b, bits, i)) continue;
+            ++differences;
+            double nearest = std::abs(r[i]);  // the threshold between the signs
+            for (int m = 0; m + 1 < magnitudes(bits); ++m) {
+              nearest = std::min(nearest, std::abs(std::abs(r[i]) - double_threshold(bits, m)));
+            }
+            // Thirty float roundings of a coordinate that is some 200 half-levels at most.
+            EXPECT_LT(nearest, 30 * 200 * 0x1p-24) << "row " << row << " coordinate " << i << " at " << r[i];
+          }
+        }
+        EXPECT_LE(differences, heads * tokens * dim / 1000);
+      }
+    }
+  }
+}
+
+TEST_P(Codec, DecodeMatchesTheOracle) {
+  const int tokens = 21, heads = 2;
+  for (int bits : {2, 3, 4}) {
+    for (int dim = 32; dim <= 256; dim += 32) {
+      SCOPED_TRACE(testing::Message() << "bits " << bits << " dim " << dim);
+      const Buffer centre = gaussian(size_t(heads) * dim, Dtype::float32, 6);
+      const auto* c = reinterpret_cast<const float*>(centre.bytes.data());
+      const Encoded e =
+          encode_rows(gaussian(size_t(heads) * tokens * dim), heads, tokens, dim, bits, Backend::reference);
+      const auto want = decode_rows(e, Backend::reference, 3, c), got = decode_rows(e, Backend::cpu, 3, c);
+      for (size_t i = 0; i < want.size(); ++i) EXPECT_NEAR(got[i], want[i], 1e-5) << i;
+    }
+  }
+}
+
+TEST_P(Codec, ReadsAndWritesStridedViews) {
+  const int dim = 96, tokens = 9, heads = 3, bits = 3, stride = 3 * dim + 5;
+  for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
+    // [tokens, heads, dim] in memory with a gap after each row, as a model's projection gives it.
+    const Buffer x = gaussian(size_t(tokens) * heads * stride, dtype);
+    Buffer dense(dtype, size_t(heads) * tokens * dim);
+    for (int h = 0; h < heads; ++h) {
+      for (int t = 0; t < tokens; ++t) {
+        for (int i = 0; i < dim; ++i) {
+          dense.set((size_t(h) * tokens + t) * dim + i, x.get((size_t(t) * heads + h) * stride + i));
+        }
+      }
+    }
+    const Encoded want = encode_rows(dense, heads, tokens, dim, bits, Backend::cpu);
+    Encoded got(heads, tokens, dim, bits);
+    EncodeParams p;
+    p.batch = 1, p.heads = heads, p.tokens = tokens, p.head_dim = dim, p.seed = 3;
+    p.x = {x.bytes.data(), dtype, 0, stride, int64_t(heads) * stride};
+    p.out = got.view();
+    encode(p);
+    EXPECT_EQ(got.codes, want.codes);
+    EXPECT_EQ(got.scales, want.scales);
+
+    const auto plain = decode_rows(want, Backend::cpu);
+    Buffer out(dtype, size_t(tokens) * heads * stride);
+    for (size_t i = 0; i < out.size(); ++i) out.set(i, 99);
+    DecodeParams d;
+    d.batch = 1, d.heads = heads, d.tokens = tokens, d.head_dim = dim, d.seed = 3;
+    d.in = want.packed();
+    d.out = {out.bytes.data(), dtype, 0, stride, int64_t(heads) * stride};
+    decode(d);
+    Buffer one(dtype, 1);
+    for (int t = 0; t < tokens; ++t) {
+      for (int h = 0; h < heads; ++h) {
+        for (int i = 0; i < stride; ++i) {
+          one.set(0, i < dim ? plain[(size_t(h) * tokens + t) * dim + i] : 99);
+          EXPECT_EQ(out.get((size_t(t) * heads + h) * stride + i), one.get(0));
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Codec, ZeroInfiniteAndNotANumber) {
+  const int dim = 64;
+  const float inf = INFINITY;
+  struct Row {
+    float fill, first;
+    uint16_t scale;  // NaN: any
+  } rows[] = {{0, 0, 0}, {1, NAN, 0x7e00}, {1, inf, 0x7e00}, {1, -inf, 0x7e00}, {0, NAN, 0x7e00}, {inf, -inf, 0x7e00}};
+  for (Backend backend : kBackends) {
+    for (int bits : {2, 3, 4}) {
+      for (const Row& row : rows) {
+        Buffer x(Dtype::float32, 3 * dim);  // ordinary vectors around it, which it must not touch
+        for (int i = 0; i < 3 * dim; ++i) x.set(i, float(i % 7) - 3);
+        for (int i = 0; i < dim; ++i) x.set(dim + i, i == 5 ? row.first : row.fill);
+        const Encoded e = encode_rows(x, 1, 3, dim, bits, backend);
+        const int words = words_per_vector(bits, dim);
+        for (int w = 0; w < words; ++w) EXPECT_EQ(e.codes[words + w], 0u);
+        if (row.scale == 0) {
+          EXPECT_EQ(e.scales[1], 0);
+        } else {
+          EXPECT_TRUE(std::isnan(half_to_float(e.scales[1])));
+        }
+        const auto y = decode_rows(e, backend);
+        for (int i = 0; i < dim; ++i) {
+          EXPECT_TRUE(std::isfinite(y[i]) && std::isfinite(y[2 * dim + i]));
+          EXPECT_TRUE(row.scale == 0 ? y[dim + i] == 0 : std::isnan(y[dim + i]));
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Codec, ScalesCoverTheRangeOfFp16) {
+  const int dim = 128;
+  const Buffer shape = gaussian(dim);
+  for (float size : {1e-38f, 1e-20f, 1e-7f, 1e-3f, 1e3f, 5e4f, 1e6f, 1e37f}) {
+    Buffer x(Dtype::float32, dim);
+    for (int i = 0; i < dim; ++i) x.set(i, size * shape.get(i));
+    for (int bits : {2, 3, 4}) {
+      const Encoded want = encode_rows(x, 1, 1, dim, bits, Backend::reference);
+      const Encoded got = encode_rows(x, 1, 1, dim, bits, Backend::cpu);
+      EXPECT_LE(std::abs(int(want.scales[0]) - int(got.scales[0])), 1) << size;
+      EXPECT_EQ(want.codes, got.codes) << size;
+      EXPECT_EQ(std::isinf(half_to_float(got.scales[0])), size >= 1e6f);
+    }
+  }
+}
+
+// |x - x^|^2 / |x|^2 of Gaussian vectors: what the paper's theorem 1 bounds, at the Lloyd-Max optimum of each width.
+// The stored length is the vector's own, so a vector's error is about 2 (1 - sqrt(1 - D)), a little above D: the
+// distortion is taken with the best scale instead, |x|^2 sin^2 of the angle.
+TEST_P(Codec, DistortionOfGaussianVectors) {
+  const double optimum[] = {0, 0, 0.1175, 0.03455, 0.00951};
+  for (int bits : {2, 3, 4}) {
+    for (int dim = 32; dim <= 256; dim += 32) {
+      const int tokens = (1 << 19) / dim;
+      const Buffer x = gaussian(size_t(tokens) * dim, Dtype::float32, 8);
+      const auto y = decode_rows(encode_rows(x, 1, tokens, dim, bits, Backend::cpu), Backend::cpu);
+      double lost = 0, all = 0;
+      for (int t = 0; t < tokens; ++t) {
+        double xx = 0, xy = 0, yy = 0;
+        for (int i = 0; i < dim; ++i) {
+          const double a = x.get(size_t(t) * dim + i), b = y[size_t(t) * dim + i];
+          xx += a * a, xy += a * b, yy += b * b;
+        }
+        lost += xx - xy * xy / yy;
+        all += xx;
+      }
+      EXPECT_LE(lost / all, 1.01 * optimum[bits]) << "bits " << bits << " dim " << dim;
+      EXPECT_GE(lost / all, 0.85 * optimum[bits]) << "better than any quantizer: the measurement is wrong";
+    }
+  }
+}
+
+// The bytes of the format, derived from the words of format.h alone by a separate program: the rotated coordinates are
+// v + v^5 / 20000 with v = (11 i + 5) mod 32 - 15.5.
+TEST_P(Codec, GoldenBytes) {
+  const int dim = 32;
+  const struct {
+    int bits;
+    std::vector<uint32_t> words;
+    uint16_t scale;
+  } golden[] = {
+      {2, {0xc29c28c2, 0x29829c29}, 0x503b},
+      {3, {0x84a85105, 0x43043842, 0x68c78c78}, 0x4ccc},
+      {4, {0x0940a30a, 0x87096095, 0xd18e18f0, 0x28b28c18}, 0x4cae},
+  };
+  std::vector<double> r(dim);
+  for (int i = 0; i < dim; ++i) {
+    const double v = (11 * i + 5) % 32 - 15.5;
+    r[i] = v + v * v * v * v * v / 20000;
+  }
+  unrotate(r.data(), dim, 3);
+  Buffer x(Dtype::float32, dim);
+  for (int i = 0; i < dim; ++i) x.set(i, float(r[i]));
+  for (Backend backend : kBackends) {
+    for (const auto& g : golden) {
+      SCOPED_TRACE(testing::Message() << "bits " << g.bits);
+      Encoded e = encode_rows(x, 1, 1, dim, g.bits, backend);
+      EXPECT_EQ(e.codes, g.words);
+      EXPECT_EQ(e.scales[0], g.scale);
+      e.codes = g.words;
+      auto y = decode_rows(e, backend);
+      rotate(y.data(), dim, 3);
+      for (int i = 0; i < dim; ++i) {
+        const float want =
+            half_to_float(g.scale) * level_step(g.bits) * level(g.bits, code_at(e.codes.data(), g.bits, i));
+        EXPECT_NEAR(y[i], want, 1e-4f);
+      }
+    }
+  }
+}
+
+// The int8 codebooks against the optimum, which Lloyd's iteration finds here for N(0, 1).
+TEST(Codebook, Int8LevelsAreNearTheLloydMaxOptimum) {
+  auto density = [](double x) { return std::exp(-x * x / 2) / std::sqrt(2 * M_PI); };
+  auto tail = [](double x) { return std::erfc(x / std::sqrt(2)) / 2; };
+  // Mean squared error of magnitudes with thresholds half-way: 1 - 2 c E[x; cell] + c^2 P(cell), both signs.
+  auto distortion = [&](const std::vector<double>& c) {
+    double d = 1, low = 0;
+    for (size_t m = 0; m < c.size(); ++m) {
+      const double high = m + 1 < c.size() ? (c[m] + c[m + 1]) / 2 : 40;
+      d += 2 * (c[m] * c[m] * (tail(low) - tail(high)) - 2 * c[m] * (density(low) - density(high)));
+      low = high;
+    }
+    return d;
+  };
+  const double most_above[] = {0, 0, 1.00001, 1.00005, 1.0007};  // measured: 1 + 1e-6, 1 + 2.4e-5, 1 + 5.5e-4
+  for (int bits : {2, 3, 4}) {
+    std::vector<double> c(magnitudes(bits)), ours;
+    for (size_t m = 0; m < c.size(); ++m) {
+      c[m] = 0.2 + 2.5 * double(m) / double(c.size());
+      ours.push_back(magnitude(bits, int(m)) / double(unit(bits)));
+    }
+    for (int iteration = 0; iteration < 20000; ++iteration) {
+      double low = 0;
+      auto next = c;
+      for (size_t m = 0; m < c.size(); ++m) {
+        const double high = m + 1 < c.size() ? (c[m] + c[m + 1]) / 2 : 40;
+        next[m] = (density(low) - density(high)) / (tail(low) - tail(high));
+        low = high;
+      }
+      c = next;
+    }
+    const double optimum = distortion(c), got = distortion(ours);
+    RecordProperty("excess_of_" + std::to_string(bits) + "_bits", std::to_string(got / optimum - 1));
+    EXPECT_GE(got, optimum);
+    EXPECT_LE(got, most_above[bits] * optimum) << bits << " bits: optimum " << optimum << ", int8 levels " << got;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Isa, Codec, testing::ValuesIn(available_isas()), [](const auto& info) { return info.param; });
+
+}  // namespace
+}  // namespace turboquant
