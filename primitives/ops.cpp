@@ -96,7 +96,10 @@ mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype 
   const PackedArrays rank4{mx::reshape(packed.codes, shape, stream),
                            mx::reshape(packed.scales, without_last(shape), stream)};
   const auto out_shape = with_last(packed.codes.shape(), dim);
-  if (on_gpu(stream)) return mx::reshape(decode_gpu(rank4, bits, seed, dtype, checked, stream), out_shape, stream);
+  if (on_gpu(stream)) {
+    const PackedArrays dense{mx::contiguous(rank4.codes, false, stream), mx::contiguous(rank4.scales, false, stream)};
+    return mx::reshape(decode_gpu(dense, bits, seed, dtype, checked, stream), out_shape, stream);
+  }
   std::vector<mx::array> inputs{rank4.codes, rank4.scales};
   if (checked) inputs.push_back(*checked);
   return mx::reshape(
@@ -171,7 +174,11 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
                     const AttentionOptions& options, mx::StreamOrDevice s) {
   const auto stream = mx::to_stream(s);
   const auto o = checked_options(q, keys, values, options, stream);
-  if (on_gpu(stream)) return attention_gpu(q, keys, values, o, stream);
+  if (on_gpu(stream)) {
+    const auto dense = [&](const mx::array& x) { return o.dense_rows ? x : mx::contiguous(x, false, stream); };
+    return attention_gpu(q, {dense(keys.codes), dense(keys.scales)}, {dense(values.codes), dense(values.scales)}, o,
+                         stream);
+  }
   const Attention::Settings settings{o.scale,
                                      o.key_bits,
                                      o.value_bits,

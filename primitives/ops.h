@@ -44,7 +44,8 @@ struct AttentionOptions {
   float scale = 1;
   int key_bits = 3, value_bits = 3;
   uint64_t seed = 0;
-  int kv_len = -1;  // tokens to read of each buffer; -1: all
+  int kv_len = -1;          // tokens to read of each buffer; -1: all
+  bool dense_rows = false;  // promise: vectors follow each other densely in memory, as a cache's do (GPUs cannot look)
   bool causal = false;
   int window = 0;
   std::optional<mx::array> mask;          // broadcastable to (B, H_q, L, N): bool, or a float that is added

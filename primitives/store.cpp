@@ -107,6 +107,7 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
   o.value_bits = coding.value_bits;
   o.seed = coding.seed;
   o.kv_len = length;
+  o.dense_rows = true;
   o.causal = causal;
   o.mask = mask;
   o.starts = starts;

@@ -1,0 +1,19 @@
+// The operations on NVIDIA GPUs.  As gpu.h, for the CUDA backend alone.
+#pragma once
+
+#include "primitives/ops.h"
+
+namespace turboquant::ops::cuda_backend {
+
+std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
+                                 const std::vector<std::optional<mx::array>>& centres, mx::Stream stream);
+
+mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,
+                 const std::optional<mx::array>& centre, mx::Stream stream);
+
+mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,
+                    const AttentionOptions& options, mx::Stream stream);
+
+std::string route(int query_len);
+
+}  // namespace turboquant::ops::cuda_backend

@@ -1,0 +1,135 @@
+"""The operations on a GPU against the CPU's, on the same codes.  `pytest -m gpu` on an NVIDIA host, `-m metal` on a Mac."""
+
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import relative_error
+
+from turboquant_mlx import TurboQuantKVCache, _core, attention, decode, encode
+
+pytestmark = [pytest.mark.gpu, pytest.mark.metal]
+
+if not _core.gpu_supported()[0]:
+    pytest.skip(f"no GPU here: {_core.gpu_supported()[1]}", allow_module_level=True)
+
+# q and the softmax weights are kept to 15 bits, partial results to float32.
+TOLERANCE = 1e-3
+ROUNDING = {mx.float32: 0, mx.float16: 2**-11, mx.bfloat16: 2**-8}
+DIMS = [64, 96, 128, 192, 256]
+
+
+def on(device, function, *args, **kwargs):
+    out = function(*args, **kwargs, stream=device)
+    mx.eval(out)
+    return out
+
+
+@pytest.mark.parametrize("dim, bits", itertools.product([32, *DIMS], [2, 3, 4]))
+def test_encode(dim, bits):
+    """Codes equal the CPU's but where float order moves a coordinate across a threshold: then by one level."""
+    for dtype in (mx.float32, mx.float16, mx.bfloat16):
+        x = mx.random.normal((2, 3, 37, dim)).astype(dtype)
+        centre = 0.3 * mx.random.normal((3, dim))
+        (codes, scales), (want, want_scales) = (
+            on(d, encode, x, bits, seed=9, centre=centre) for d in (mx.gpu, mx.cpu)
+        )
+        differing = np.mean(np.array(codes) != np.array(want))
+        assert differing < 1e-3, differing
+        assert mx.allclose(scales, want_scales, rtol=2e-3)
+        got = on(mx.gpu, decode, codes, scales, bits, seed=9, centre=centre)
+        assert relative_error(got, on(mx.cpu, decode, codes, scales, bits, seed=9, centre=centre)) < 1e-5
+
+
+def inputs(batch, heads, kv_heads, length, tokens, dim, key_bits, value_bits, dtype=mx.float32):
+    k = mx.random.normal((batch, kv_heads, tokens, dim))
+    v = 0.5 * mx.random.normal((batch, kv_heads, tokens, dim)) + 0.3
+    q = mx.random.normal((batch, heads, length, dim)).astype(dtype)
+    keys, values = on(mx.cpu, encode, k, key_bits), on(mx.cpu, encode, v, value_bits)
+    return q, keys, values
+
+
+def check(q, keys, values, **options):
+    got, want = (on(d, attention, q, keys, values, scale=0.1, **options) for d in (mx.gpu, mx.cpu))
+    assert got.dtype == q.dtype
+    error = relative_error(got, want)
+    assert error < TOLERANCE + 2 * ROUNDING[q.dtype], error
+
+
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("bits", [(3, 3), (4, 4), (2, 2), (4, 3), (3, 2)])
+def test_lengths_and_groups(dim, bits):
+    for tokens, length, (heads, kv_heads) in [
+        (1, 1, (4, 1)),
+        (33, 1, (4, 2)),
+        (1000, 1, (16, 4)),
+        (257, 3, (6, 2)),
+        (300, 8, (8, 1)),
+        (190, 40, (8, 2)),
+        (513, 130, (4, 4)),
+    ]:
+        q, keys, values = inputs(1, heads, kv_heads, length, tokens, dim, *bits)
+        check(q, keys, values, key_bits=bits[0], value_bits=bits[1], mask="causal" if length > 1 else None)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("length", [1, 4, 50])
+def test_rules(dtype, length):
+    q, keys, values = inputs(3, 8, 2, length, 200, 128, 3, 3, dtype)
+    starts = mx.array([0, 50, 149])
+    sinks = mx.random.normal((8,))
+    centres = {"key_centre": 0.3 * mx.random.normal((2, 128)), "value_centre": 0.3 * mx.random.normal((2, 128))}
+    boolean = (mx.random.uniform(shape=(3, 1, length, 200)) < 0.7) | (mx.arange(200) > 196)
+    additive = mx.random.normal((length, 200)).astype(dtype)
+    for options in (
+        {"mask": "causal", "starts": starts},
+        {"mask": "causal", "window": 30},
+        {"mask": boolean},
+        {"mask": additive},
+        {"mask": "causal", "sinks": sinks},
+        {"mask": "causal", "sinks": sinks, "starts": starts, **centres},
+        {"mask": boolean, "starts": starts, **centres},
+    ):
+        check(q, keys, values, **options)
+
+
+def test_a_long_context():
+    for bits in (2, 3, 4):
+        q, keys, values = inputs(1, 16, 4, 1, 70001, 256, bits, bits)
+        check(q, keys, values, key_bits=bits, value_bits=bits)
+
+
+def test_nan_reaches_only_who_sees_it():
+    k, v = mx.random.normal((1, 2, 10, 64)), mx.random.normal((1, 2, 10, 64))
+    k[0, 1, 7] = float("nan")
+    with mx.stream(mx.gpu):
+        keys, values = encode(k), encode(v)
+        out = attention(mx.random.normal((1, 4, 10, 64)), keys, values, scale=0.1, mask="causal")
+        bad = np.array(mx.isnan(out).any(axis=-1)[0])
+    assert not bad[:2].any() and not bad[2:, :7].any() and bad[2:, 7:].all()
+
+
+def test_strided_inputs():
+    q, (kc, ks), values = inputs(2, 6, 3, 5, 64, 128, 3, 3)
+    wide = mx.concatenate([kc, kc], axis=-1)[..., :12]  # rows no longer dense
+    turned = mx.contiguous(q.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+    got = on(mx.gpu, attention, turned, (wide, ks), values, scale=0.1)
+    assert relative_error(got, on(mx.cpu, attention, q, (kc, ks), values, scale=0.1)) < TOLERANCE
+
+
+def test_the_cache_on_the_gpu():
+    mx.set_default_device(mx.gpu)
+    cache = TurboQuantKVCache(bits=3)
+    k, v = (mx.random.normal((1, 4, 700, 256)).astype(mx.bfloat16) for _ in range(2))
+    at = 0
+    for n in (300, 1, 1, 255, 143):
+        view, _ = cache.update_and_fetch(k[:, :, at : at + n], v[:, :, at : at + n])
+        mx.eval(cache._core.arrays)
+        at += n
+    q = mx.random.normal((1, 16, 1, 256)).astype(mx.bfloat16)
+    got = view.attend(q, 1 / 16)
+    keys, values = view.decode(mx.float32)
+    want = mx.fast.scaled_dot_product_attention(q.astype(mx.float32), keys, values, scale=1 / 16)
+    assert relative_error(got, want) < TOLERANCE + 2 * ROUNDING[mx.bfloat16]
+    assert cache.route and not cache.route.startswith("cpu")
