@@ -23,8 +23,8 @@ made by halving blocks: the doubling product (I - A)(I + A^2)(I + A^4)... meets 
 keys repeat, and loses every digit.
 """
 
-from functools import lru_cache
-from typing import Any, Optional
+from functools import cache
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -37,7 +37,7 @@ MAX_TOKENS = 2048
 _loop = _mlx_lm.gated_delta_ops
 
 
-@lru_cache(maxsize=None)
+@cache
 def _block_mask(chunk: int, half: int) -> mx.array:
     """1 where row j and column i lie in the first and the second half of the same block of 2 * half."""
     j, i = np.indices((chunk, chunk))
@@ -45,7 +45,7 @@ def _block_mask(chunk: int, half: int) -> mx.array:
     return mx.array((same & (j % (2 * half) < half) & (i % (2 * half) >= half)).astype(np.float32))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _upper(chunk: int, diagonal: int) -> mx.array:
     return mx.array(np.triu(np.ones((chunk, chunk), bool), diagonal))
 
@@ -77,8 +77,8 @@ def chunked_gated_delta(
     v: mx.array,
     g: mx.array,
     beta: mx.array,
-    state: Optional[mx.array] = None,
-    mask: Optional[mx.array] = None,
+    state: mx.array | None = None,
+    mask: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """What mlx-lm's `gated_delta_ops` computes, for one decay a head.
 
@@ -107,9 +107,7 @@ def chunked_gated_delta(
     ys = []
     for start in range(0, tokens, MAX_TOKENS):
         part = slice(start, start + MAX_TOKENS)
-        y, state = _chunks(
-            *(x[:, part] for x in (q, k, v, g, beta)), state, None if mask is None else mask[:, part]
-        )
+        y, state = _chunks(*(x[:, part] for x in (q, k, v, g, beta)), state, None if mask is None else mask[:, part])
         ys.append(y)
     y = ys[0] if len(ys) == 1 else mx.concatenate(ys, axis=1)
     return y.astype(q.dtype), state

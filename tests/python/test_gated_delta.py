@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm import load
 from mlx_lm.models import qwen3_5
-
 from turboquant_mlx import gated_delta
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "qwen35-tiny-4bit"
@@ -165,7 +164,7 @@ def check(case, mask=None, tight=False):
     errors, loop_errors = [], []
     for b, h in np.ndindex(batch, heads):
         head = [x.copy() for x in (q[b, :, h // group], k[b, :, h // group], v[b, :, h], g[b, :, h], beta[b, :, h])]
-        for x, hidden in zip(head, (0, 0, 0, 1, 0)):  # a hidden token: no decay, nothing written
+        for x, hidden in zip(head, (0, 0, 0, 1, 0), strict=False):  # a hidden token: no decay, nothing written
             x[~shown[b]] = hidden
         exact, loop_bound, exact_state, loop_state_bound = exact_and_bound(token_step, 1, *head, state[b, h])
         _, bound, _, state_bound = exact_and_bound(chunk_step, size, *head, state[b, h])
@@ -180,9 +179,10 @@ def check(case, mask=None, tight=False):
         errors += [error, 0.1 * (chunked[1][b, h] - exact_state)]
         loop_errors += [loop[0][b, shown[b], h] - exact, 0.1 * (loop[1][b, h] - exact_state)]
     floor = UNIT * rms(v)
-    assert rms(np.concatenate([x.ravel() for x in errors])) <= 5 * rms(
-        np.concatenate([x.ravel() for x in loop_errors])
-    ) + floor
+    assert (
+        rms(np.concatenate([x.ravel() for x in errors]))
+        <= 5 * rms(np.concatenate([x.ravel() for x in loop_errors])) + floor
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -236,7 +236,7 @@ def test_state_carries_over(cuts):
     *inputs, state = [mx.array(x) for x in case]
     whole, whole_state = gated_delta.chunked_gated_delta(*inputs, state)
     ys = []
-    for start, stop in zip((0, *cuts), (*cuts, 200)):
+    for start, stop in zip((0, *cuts), (*cuts, 200), strict=False):
         y, state = gated_delta.chunked_gated_delta(*(x[:, start:stop] for x in inputs), state)
         ys.append(y)
     q, k, v, g, beta, first = case
@@ -267,7 +267,7 @@ def test_gradient():
     def loss(function):
         return mx.grad(lambda *x: function(*x)[0].square().sum(), argnums=[0, 1, 2, 3, 4])(*case)
 
-    for ours, theirs in zip(loss(gated_delta.chunked_gated_delta), loss(gated_delta._loop)):
+    for ours, theirs in zip(loss(gated_delta.chunked_gated_delta), loss(gated_delta._loop), strict=False):
         assert np.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(mx.abs(theirs).max()))
 
 

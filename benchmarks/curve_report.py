@@ -1,0 +1,132 @@
+"""Summary, pictures and table of the publication curve, from its raw rows alone."""
+
+import json
+import statistics
+
+from turboquant_mlx.eval.command import write_table
+from turboquant_mlx.eval.pictures import line_style, pyplot
+
+MEASURED = ("prompt_tps", "decode_tps", "first_token_s", "attention_bytes", "peak_bytes")
+NAMES = {"fp16": "float cache", "affine4": "MLX affine, 4 bits", "tq4": "TQ4", "tq3": "TQ3", "tq2": "TQ2"}
+
+
+def summarise(rows):
+    """One row a context and mode: medians, and the smallest and largest value beside each speed."""
+    out = []
+    for key in dict.fromkeys((r["scale"], r["prompt_tokens"], r["mode"], r["synthetic"]) for r in rows):
+        own = [r for r in rows if (r["scale"], r["prompt_tokens"], r["mode"], r["synthetic"]) == key]
+        good = [r for r in own if r["status"] == "ok"]
+        row = dict(zip(("scale", "prompt_tokens", "mode", "synthetic"), key, strict=True))
+        row |= {"runs": len(own), "failed": len(own) - len(good)}
+        for name in MEASURED:
+            values = [float(r[name]) for r in good if r[name]]
+            row[name] = statistics.median(values) if values else ""
+            if name.endswith("_tps"):
+                row[name + "_min"], row[name + "_max"] = (min(values), max(values)) if values else ("", "")
+        for name in ("fp16_equivalent_bytes", "linear_bytes", "kernel"):
+            row[name] = good[0][name] if good else ""
+        row["error"] = next((r["error"] for r in own if r["status"] != "ok"), "")
+        out.append(row)
+    return sorted(out, key=lambda r: int(r["prompt_tokens"]))
+
+
+def draw(args, summary, metadata):
+    """Speed and memory against context; lines differ in dash and marker as well as in colour."""
+    plt = pyplot()
+    panels = [("prompt_tps", "prompt, tokens/s", 1), ("decode_tps", "decode, tokens/s", 1)]
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6))
+    modes = list(dict.fromkeys(r["mode"] for r in summary))
+    for axis, (name, label, unit) in zip(
+        axes, [*panels, ("attention_bytes", "attention caches, MiB", 2**-20)], strict=True
+    ):
+        for i, mode in enumerate(modes):
+            own = [r for r in summary if r["mode"] == mode and r[name] != ""]
+            x = [int(r["prompt_tokens"]) for r in own]
+            axis.plot(x, [float(r[name]) * unit for r in own], label=NAMES[mode], **line_style(i))
+        if name == "attention_bytes":
+            own = [r for r in summary if r["mode"] == modes[0] and r["fp16_equivalent_bytes"]]
+            if own and float(own[0]["attention_bytes"]) > 1.5 * float(own[0]["fp16_equivalent_bytes"]):
+                x = [int(r["prompt_tokens"]) for r in own]
+                y = [float(r["fp16_equivalent_bytes"]) * unit for r in own]
+                axis.plot(x, y, label="float16 (computed)", color="0.5", linewidth=1)
+        axis.set(xlabel="context, tokens", ylabel=label)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[2].legend(fontsize=8)
+    figure.suptitle(
+        f"{metadata['identity']['model']} on {metadata['processor']}, {metadata['identity']['device']}",
+        fontsize=9,
+    )
+    figure.tight_layout()
+    for suffix in ("png", "svg"):
+        figure.savefig(args.assets / f"curve.{suffix}", dpi=150, metadata={"Date": None} if suffix == "svg" else None)
+    plt.close(figure)
+
+
+def _number(value, unit=1.0, digits=1):
+    return "" if value == "" else f"{float(value) * unit:.{digits}f}"
+
+
+def markdown(summary, metadata):
+    """The table for people."""
+    about = metadata["identity"]
+    lines = [
+        f"{about['model']}; {metadata['processor']}, {metadata['cores']} cores, {about['device']}; activations "
+        f"{metadata['activations']}; MLX {metadata['versions']['mlx']}; BLAS: {metadata['blas']}; linear attention: "
+        f"{about['linear_attention']}. Medians of {metadata['repetitions']} runs in rotated order; "
+        f"prompt read {about['step']} tokens at a time, then {about['decode_tokens']} tokens decoded.",
+        "",
+        "| context | cache | prompt tok/s | decode tok/s | first token s | attention MiB | of float16 | peak MiB "
+        "| kernel |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for r in summary:
+        context = f"{r['prompt_tokens']}{' (filled)' if int(r['synthetic']) else ''}"
+        share = float(r["attention_bytes"]) / float(r["fp16_equivalent_bytes"]) if r["attention_bytes"] != "" else ""
+        what = r["kernel"] or f"failed: {r['error']}"
+        if r["failed"] and r["kernel"]:
+            what += f" ({r['failed']} of {r['runs']} runs failed)"
+        cells = [
+            _number(r["prompt_tps"]),
+            _number(r["decode_tps"]),
+            _number(r["first_token_s"], digits=2),
+            _number(r["attention_bytes"], 2**-20, 2),
+            f"{share:.3f}" if share else "",
+            _number(r["peak_bytes"], 2**-20, 0),
+            what.replace("|", "/"),
+        ]
+        lines.append(f"| {context} | {NAMES[r['mode']]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def into_readme(path, label, text):
+    """Puts the text between this label's marks in the README's section, or adds them."""
+    begin, end = f"<!-- curve {label} -->", f"<!-- end of curve {label} -->"
+    block = f"{begin}\n### {label}\n\n{text}\n{end}"
+    old = path.read_text() if path.exists() else "# Benchmarks\n"
+    if "## Publication curve" not in old:
+        old = (
+            old.rstrip()
+            + "\n\n## Publication curve\n\n`benchmarks/qwen35_9b_publication_curve.py` wrote these tables.\n"
+        )
+    if begin in old and end in old:
+        head, rest = old.split(begin, 1)
+        new = head + block + rest.split(end, 1)[1]
+    else:
+        head, rest = old.split("## Publication curve", 1)
+        section, *after = rest.split("\n## ", 1)
+        new = f"{head}## Publication curve{section.rstrip()}\n\n{block}\n" + (f"\n## {after[0]}" if after else "")
+    path.write_text(new)
+
+
+def write(args, rows):
+    """summary_rows.tsv, the pictures and the table."""
+    if not rows:
+        raise ValueError(f"{args.out}/raw_rows.tsv holds no rows to report")
+    metadata = json.loads((args.out / "run_metadata.json").read_text())
+    summary = summarise(rows)
+    write_table(args.out / "summary_rows.tsv", summary)
+    draw(args, summary, metadata)
+    label = args.label or f"{metadata['identity']['model']} on {metadata['identity']['device']}"
+    into_readme(args.readme, label, markdown(summary, metadata))
+    print(markdown(summary, metadata))

@@ -1,0 +1,228 @@
+"""What each choice about codes buys, by KL divergence from float16 caches: the tables of docs/quality.md.
+
+    python benchmarks/quality_study.py --study scale --out benchmarks/quality
+
+Codes are simulated where the package has no such cache: keys and values are coded and decoded as they enter a float
+cache, so every position is read through them, prompt included.  Centres come from windows of the same text that no
+study measures (every ninth); a study's own windows are given by --first-window, so that a choice made on some windows
+can be confirmed on others.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models import base
+from mlx_lm.models.cache import KVCache
+from tqdm import tqdm
+from turboquant_mlx import decode, encode
+from turboquant_mlx.calibration import _float_caches, calibrate
+from turboquant_mlx.eval import divergence, modes
+from turboquant_mlx.eval.command import write_table
+from turboquant_mlx.eval.model import load_model, read_tokens, spread_windows
+from turboquant_mlx.patch import apply_patch
+from turboquant_mlx.slots import _replace
+
+ROOT = Path(__file__).resolve().parent.parent
+LENGTH = 2048
+UNITS = {2: 6.62, 3: 40.906, 4: 38.143}  # levels a standard deviation, and the value of a level (format.h)
+STEPS = {2: 1 / 8, 3: 1 / 32, 4: 1 / 32}
+LEVELS = {2: (3, 10), 3: (10, 31, 55, 88), 4: (5, 15, 25, 36, 48, 62, 79, 104)}
+
+
+def dot(a, b):
+    return (a * b).sum(-1, keepdims=True)
+
+
+def coder(bits, centre=None, scale="same length", search=False):
+    """x -> x^ with one of the scales: same length (|x^| = |x|, what the package stores), unbiased (<x, x^> = |x|^2),
+    least squares, or the paper's plain norm."""
+    if bits == 16:
+        return modes.to_half
+    shift = 0 if centre is None else centre.astype(mx.float32)[None, :, None]
+
+    def code(x):
+        y = x.astype(mx.float32) - shift
+        if search:
+            y_hat = searched(y, bits)
+        else:
+            codes, scales = encode(y, bits)
+            y_hat = decode(codes, scales, bits)
+        square = dot(y, y)
+        if scale == "unbiased":
+            y_hat = y_hat * (square / dot(y, y_hat))
+        elif scale == "least squares":
+            y_hat = y_hat * (dot(y, y_hat) / square)
+        elif scale == "plain":
+            plain = mx.sqrt(square) / (np.sqrt(y.shape[-1]) * UNITS[bits] * STEPS[bits])
+            y_hat = y_hat * (plain / scales[..., None].astype(mx.float32))
+        return (y_hat + shift).astype(x.dtype)
+
+    return code
+
+
+def searched(y, bits, candidates=17):
+    """Codes of the best of some scales from 0.8 to 1.2 times the usual one, then the scale that keeps the length."""
+    signs = mx.where(mx.random.bernoulli(0.5, (y.shape[-1],), key=mx.random.key(0)), 1.0, -1.0)
+    r = mx.hadamard_transform(y * signs)
+    positive = np.array(LEVELS[bits], np.float32) / UNITS[bits]
+    levels = mx.array(np.concatenate([-positive[::-1], positive]))
+    thresholds = (levels[1:] + levels[:-1]) / 2
+    rms = mx.sqrt(mx.square(r).mean(-1, keepdims=True))
+    best, error = mx.zeros_like(r), mx.full(rms.shape, float("inf"))
+    for factor in np.linspace(0.8, 1.2, candidates):
+        u = r / (rms * float(factor))
+        index = sum((u > t).astype(mx.int32) for t in thresholds)
+        found = levels[index]
+        found = found * (dot(found, r) / dot(found, found))
+        missed = mx.square(r - found).sum(-1, keepdims=True)
+        best, error = mx.where(missed < error, found, best), mx.minimum(missed, error)
+    best = best * mx.sqrt(dot(r, r) / dot(best, best))
+    return mx.hadamard_transform(best) * signs
+
+
+class Sinks(modes.FloatCache):
+    """The first `count` tokens stay as they are."""
+
+    def __init__(self, count, *coders):
+        super().__init__(*coders)
+        self.count = count
+
+    def update_and_fetch(self, keys, values):
+        first = (mx.arange(keys.shape[2]) + self.offset < self.count)[:, None]
+        coded = self.code_keys(keys), self.code_values(values)
+        kept = [mx.where(first, modes.to_half(x), c) for x, c in zip((keys, values), coded, strict=True)]
+        return KVCache.update_and_fetch(self, *kept)
+
+
+class Recent(KVCache):
+    """Every query reads the last `count` tokens before it as they are, and older ones coded."""
+
+    bits, group_size = 0, 0  # routes attention to `attend_recent`
+
+    def __init__(self, count, code_keys, code_values):
+        super().__init__()
+        self.count, self.coders = count, (code_keys, code_values)
+        self.exact, self.coded = KVCache(), KVCache()
+
+    def update_and_fetch(self, keys, values):
+        exact = self.exact.update_and_fetch(modes.to_half(keys), modes.to_half(values))
+        coded = self.coded.update_and_fetch(*(f(x) for f, x in zip(self.coders, (keys, values), strict=True)))
+        self.offset = self.exact.offset
+        return (self.count, exact[0], coded[0]), (exact[1], coded[1])
+
+    @property
+    def state(self):
+        return self.exact.state, self.coded.state
+
+
+def attend_recent(queries, q_keys, q_values, scale, mask, group_size, bits):
+    count, *keys = q_keys
+    group = queries.shape[1] // keys[0].shape[1]
+    keys, values = ([mx.repeat(x, group, 1) for x in side] for side in (keys, q_values))
+    length, total = queries.shape[2], keys[0].shape[2]
+    age = (mx.arange(length) + total - length)[:, None] - mx.arange(total)
+    near = age < count
+    scores = mx.where(near, *((queries * scale) @ k.swapaxes(-1, -2) for k in keys))
+    weights = mx.softmax(mx.where(age >= 0, scores, -float("inf")), axis=-1)
+    return mx.where(near, weights, 0) @ values[0] + mx.where(near, 0, weights) @ values[1]
+
+
+def study_modes(name, c):
+    """{row name: slot -> cache} of a study; `c` are the centres."""
+
+    def simple(key_bits, value_bits=None, centred=True, **how):
+        value_bits = value_bits or key_bits
+        centre = (lambda slot: c[slot]) if centred else (lambda slot: (None, None))
+        return lambda slot: modes.FloatCache(
+            coder(key_bits, centre(slot)[0], **how), coder(value_bits, centre(slot)[1], **how)
+        )
+
+    if name == "scale":
+        rows = {}
+        for bits in (4, 3, 2):
+            for scale in ("plain", "same length", "unbiased", "least squares"):
+                rows[f"{bits} bits, {scale}"] = simple(bits, centred=False, scale=scale)
+        return rows
+    if name == "centres":
+        rows = {f"{b} bits, centred, {s}": simple(b, scale=s) for b in (4, 3, 2) for s in ("same length", "unbiased")}
+
+        def affine(bits):
+            return lambda slot: modes.FloatCache(modes.affine(bits))
+
+        return rows | {f"MLX affine, {b} bits": affine(b) for b in (4, 3, 2)}
+    if name == "search":
+        return {
+            f"3 bits, {w}": simple(3, search=s) for w, s in (("nearest code", False), ("searched code and scale", True))
+        }
+    if name == "sides":
+        pairs = [(3, 16), (16, 3), (4, 3), (3, 4), (4, 2), (2, 4), (3, 2), (2, 3), (3, 3)]
+        return {f"K{k} V{v}": simple(k, v) for k, v in pairs}
+    if name == "sinks":
+
+        def sinks(count):
+            return lambda slot: Sinks(count, coder(3, c[slot][0]), coder(3, c[slot][1]))
+
+        return {f"{n} first tokens as float16": sinks(n) for n in (0, 1, 4, 16, 64)}
+    if name == "recent":
+
+        def recent(count):
+            return lambda slot: Recent(count, coder(3, c[slot][0]), coder(3, c[slot][1]))
+
+        return {f"{n} last tokens as float16": recent(n) for n in (0, 1, 16, 64, 128)}
+    if name == "layers":
+        slots = sorted(c)
+
+        def layers(bits):
+            return lambda slot: modes.FloatCache(*(coder(bits[slots.index(slot)], side) for side in c[slot]))
+
+        pairs = [(3, 3), (4, 3), (3, 4), (4, 2), (2, 4), (3, 16), (16, 3)]
+        return {", ".join(f"layer {s}: {b}" for s, b in zip(slots, p, strict=True)): layers(p) for p in pairs}
+    raise ValueError(f"unknown study {name!r}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "qwen35-tiny-4bit")
+    parser.add_argument("--text", type=Path, default=ROOT / "tests" / "data" / "valid.txt")
+    parser.add_argument(
+        "--study", required=True, choices=("scale", "centres", "search", "sides", "sinks", "recent", "layers")
+    )
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--first-window", type=int, default=0)
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "quality")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = load_model(args.model)
+    tokens = read_tokens(tokenizer, args.text)
+    windows = tokens[: len(tokens) // LENGTH * LENGTH].reshape(-1, LENGTH)
+    measured = [i for i in range(len(windows)) if i % 9 != 8][args.first_window :][: args.windows]
+    centres = calibrate(model, spread_windows(tokens, LENGTH, len(windows) // 9))
+    apply_patch()
+    hook = base.quantized_scaled_dot_product_attention
+    if args.study == "recent":
+        base.quantized_scaled_dot_product_attention = attend_recent
+    makers = {"float16": lambda slot: modes.FloatCache(modes.to_half)} | {
+        k: v for k, v in study_modes(args.study, centres).items() if args.only in k
+    }
+    caches = {k: _replace(_float_caches(model), lambda path, make=make: make(path[0])) for k, make in makers.items()}
+    with tqdm(total=len(measured) * LENGTH * len(caches), unit="tok", disable=None) as bar:
+        records = divergence.compare(model, windows[measured], caches, progress=bar.update)
+    base.quantized_scaled_dot_product_attention = hook
+    rows = []
+    for name, record in records.items():
+        rows.append({"row": name, **divergence.summarise(record, records["float16"])})
+        r = rows[-1]
+        print(
+            f"{name:32} {r['mean_kld']:8.5f} +- {r['mean_kld_stderr']:.5f}  {r['perplexity_change']:+8.3%}",
+            flush=True,
+        )
+    write_table(args.out / f"{args.study}.tsv", rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

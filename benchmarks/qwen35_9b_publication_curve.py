@@ -1,0 +1,316 @@
+"""The publication curve: speed and memory against context for float and packed caches.
+
+    python benchmarks/qwen35_9b_publication_curve.py --model path/to/Qwen3.5-9B-MLX-4bit
+    python benchmarks/qwen35_9b_publication_curve.py --shape 9b --long      # the 9B's shape, random weights
+    python benchmarks/qwen35_9b_publication_curve.py --model models/qwen35-tiny-4bit --out benchmarks/bundled-cpu
+
+Every run is one row of raw_rows.tsv, written when it ends, so an interrupted sweep goes on where it stopped; a run that
+fails is a row with its error.  Repetitions rotate the order of the modes.  summary_rows.tsv (medians), curve.png,
+curve.svg and the table of README.md are made from the raw rows alone (--report makes them again).
+"""
+
+import argparse
+import csv
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import curve_report
+import mlx.core as mx
+from curve_models import attention_shape, build_shape, prompt_tokens
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
+from tqdm import tqdm
+from turboquant_mlx import TurboQuantKVCache, apply_patch
+from turboquant_mlx.calibration import fingerprint
+from turboquant_mlx.eval.model import load_model
+from turboquant_mlx.gated_delta import disable_chunked_recurrence, enable_chunked_recurrence
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = (
+    "scale prompt_tokens mode key_bits value_bits repetition status prompt_tps decode_tps first_token_s "
+    "attention_bytes fp16_equivalent_bytes linear_bytes resident_bytes peak_bytes kernel synthetic error"
+).split()
+WIDTHS = {"fp16": (16, 16), "affine4": (4, 4), "tq4": (4, 4), "tq3": (3, 3), "tq2": (2, 2)}
+LONG = (32768, 65536, 131072)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", type=Path, help="a local model directory (default: the bundled model)")
+    source.add_argument("--shape", choices=("9b",), help="random weights in this shape: speed and memory alone")
+    parser.add_argument("--text", type=Path, default=ROOT / "tests" / "data" / "valid.txt", help="prompts come from it")
+    parser.add_argument("--tokens", type=int, default=3600, help="prompt tokens at 1.00x")
+    parser.add_argument("--scales", default="1,1.5,2.25,3")
+    parser.add_argument("--modes", default="fp16,tq4,tq3,affine4", help=f"of {', '.join(WIDTHS)}")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--decode-tokens", type=int, default=64)
+    parser.add_argument("--step", type=int, default=512, help="prompt tokens given to the model at a time")
+    parser.add_argument("--limit", type=float, default=600, help="seconds after which a run is recorded as failed")
+    parser.add_argument("--long", action="store_true", help="also 32K, 64K and 128K over synthetically filled caches")
+    parser.add_argument("--loop", action="store_true", help="mlx-lm's own loop over tokens in linear attention")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--label", help="of the table in README.md (default: model and device)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the tables")
+    parser.add_argument("--assets", type=Path, help="folder of the pictures (default: assets/, or --out when given)")
+    parser.add_argument("--readme", type=Path, default=ROOT / "benchmarks" / "README.md")
+    parser.add_argument("--fresh", action="store_true", help="forget rows of an earlier run in the folder")
+    parser.add_argument("--report", action="store_true", help="measure nothing: summary, pictures and table again")
+    args = parser.parse_args(argv)
+    args.scales = [float(s) for s in args.scales.split(",")]
+    args.modes = args.modes.split(",")
+    if unknown := set(args.modes) - set(WIDTHS):
+        raise ValueError(f"--modes are {', '.join(WIDTHS)}; got {', '.join(sorted(unknown))}")
+    if args.assets is None:
+        args.assets = ROOT / "assets" if args.out.resolve() == ROOT / "benchmarks" else args.out
+    if not args.shape:
+        args.model = args.model or ROOT / "models" / "qwen35-tiny-4bit"
+    return args
+
+
+def contexts(args):
+    """(scale, prompt tokens, synthetic) of every context length."""
+    out = [(f"{s:.2f}x", round(s * args.tokens), False) for s in args.scales]
+    return out + [(f"{n // 1024}K", n, True) for n in LONG if args.long]
+
+
+def command_output(*command):
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def processor():
+    if platform.system() == "Darwin":
+        return command_output("sysctl", "-n", "machdep.cpu.brand_string")
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def identity(args):
+    """What rows must share to stand in one table."""
+    return {
+        "model": args.model.name if args.model else f"shape {args.shape}, random weights",
+        "fingerprint": fingerprint(args.model) if args.model else None,
+        "device": str(mx.default_device()),
+        "tokens": args.tokens,
+        "decode_tokens": args.decode_tokens,
+        "step": args.step,
+        "seed": args.seed,
+        "linear_attention": "mlx-lm's loop" if args.loop else "chunks of 64 off Metal",
+    }
+
+
+def activation_dtype(model):
+    return next(v.dtype for k, v in tree_flatten(model.parameters()) if k.endswith("norm.weight"))
+
+
+def metadata(args, model):
+    return {
+        "identity": identity(args),
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "device_info": {k: v for k, v in mx.device_info().items() if isinstance(v, (str, int))},
+        "blas": Path(os.environ.get("LD_PRELOAD", "")).name or "as MLX was built",
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {p: version(p) for p in ("mlx", "mlx-lm", "turboquant-kv-mlx")},
+        "commit": command_output("git", "rev-parse", "HEAD"),
+        "changed_files": len((command_output("git", "status", "--porcelain", "-uno") or "").splitlines()),
+        "activations": str(activation_dtype(model)).split(".")[-1],
+        "weight_bytes": sum(v.nbytes for _, v in tree_flatten(model.parameters())),
+        "repetitions": args.repetitions,
+        "started_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "clock": "time.perf_counter",
+    }
+
+
+def make_caches(model, mode):
+    """The model's caches with this mode's in the KVCache slots: (all, those of attention)."""
+    key_bits, value_bits = WIDTHS[mode]
+    caches, attention = model.make_cache(), []
+    for i, cache in enumerate(caches):
+        if type(cache) is KVCache:
+            if mode.startswith("affine"):
+                caches[i] = QuantizedKVCache(group_size=64, bits=key_bits)
+            elif mode.startswith("tq"):
+                caches[i] = TurboQuantKVCache(key_bits=key_bits, value_bits=value_bits)
+            attention.append(caches[i])
+    if not attention:
+        raise ValueError("the model has no KVCache slot, so there is nothing to compress")
+    return caches, attention
+
+
+def arrays(cache):
+    return [v for _, v in tree_flatten(cache.state) if isinstance(v, mx.array)]
+
+
+def resident_bytes():
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return ""
+
+
+def fill(model, attention, tokens, seed):
+    """Extends the attention caches to `tokens` with random keys and values, some thousands at a time."""
+    heads, dim = attention_shape(model)
+    key, dtype = mx.random.key(seed), activation_dtype(model)
+    for cache in attention:
+        while cache.offset < tokens:
+            n = min(4096, tokens - cache.offset)
+            key, *keys = mx.random.split(key, 3)
+            cache.update_and_fetch(*(mx.random.normal((1, heads, n, dim), key=k).astype(dtype) for k in keys))
+            mx.eval(arrays(cache))
+
+
+def measure(model, args, mode, prompt, tokens, synthetic):
+    """One run: a dict of the measured columns.  Raises what the run raises."""
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    caches, attention = make_caches(model, mode)
+    started = time.perf_counter()
+
+    def within_limit():
+        if time.perf_counter() - started > args.limit:
+            raise TimeoutError(f"over the limit of {args.limit:g} s")
+
+    read = prompt[:64] if synthetic else prompt
+    for start in range(0, len(read), args.step):
+        logits = model(mx.array([read[start : start + args.step]]), cache=caches)[:, -1]
+        y = mx.argmax(logits, axis=-1)
+        mx.eval(y, [arrays(c) for c in caches])
+        within_limit()
+    first_token = time.perf_counter() - started
+    if synthetic:
+        fill(model, attention, tokens, args.seed)
+    y = mx.argmax(model(y[None], cache=caches)[:, -1], axis=-1)  # the first step over these caches warms up
+    mx.eval(y)
+    decode_started = time.perf_counter()
+    for _ in range(args.decode_tokens):
+        following = mx.argmax(model(y[None], cache=caches)[:, -1], axis=-1)
+        mx.async_eval(following)
+        y.item()
+        y = following
+        within_limit()
+    y.item()
+    decode = time.perf_counter() - decode_started
+    heads, dim = attention_shape(model)
+    route = getattr(attention[0], "route", None)
+    return {
+        "prompt_tps": "" if synthetic else f"{len(read) / first_token:.2f}",
+        "first_token_s": "" if synthetic else f"{first_token:.4f}",
+        "decode_tps": f"{args.decode_tokens / decode:.2f}",
+        "attention_bytes": sum(c.nbytes for c in attention),
+        "fp16_equivalent_bytes": len(attention) * attention[0].offset * heads * dim * 2 * 2,
+        "linear_bytes": sum(v.nbytes for c in caches if c not in attention for v in arrays(c)),
+        "resident_bytes": resident_bytes(),
+        "peak_bytes": mx.get_peak_memory(),
+        "kernel": route or ("mlx quantized_matmul" if mode.startswith("affine") else "mlx fast attention"),
+    }
+
+
+def read_rows(path):
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def previous_rows(args):
+    """Rows of an interrupted sweep of the same identity; refuses a folder that holds another one's."""
+    described = args.out / "run_metadata.json"
+    rows = [] if args.fresh else read_rows(args.out / "raw_rows.tsv")
+    if rows:
+        before = json.loads(described.read_text()).get("identity", {}) if described.exists() else {}
+        if differing := sorted(k for k, v in identity(args).items() if before.get(k) != v):
+            raise ValueError(
+                f"{args.out} holds rows of another run ({', '.join(differing)} differ): use --fresh or --out"
+            )
+    return rows
+
+
+def plan_runs(args, rows):
+    """The runs that are not yet in `rows`, in rotated order."""
+    done = {(r["scale"], r["mode"], int(r["repetition"])) for r in rows}
+    plan = []
+    for repetition in range(args.repetitions):
+        turn = repetition % len(args.modes)
+        for scale, tokens, synthetic in contexts(args):
+            for mode in args.modes[turn:] + args.modes[:turn]:
+                if (scale, mode, repetition) not in done:
+                    plan.append((scale, tokens, synthetic, mode, repetition))
+    return plan
+
+
+def sweep(args):
+    rows = previous_rows(args)
+    plan = plan_runs(args, rows)
+    if not plan:
+        return
+    apply_patch()
+    mx.random.seed(args.seed)
+    model, tokenizer = (build_shape(args.shape), None) if args.shape else load_model(args.model)
+    (disable_chunked_recurrence if args.loop else enable_chunked_recurrence)()
+    longest = max(tokens for _, tokens, synthetic in contexts(args) if not synthetic)
+    prompt = prompt_tokens(model, tokenizer, args.text, longest, args.seed)
+    if not rows:
+        (args.out / "run_metadata.json").write_text(json.dumps(metadata(args, model), indent=1) + "\n")
+    for mode in dict.fromkeys(mode for *_, mode, _ in plan):
+        try:
+            measure(model, args, mode, prompt[: 2 * args.step], 2 * args.step, False)
+        except Exception as error:  # the runs themselves will record it
+            print(f"[curve] warm-up of {mode}: {error}", file=sys.stderr)
+    with (args.out / "raw_rows.tsv").open("a" if rows else "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n", restval="")
+        if not rows:
+            writer.writeheader()
+        for scale, tokens, synthetic, mode, repetition in tqdm(plan, unit="run"):
+            key_bits, value_bits = WIDTHS[mode]
+            row = {
+                "scale": scale,
+                "prompt_tokens": tokens,
+                "mode": mode,
+                "key_bits": key_bits,
+                "value_bits": value_bits,
+            }
+            row |= {"repetition": repetition, "synthetic": int(synthetic), "status": "ok"}
+            try:
+                row |= measure(model, args, mode, prompt[:tokens], tokens, synthetic)
+            except Exception as error:  # a run that fails is a result
+                row |= {
+                    "status": "failed",
+                    "error": " ".join(f"{type(error).__name__}: {error}".split())[:300],
+                }
+            writer.writerow(row)
+            file.flush()
+
+
+def main(argv=None):
+    try:
+        args = parse(argv)
+        for folder in (args.out, args.assets):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".writable").touch()  # an unwritable folder is found before the work
+            (folder / ".writable").unlink()
+        if not args.report:
+            sweep(args)
+        curve_report.write(args, read_rows(args.out / "raw_rows.tsv"))
+    except (ImportError, OSError, ValueError) as error:
+        print(f"[curve] {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

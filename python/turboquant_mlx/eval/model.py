@@ -1,0 +1,61 @@
+"""Loading a model and a text so that measuring is bearable on a CPU."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm import load
+from mlx_lm.utils import dequantize_model
+
+from ..gated_delta import enable_chunked_recurrence
+
+
+def load_model(path):
+    """(model, tokenizer) of a local directory.
+
+    On a CPU the weights become float32 (dequantised when that stays below 2 GB), whose products a fast BLAS can do,
+    and the gated delta recurrence goes by chunks wherever mlx-lm would loop over tokens."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"[eval] the model must be a local directory; there is none at {path}")
+    if not any(path.glob("model*.safetensors")):
+        raise ValueError(f"[eval] {path} holds no model*.safetensors weights")
+    model, tokenizer = load(str(path))
+    if mx.default_device() == mx.Device(mx.cpu):
+        if sum(v.size for _, v in tree_flatten(model.parameters())) < 500e6:
+            model = dequantize_model(model)
+        model.set_dtype(mx.float32)
+    model.eval()
+    enable_chunked_recurrence()
+    return model, tokenizer
+
+
+def read_tokens(tokenizer, path):
+    """Token ids of a text file."""
+    return np.array(tokenizer.encode(Path(path).read_text()), np.int32)
+
+
+def cut_windows(tokens, length, count, first=0):
+    """`count` neighbouring windows of `length` tokens, from window number `first` on: (count, length).
+
+    Raises ValueError when the text is too short for them."""
+    need = (first + count) * length
+    if len(tokens) < need:
+        raise ValueError(
+            f"[eval] {count} windows of {length} tokens from window {first} on need {need} tokens; "
+            f"the text has {len(tokens)}"
+        )
+    return tokens[first * length : need].reshape(count, length)
+
+
+def spread_windows(tokens, length, count):
+    """Up to `count` windows of `length` tokens spread evenly over a text, the last one at its end.
+
+    Raises ValueError when the text is shorter than one window."""
+    total = len(tokens) // length
+    if total == 0:
+        raise ValueError(f"[eval] a window takes {length} tokens; the text has {len(tokens)}")
+    count = min(count, total)
+    windows = tokens[: total * length].reshape(total, length)
+    return windows[[(i + 1) * total // count - 1 for i in range(count)]]

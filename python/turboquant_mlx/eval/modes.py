@@ -1,0 +1,99 @@
+"""The caches that are compared, by name.
+
+fp16         keys and values rounded to float16
+affine4      MLX's affine codes, groups of 64 (QuantizedKVCache's numbers)
+tq3          TurboQuant, 3 bits
+k4v3         TurboQuant, keys 4 and values 3 bits
+tq3c, k4v3c  the same with the model's centres
+"""
+
+import re
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+from ..cache import TurboQuantKVCache
+from ..calibration import _float_caches
+from ..patch import apply_patch
+from ..slots import _replace
+
+
+class FloatCache(KVCache):
+    """Holds what `code` makes of keys and values as floats, for codes that are judged by their numbers alone."""
+
+    def __init__(self, code_keys, code_values=None):
+        super().__init__()
+        self.code_keys, self.code_values = code_keys, code_values or code_keys
+
+    def update_and_fetch(self, keys, values):
+        return super().update_and_fetch(self.code_keys(keys), self.code_values(values))
+
+
+def to_half(x):
+    """Rounded to float16 and back."""
+    return x.astype(mx.float16).astype(x.dtype)
+
+
+def affine(bits, group=64):
+    """The numbers of MLX's affine codes with float16 scales.  MLX's CPU products on such codes are too slow to measure
+    through, so they are decoded first; tests hold them equal to `QuantizedKVCache`."""
+
+    def code(x):
+        packed = mx.quantize(x.astype(mx.float16), group_size=group, bits=bits)
+        return mx.dequantize(*packed, group_size=group, bits=bits).astype(x.dtype)
+
+    return code
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One kind of cache."""
+
+    name: str
+    kind: str  # fp16, affine or tq
+    key_bits: int
+    value_bits: int
+    centred: bool = False
+
+    def bytes_per_token(self, head_dim):
+        """Bytes of one head's key and value."""
+        if self.kind == "fp16":
+            return 4 * head_dim
+        extra = 4 * head_dim // 64 if self.kind == "affine" else 2
+        return (self.key_bits + self.value_bits) * head_dim // 8 + 2 * extra
+
+    def make_caches(self, model, centres=None):
+        """Fresh caches for `model`, with this mode's in the place of each KVCache."""
+        if self.centred and not centres:
+            raise ValueError(f"[eval] {self.name} needs centres: give --centres, or --calibrate-text")
+
+        def make(path):
+            if self.kind == "fp16":
+                return FloatCache(to_half)
+            if self.kind == "affine":
+                return FloatCache(affine(self.key_bits), affine(self.value_bits))
+            slot = path[0] if len(path) == 1 else path
+            return TurboQuantKVCache(
+                key_bits=self.key_bits,
+                value_bits=self.value_bits,
+                centres=centres[slot] if self.centred else None,
+            )
+
+        apply_patch()
+        return _replace(_float_caches(model), make)
+
+
+def parse_mode(name):
+    """The mode of a name; ValueError names what is known."""
+    if name == "fp16":
+        return Mode(name, "fp16", 16, 16)
+    if match := re.fullmatch(r"affine([2348])", name):
+        return Mode(name, "affine", int(match[1]), int(match[1]))
+    if match := re.fullmatch(r"tq([234])(c?)", name):
+        return Mode(name, "tq", int(match[1]), int(match[1]), bool(match[2]))
+    if match := re.fullmatch(r"k([234])v([234])(c?)", name):
+        return Mode(name, "tq", int(match[1]), int(match[2]), bool(match[3]))
+    raise ValueError(
+        f"[eval] modes are fp16, affine2/3/4/8, tq2/3/4 and k3v4 and the like, with a c for centred; got {name!r}"
+    )
