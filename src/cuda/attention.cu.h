@@ -61,13 +61,14 @@ __device__ inline Range visible_keys(const AttentionArgs& a, int b, int query) {
 /// How decoding divides the cache: a segment is one KV head of one batch row, read for one block of ROWS query rows;
 /// the tiles of all segments, in order, are dealt to the blocks in equal contiguous runs, so ragged batches stay
 /// balanced. A block leaves one partial result per segment that it touches, at slot = block + segment, which is unique.
+template <int TILE>
 struct Schedule {
   int blocks, segments_per_row;  // of the batch
   unsigned total;                // tiles
 
   /// Tiles of a segment of batch row b: its first and its count.
   static __device__ Range tiles(const AttentionArgs& a, int b) {
-    const int first = visible_keys(a, b, 0).first / kTile, last = (a.kv_len + kTile - 1) / kTile;
+    const int first = visible_keys(a, b, 0).first / TILE, last = (a.kv_len + TILE - 1) / TILE;
     return {first, max(first, last)};
   }
   __device__ Schedule(const AttentionArgs& a, int rows_per_block, int launched) {
@@ -196,6 +197,41 @@ __device__ float mask_term(const AttentionArgs& a, int b, int head, int query, i
   }
 }
 
+/// Ends a query row in one warp: v is the sum of weighted values (eight rotated coordinates a lane) and `sum` that of
+/// the weights, both relative to 2^top.  Adds the sink, normalises, rotates back, adds the centre and writes.
+template <int D, class T>
+__device__ void finish_row(const AttentionArgs& a, int b, int head, int query, float (&v)[8], float sum, float top) {
+  const int lane = threadIdx.x & 31, kv_head = head / a.group();
+  const bool has = lane < D / 8;
+  const float seen = sum;
+  float factor = 1;
+  if (a.sinks) {
+    float shift = 0;  // the keys' centre moves every score but the sink's
+    if (a.key_centre) {
+      if (has) {
+        float q[8];
+        a.load_query<T>(b, head, query, 8 * lane).to_floats(q);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) shift += q[j] * a.key_centre[kv_head * D + 8 * lane + j];
+      }
+      for (int step = 16; step; step /= 2) shift += __shfl_xor_sync(~0u, shift, step);
+    }
+    const float sink = (a.sinks[head] - shift * a.scale) * kLog2E, most = fmaxf(top, sink);
+    factor = exp2_fast(top - most);
+    sum = sum * factor + exp2_fast(sink - most);
+  }
+  const float norm = sum == 0 ? 0.f : factor / sum;
+  hadamard<D>(v);
+  apply_signs(v, a.seed, has ? lane : 0, norm * rsqrtf(float(Lanes<D>::power)));
+  if (!has) return;
+  if (a.value_centre) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] += seen * norm * a.value_centre[kv_head * D + 8 * lane + j];
+  }
+  const long long row = ((long long)b * a.query_heads + head) * a.query_len + query;
+  store8(static_cast<T*>(a.out) + row * D + 8 * lane, v);
+}
+
 /// Shared memory of `merge`: [8 warps][D], a sum and an exponent per warp.
 template <int D>
 __host__ __device__ constexpr int merge_shared_floats() {
@@ -204,7 +240,7 @@ __host__ __device__ constexpr int merge_shared_floats() {
 
 /// Merges the partial results of one query row, adds the sink, rotates back and writes.  256 threads; `row` counts
 /// [batch, query_heads, query_len], `slots` the partial results there are room for.
-template <int D, int ROWS, class T>
+template <int D, int ROWS, int TILE, class T>
 __device__ void merge(const AttentionArgs& a, int row, int slots, float* shared) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
   const int query = row % a.query_len, head = row / a.query_len % a.query_heads, b = row / a.query_len / a.query_heads;
@@ -212,32 +248,17 @@ __device__ void merge(const AttentionArgs& a, int row, int slots, float* shared)
   const bool has = lane < D / 8;
 
   const int row_blocks = (a.rows() + ROWS - 1) / ROWS;
-  const Schedule schedule(a, ROWS, slots - a.batch * a.kv_heads * row_blocks);
+  const Schedule<TILE> schedule(a, ROWS, slots - a.batch * a.kv_heads * row_blocks);
   const int segment = (b * a.kv_heads + kv_head) * row_blocks + in_group / ROWS;
   unsigned begin = 0, tiles = 0;
   for (int i = 0; i <= b; ++i) {
     begin += tiles * (i ? schedule.segments_per_row : 0);
-    const Range r = Schedule::tiles(a, i);
+    const Range r = schedule.tiles(a, i);
     tiles = r.last - r.first;
   }
   begin += tiles * (segment - b * schedule.segments_per_row);
   const int first = tiles ? schedule.block_of(begin) : 0;
   const int last = tiles ? schedule.block_of(begin + tiles - 1) + 1 : 0;
-
-  float sink = kNothing;
-  if (a.sinks) {
-    float shift = 0;  // the keys' centre moves every score but the sink's
-    if (a.key_centre) {
-      float q[8] = {};
-      if (has) {
-        a.load_query<T>(b, head, query, 8 * lane).to_floats(q);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) shift += q[j] * a.key_centre[kv_head * D + 8 * lane + j];
-      }
-      for (int step = 16; step; step /= 2) shift += __shfl_xor_sync(~0u, shift, step);
-    }
-    sink = (a.sinks[head] - shift * a.scale) * kLog2E;
-  }
 
   // Each warp merges every eighth partial result, five at a time so that their loads overlap.
   float top = kNothing, sum = 0, v[8] = {};
@@ -274,7 +295,7 @@ __device__ void merge(const AttentionArgs& a, int row, int slots, float* shared)
   if (lane == 0) shared[8 * D + warp] = sum, shared[8 * D + 8 + warp] = top;
   __syncthreads();
   if (warp) return;
-  top = sink - 60;
+  top = kNothing;
 #pragma unroll
   for (int w = 0; w < 8; ++w) top = fmaxf(top, shared[8 * D + 8 + w]);
   sum = 0;
@@ -289,23 +310,13 @@ __device__ void merge(const AttentionArgs& a, int row, int slots, float* shared)
 #pragma unroll
     for (int j = 0; j < 8; ++j) v[j] += has ? weight * x[j] : 0.f;
   }
-  const float seen = sum;
-  if (a.sinks) sum += exp2_fast(sink - top);
-  const float norm = sum == 0 ? 0.f : 1.f / sum;
-  hadamard<D>(v);
-  apply_signs(v, a.seed, has ? lane : 0, norm * rsqrtf(float(Lanes<D>::power)));
-  if (!has) return;
-  if (a.value_centre) {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] += seen * norm * a.value_centre[kv_head * D + 8 * lane + j];
-  }
-  store8(static_cast<T*>(a.out) + (long long)row * D + 8 * lane, v);
+  finish_row<D, T>(a, b, head, query, v, sum, top);
 }
 
 /// The same with T from a pointer, for generated code.
-template <int D, int ROWS, class T>
+template <int D, int ROWS, int TILE, class T>
 __device__ void merge_as(const AttentionArgs& a, const T*, int row, int slots, float* shared) {
-  merge<D, ROWS, T>(a, row, slots, shared);
+  merge<D, ROWS, TILE, T>(a, row, slots, shared);
 }
 
 }  // namespace turboquant::cuda

@@ -105,12 +105,12 @@ struct Decode {
   __device__ Decode(const AttentionArgs& args, Shared& memory) : a(args), shared(memory) {}
 
   __device__ void run(int block, int launched) {
-    const Schedule schedule(a, kRows, launched);
+    const Schedule<kTile> schedule(a, kRows, launched);
     if (block >= schedule.blocks) return;
     unsigned tile = schedule.begin(block), base = 0;
     const unsigned end = schedule.begin(block + 1);
     for (int row = 0; tile < end; ++row) {
-      const Range r = Schedule::tiles(a, row);
+      const Range r = schedule.tiles(a, row);
       const unsigned count = r.last - r.first, all = count * schedule.segments_per_row;
       while (tile < end && tile < base + all) {
         const int local = int((tile - base) / count);

@@ -10,9 +10,11 @@ foreach(part "${INCLUDE}/turboquant/format.h" "${SOURCE}/codec.cu.h" "${SOURCE}/
   endif()
 endforeach()
 set(attention "${all}")
-file(READ "${SOURCE}/decode.cu.h" body)
-set(decode "${attention}${body}")
-foreach(name codec attention decode)
+foreach(name decode prefill)
+  file(READ "${SOURCE}/${name}.cu.h" body)
+  set(${name} "${attention}${body}")
+endforeach()
+foreach(name codec attention decode prefill)
   set(body "${${name}}")
   string(REGEX REPLACE "[ \t]*//[^\n]*" "" body "${body}")
   string(REGEX REPLACE "#pragma once|#include \"[^\n]*" "" body "${body}")
@@ -27,8 +29,10 @@ std::string_view source_text(Source source) {
       return k_codec;
     case Source::attention:
       return k_attention;
-    default:
+    case Source::decode:
       return k_decode;
+    default:
+      return k_prefill;
   }
 }
 }  // namespace turboquant::cuda

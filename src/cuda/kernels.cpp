@@ -44,7 +44,7 @@ std::string attention_args(const AttentionShape& shape, const AttentionSettings&
     << shape.query_heads << ", a.kv_heads = " << shape.kv_heads
     << ";\n"
        "  a.query_len = ";
-  if (decodes(shape)) {
+  if (shape.query_len <= 8) {
     o << shape.query_len;  // few values, and divisions by it disappear
   } else {
     o << "q_shape[2]";
@@ -119,7 +119,7 @@ Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_
 
 Kernel decode_kernel(int bits, bool centred, int head_dim, uint64_t seed, int64_t vectors) {
   Kernel k;
-  k.name = "tq_decode_" + std::to_string(bits);
+  k.name = "tq_expand_" + std::to_string(bits);
   k.header = Source::codec;
   k.inputs = {"codes", "scales", "centre"};
   k.outputs = {"x"};
@@ -141,44 +141,71 @@ Kernel decode_kernel(int bits, bool centred, int head_dim, uint64_t seed, int64_
   return k;
 }
 
-Kernel partial_kernel(const AttentionShape& shape, const AttentionSettings& settings, const DecodePlan& plan) {
-  Kernel k;
-  k.name = "tq_partial_" + std::to_string(shape.key_bits) + std::to_string(shape.value_bits);
-  k.header = Source::decode;
-  k.inputs = {"q", "key_codes", "key_scales", "value_codes", "value_scales", "starts", "mask"};
-  k.outputs = {"partial", "partial_sums"};
+namespace {
+
+/// The call of the device function that a plan names, after AttentionArgs `a` has been filled.
+std::string attention_call(const AttentionShape& shape, const AttentionSettings& settings, const AttentionPlan& plan) {
   std::ostringstream o;
-  o << attention_args(shape, settings) << cache_args(settings)
-    << "  a.partial = partial, a.partial_sums = reinterpret_cast<float2*>(partial_sums);\n"
-       "  extern __shared__ __align__(16) unsigned char tq_shared[];\n"
-       "  turboquant::cuda::run_decode<"
-    << shape.head_dim << ", " << shape.key_bits << ", " << shape.value_bits << ", " << mask_name(settings.mask) << ", "
-    << plan.warps << ", " << plan.stages << ">(a, q, " << (settings.mask == MaskKind::additive ? "mask" : "q")
-    << ", tq_shared);\n";
-  k.source = o.str();
-  k.block = {32 * plan.warps, 1, 1};
+  const bool decode = plan.method == AttentionPlan::decode;
+  o << "  extern __shared__ __align__(16) unsigned char tq_shared[];\n"
+    << "  turboquant::cuda::" << (decode ? "run_decode" : "run_prefill") << "<" << shape.head_dim << ", "
+    << shape.key_bits << ", " << shape.value_bits << ", " << mask_name(settings.mask) << ", ";
+  if (decode) {
+    o << plan.warps << ", " << plan.stages;
+  } else {
+    o << plan.row_warps << ", " << plan.token_warps << ", " << truth(plan.method == AttentionPlan::split);
+  }
+  o << ">(a, q, " << (settings.mask == MaskKind::additive ? "mask" : "q") << ", tq_shared);\n";
+  return o.str();
+}
+
+/// What `partial` and `whole` have in common.
+Kernel scanning_kernel(const char* name, const AttentionShape& shape, const AttentionPlan& plan) {
+  Kernel k;
+  k.name = name + std::to_string(shape.key_bits) + std::to_string(shape.value_bits);
+  k.header = plan.method == AttentionPlan::decode ? Source::decode : Source::prefill;
+  k.inputs = {"q", "key_codes", "key_scales", "value_codes", "value_scales", "starts", "mask"};
+  const int warps = plan.method == AttentionPlan::decode ? plan.warps : plan.row_warps * plan.token_warps;
+  k.block = {32 * warps, 1, 1};
   k.grid = {plan.blocks * k.block[0], 1, 1};
   k.shared_bytes = plan.shared_bytes;
   return k;
 }
 
-Kernel merge_kernel(const AttentionShape& shape, const AttentionSettings& settings, const DecodePlan& plan) {
+}  // namespace
+
+Kernel partial_kernel(const AttentionShape& shape, const AttentionSettings& settings, const AttentionPlan& plan) {
+  Kernel k = scanning_kernel(plan.method == AttentionPlan::decode ? "tq_decode_" : "tq_rows_", shape, plan);
+  k.outputs = {"partial", "partial_sums"};
+  k.source = attention_args(shape, settings) + cache_args(settings) +
+             "  a.partial = partial, a.partial_sums = reinterpret_cast<float2*>(partial_sums);\n" +
+             attention_call(shape, settings, plan);
+  return k;
+}
+
+Kernel whole_kernel(const AttentionShape& shape, const AttentionSettings& settings, const AttentionPlan& plan) {
+  Kernel k = scanning_kernel("tq_prefill_", shape, plan);
+  k.inputs.insert(k.inputs.end(), {"sinks", "key_centre", "value_centre"});
+  k.outputs = {"out"};
+  k.source = attention_args(shape, settings) + cache_args(settings) + row_args(settings) + "  a.out = out;\n" +
+             attention_call(shape, settings, plan);
+  return k;
+}
+
+Kernel merge_kernel(const AttentionShape& shape, const AttentionSettings& settings, const AttentionPlan& plan) {
   Kernel k;
   k.name = "tq_merge";
   k.header = Source::attention;
   k.inputs = {"q", "key_scales", "partial", "partial_sums", "starts", "sinks", "key_centre", "value_centre"};
   k.outputs = {"out"};
   std::ostringstream o;
-  // The blocks that `partial` was launched with: its slots less the segments.
   o << attention_args(shape, settings) << row_args(settings)
     << "  a.partial = const_cast<float*>(partial);\n"
        "  a.partial_sums = reinterpret_cast<float2*>(const_cast<float*>(partial_sums));\n"
        "  a.out = out;\n"
        "  __shared__ __align__(16) float shared[turboquant::cuda::merge_shared_floats<"
-    << shape.head_dim
-    << ">()];\n"
-       "  turboquant::cuda::merge_as<"
-    << shape.head_dim << ", " << plan.rows << ">(a, q, blockIdx.x, partial_shape[0], shared);\n";
+    << shape.head_dim << ">()];\n  turboquant::cuda::merge_as<" << shape.head_dim << ", " << plan.rows << ", "
+    << (plan.method == AttentionPlan::decode ? 32 : 64) << ">(a, q, blockIdx.x, partial_shape[0], shared);\n";
   k.source = o.str();
   k.block = {256, 1, 1};
   k.grid = {256 * shape.batch * shape.query_heads * shape.query_len, 1, 1};

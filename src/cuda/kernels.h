@@ -13,7 +13,7 @@ namespace turboquant::cuda {
 
 /// The device sources (format.h, codec.cu.h, attention.cu.h, ...) in one text without includes and comments, up to and
 /// with the file that a kernel needs.
-enum class Source { codec, attention, decode };
+enum class Source { codec, attention, decode, prefill };
 std::string_view source_text(Source source);
 
 /// A kernel: `source` is the body of a __global__ function whose parameters are the inputs (const pointers, with
@@ -44,7 +44,8 @@ struct AttentionSettings {
   MaskKind mask = MaskKind::none;
   bool starts = false, sinks = false, key_centre = false, value_centre = false;
 };
-Kernel partial_kernel(const AttentionShape& shape, const AttentionSettings& settings, const DecodePlan& plan);
-Kernel merge_kernel(const AttentionShape& shape, const AttentionSettings& settings, const DecodePlan& plan);
+Kernel partial_kernel(const AttentionShape& shape, const AttentionSettings& settings, const AttentionPlan& plan);
+Kernel merge_kernel(const AttentionShape& shape, const AttentionSettings& settings, const AttentionPlan& plan);
+Kernel whole_kernel(const AttentionShape& shape, const AttentionSettings& settings, const AttentionPlan& plan);
 
 }  // namespace turboquant::cuda

@@ -5,7 +5,7 @@
 //   encode   in  x0 [x1] (B, H, N, D) any float, any strides; centre0 [centre1] (H, D) f32 or a dummy
 //            out codes0 [codes1] (B, H, N, bits D / 32) u32, scales0 [scales1] (B, H, N) f16
 //   decode   in  codes (B, H, N, bits D / 32) u32, scales (B, H, N) f16, rows dense; centre;  out x (B, H, N, D)
-//   attention, in two kernels:
+//   attention: `partial` and `merge`, or `whole` alone (see AttentionPlan)
 //     partial  in  q (B, Hq, L, D) any strides; key_codes, value_codes (B, Hkv, >= N, bits D / 32) u32 and key_scales,
 //                  value_scales (B, Hkv, >= N) f16 with dense rows, views allowed, N = key_scales' third size;
 //                  starts (B) i32 or a dummy; mask (B, Hq, L, N) bool or float, any strides, or a dummy
@@ -13,6 +13,7 @@
 //     merge    in  q, key_scales, partial, partial_sums, starts, sinks (Hq) f32, key_centre and value_centre (Hkv, D)
 //     f32
 //              out out (B, Hq, L, D) of q's type
+//     whole    in  those of `partial`, then sinks, key_centre, value_centre;  out  out (B, Hq, L, D) of q's type
 // A dummy is any array: the generated source never reads it.
 #pragma once
 
@@ -36,28 +37,54 @@ struct AttentionShape {
   int rows() const { return query_heads / kv_heads * query_len; }  // query rows that read one KV head
 };
 
-/// Whether there are few rows, so that the cache and not arithmetic bounds the time.
-inline bool decodes(const AttentionShape& s) { return s.query_len <= 8; }
-
-/// Launch of `partial` and `merge`.
-struct DecodePlan {
-  int rows = 4;  // query rows that a block takes through the cache at once
-  int warps = 8, stages = 3;
+/// Launch of an attention.
+struct AttentionPlan {
+  enum Method {
+    decode,  // decode.cu.h: int8 products, four query rows a block; the cache is divided among blocks, then merged
+    split,   // prefill.cu.h, divided and merged likewise
+    whole,   // prefill.cu.h: a block of query rows goes through all tokens
+  };
+  Method method = decode;
+  int rows = 4;                        // query rows of a block
+  int warps = 8, stages = 3;           // of `decode`
+  int row_warps = 8, token_warps = 1;  // of the others: rows = 16 row_warps
   int blocks = 1;
-  int slots = 1;  // partial results: blocks + segments
+  int slots = 0;  // partial results: blocks + segments; of `whole` none
   int shared_bytes = 0;
+
+  const char* name() const {
+    return method == decode ? "cuda int8 decode" : method == split ? "cuda fp16 split" : "cuda fp16 prefill";
+  }
 };
 
 /// sizeof(Decode::Shared).
-inline int decode_shared_bytes(const AttentionShape& s, const DecodePlan& p) {
+inline int decode_shared_bytes(const AttentionShape& s, const AttentionPlan& p) {
   const int words = 32 * (words_per_vector(s.key_bits, s.head_dim) + words_per_vector(s.value_bits, s.head_dim)) + 32;
   const int bytes =
       p.warps * p.stages * words * 4 + p.warps * 32 * 8 + 2 * p.rows * s.head_dim + 12 * p.rows + 8 * p.warps * p.rows;
   return (bytes + 15) / 16 * 16;
 }
 
-inline DecodePlan plan_decode(const AttentionShape& s, const Device& device) {
-  DecodePlan p;
+/// sizeof(Prefill::Shared).
+inline int prefill_shared_bytes(const AttentionShape& s, const AttentionPlan& p) {
+  const int words = 32 * (words_per_vector(s.key_bits, s.head_dim) + words_per_vector(s.value_bits, s.head_dim)) + 32;
+  const int tiles = 2 * (p.rows + 128) * (s.head_dim + 8), result = 4 * p.rows * (s.head_dim + 4);
+  const int bytes = std::max(tiles, result) + 4 * words * 4 + 64 * 8 + 4 * p.rows + 8 * p.token_warps * p.rows;
+  return (bytes + 15) / 16 * 16;
+}
+
+/// Blocks that divide `segments` of `tiles` tiles each, at least `least` tiles a block.
+inline int divide(const AttentionShape& s, const Device& device, int64_t segments, int64_t tiles, int least) {
+  const int64_t useful = std::max<int64_t>(1, segments * tiles / least);
+  const int64_t blocks = std::min<int64_t>(device.multiprocessors, useful);
+  if (s.ragged || segments > blocks) return int(blocks);
+  // Whole splits of every segment spare a block the change of segment, unless that leaves many processors idle.
+  const int64_t whole = blocks / segments * segments;
+  return int(10 * whole >= 9 * blocks || blocks < device.multiprocessors ? whole : blocks);
+}
+
+inline AttentionPlan plan_decode(const AttentionShape& s, const Device& device) {
+  AttentionPlan p;
   for (auto [warps, stages] : {std::pair{8, 3}, {8, 2}, {4, 3}, {4, 2}, {2, 2}}) {
     p.warps = warps, p.stages = stages;
     p.shared_bytes = decode_shared_bytes(s, p);
@@ -66,16 +93,40 @@ inline DecodePlan plan_decode(const AttentionShape& s, const Device& device) {
   const int64_t segments = int64_t(s.batch) * s.kv_heads * ((s.rows() + p.rows - 1) / p.rows);
   const int64_t tiles = (s.kv_len + 31) / 32;
   // Below four tiles a block, merging costs more than the shorter run saves.
-  const int64_t useful = std::max<int64_t>(1, segments * tiles / 4);
-  int64_t blocks = std::min<int64_t>(device.multiprocessors, useful);
-  if (!s.ragged && segments <= blocks) {
-    // Whole splits of every segment spare a block the change of segment, unless that leaves many processors idle.
-    const int64_t whole = blocks / segments * segments;
-    if (10 * whole >= 9 * blocks || blocks < device.multiprocessors) blocks = whole;
-  }
+  p.blocks = divide(s, device, segments, tiles, 4);
   // Weights are summed in 32 bits: at most 32,768 tokens a warp.
-  const int64_t least = (segments * tiles + 1024 * p.warps - 1) / (1024 * p.warps);
-  p.blocks = int(std::max(blocks, least));
+  p.blocks = int(std::max<int64_t>(p.blocks, (segments * tiles + 1024 * p.warps - 1) / (1024 * p.warps)));
+  p.slots = int(p.blocks + segments);
+  return p;
+}
+
+/// Four rows or fewer are decoded.  More go through fp16 tiles; where shared memory has no room for those (head_dim 256
+/// below 112 KiB), they are decoded too, four rows at a time.
+inline AttentionPlan plan_attention(const AttentionShape& s, const Device& device) {
+  if (s.rows() <= 4) return plan_decode(s, device);
+  AttentionPlan p;
+  bool fits = false;
+  for (int row_warps : {2, 4, 8}) {
+    AttentionPlan next = p;
+    next.row_warps = row_warps, next.token_warps = 8 / row_warps, next.rows = 16 * row_warps;
+    next.shared_bytes = prefill_shared_bytes(s, next);
+    if (next.shared_bytes > device.shared_bytes) break;
+    p = next, fits = true;
+    if (p.rows >= s.rows()) break;
+  }
+  if (!fits) return plan_decode(s, device);
+  const int64_t segments = int64_t(s.batch) * s.kv_heads * ((s.rows() + p.rows - 1) / p.rows);
+  const int64_t tiles = (s.kv_len + 63) / 64, waves = (segments + device.multiprocessors - 1) / device.multiprocessors;
+  const bool full_waves = 20 * segments >= 17 * waves * device.multiprocessors;
+  const bool triangular = 2 * s.query_len > s.kv_len && 2 * segments >= device.multiprocessors;
+  const int64_t workspace = (device.multiprocessors + segments) * p.rows * (s.head_dim + 2) * 4;
+  if (full_waves || triangular || workspace > (64 << 20)) {
+    p.method = AttentionPlan::whole;
+    p.blocks = int(segments);
+    return p;
+  }
+  p.method = AttentionPlan::split;
+  p.blocks = divide(s, device, segments, tiles, 2);
   p.slots = int(p.blocks + segments);
   return p;
 }

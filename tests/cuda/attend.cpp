@@ -12,7 +12,7 @@ void* writable(const void* p) { return const_cast<void*>(p); }
 }  // namespace
 
 AttentionCall attention_call(const AttendParams& p, const cuda::Device& device, bool allocate,
-                             const cuda::DecodePlan* decode_plan) {
+                             const cuda::AttentionPlan* forced) {
   const cuda::AttentionShape shape{p.batch,    p.query_heads, p.kv_heads,    p.query_len,        p.kv_len,
                                    p.head_dim, p.keys.bits,   p.values.bits, p.starts != nullptr};
   const cuda::AttentionSettings settings{p.scale,
@@ -47,14 +47,22 @@ AttentionCall attention_call(const AttendParams& p, const cuda::Device& device, 
 
   AttentionCall call;
   const std::vector<Array> cache{q, codes(p.keys), scales(p.keys), codes(p.values), scales(p.values), starts, mask};
-  const auto plan = decode_plan ? *decode_plan : cuda::plan_decode(shape, device);
+  const std::vector<Array> rows{sinks, centre(p.key_centre), centre(p.value_centre)};
+  const auto plan = forced ? *forced : cuda::plan_attention(shape, device);
+  if (plan.method == cuda::AttentionPlan::whole) {
+    call.kernels = {cuda::whole_kernel(shape, settings, plan)};
+    call.inputs = {cache};
+    call.inputs[0].insert(call.inputs[0].end(), rows.begin(), rows.end());
+    call.outputs = {{out}};
+    return call;
+  }
   call.workspace.emplace_back(allocate ? size_t(plan.slots) * plan.rows * p.head_dim * 4 : 0);
   call.workspace.emplace_back(allocate ? size_t(plan.slots) * plan.rows * 8 : 0);
   const Array partial(call.workspace[0].get(), "float", {plan.slots, plan.rows, p.head_dim});
   const Array sums(call.workspace[1].get(), "float", {plan.slots, plan.rows, 2});
   call.kernels = {cuda::partial_kernel(shape, settings, plan), cuda::merge_kernel(shape, settings, plan)};
-  call.inputs = {cache,
-                 {q, scales(p.keys), partial, sums, starts, sinks, centre(p.key_centre), centre(p.value_centre)}};
+  call.inputs = {cache, {q, scales(p.keys), partial, sums, starts}};
+  call.inputs[1].insert(call.inputs[1].end(), rows.begin(), rows.end());
   call.outputs = {{partial, sums}, {out}};
   return call;
 }

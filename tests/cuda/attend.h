@@ -18,7 +18,7 @@ struct AttentionCall {
 /// Builds it for parameters whose pointers lie on the device; q and out are dense, packed rows start at batch and head
 /// strides.  `allocate` is false where there is no GPU; a plan may be forced.
 AttentionCall attention_call(const AttendParams& p, const cuda::Device& device, bool allocate = true,
-                             const cuda::DecodePlan* decode_plan = nullptr);
+                             const cuda::AttentionPlan* forced = nullptr);
 
 /// Host pointers in, host results out.
 void attend_on_gpu(const AttendParams& p);

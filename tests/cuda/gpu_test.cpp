@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <functional>
 #include <thread>
 
 #include "attend.h"
@@ -12,7 +13,8 @@
 namespace turboquant {
 namespace {
 
-// q and the softmax weights are kept to 15 bits or more in decoding, q and the weights to fp16 in prefill.
+// q and the softmax weights are kept to 15 bits or more in decoding, q and the weights to fp16 where a KV head serves
+// more than four query rows.
 constexpr double kTolerance = 5e-4, kPrefillTolerance = 1e-3;
 
 bool has_gpu() {
@@ -27,42 +29,35 @@ class Gpu : public testing::Test {
   }
 };
 
-/// Compiles the kernels of many cases on all processors, so that the table does not wait for one compiler.
-void precompile(const std::vector<cases::Case>& table, const std::string& architecture, const cuda::Device& device) {
+/// Calls f(0) .. f(count - 1) on all processors: compilers and the oracle are slow.
+void in_parallel(size_t count, const std::function<void(size_t)>& f) {
   std::atomic<size_t> next = 0;
-  const auto work = [&] {
-    for (size_t i; (i = next++) < table.size();) {
-      cases::Case small = table[i];
-      const int kv_len = small.kv_len;
-      small.kv_len = std::min(kv_len, small.query_len);  // only its kernels are wanted
-      cases::Inputs inputs(small);
-      AttendParams p = inputs.params();
-      p.kv_len = kv_len;
-      const auto call = jit::attention_call(p, device, false);
-      for (size_t k = 0; k < call.kernels.size(); ++k) {
-        jit::compile(jit::whole_source(call.kernels[k], call.inputs[k], call.outputs[k]), architecture);
-      }
-    }
-  };
   std::vector<std::thread> threads;
-  for (unsigned i = 0; i < std::max(1u, std::thread::hardware_concurrency()); ++i) threads.emplace_back(work);
+  for (unsigned i = 0; i < std::max(1u, std::thread::hardware_concurrency()); ++i) {
+    threads.emplace_back([&] {
+      for (size_t k; (k = next++) < count;) f(k);
+    });
+  }
   for (auto& t : threads) t.join();
 }
 
 TEST_F(Gpu, AttentionMatchesTheOracle) {
-  const char* short_run = std::getenv("TURBOQUANT_SHORT");  // under compute-sanitizer the long rows take minutes
+  const bool short_run = std::getenv("TURBOQUANT_SHORT");  // under compute-sanitizer the long rows take minutes
   const auto table = cases::table(!short_run);
-  precompile(table, jit::current_architecture(), jit::current_device());
-  double worst = 0;
-  for (const auto& c : table) {
+  std::vector<cases::Difference> found(table.size());
+  in_parallel(table.size(), [&](size_t i) { found[i] = cases::compare(table[i], jit::attend_on_gpu); });
+  double worst[2] = {};
+  for (size_t i = 0; i < table.size(); ++i) {
+    const auto& c = table[i];
     SCOPED_TRACE(c.name());
-    const auto d = cases::compare(c, jit::attend_on_gpu);
-    const double limit = (c.query_len <= 8 ? kTolerance : kPrefillTolerance) + cases::rounding(c.dtype);
-    EXPECT_LE(d.overall, limit);
-    EXPECT_LE(d.worst_row, limit);
-    worst = std::max(worst, d.worst_row - cases::rounding(c.dtype));
+    const bool decoded = c.query_heads / c.kv_heads * c.query_len <= 4;
+    const double limit = (decoded ? kTolerance : kPrefillTolerance) + cases::rounding(c.dtype);
+    EXPECT_LE(found[i].overall, limit);
+    EXPECT_LE(found[i].worst_row, limit);
+    double& w = worst[!decoded];
+    if (!(found[i].worst_row - cases::rounding(c.dtype) <= w)) w = found[i].worst_row - cases::rounding(c.dtype);
   }
-  std::printf("%zu cases, worst row %.2e\n", table.size(), worst);
+  std::printf("%zu cases; worst row %.2e of decoding, %.2e of the rest\n", table.size(), worst[0], worst[1]);
 }
 
 /// Vectors [batch, heads, tokens, dim] and room for their codes.
@@ -103,11 +98,11 @@ int read_code(const uint32_t* row, int bits, int i) {
 
 TEST_F(Gpu, EncodeMatchesTheOracle) {
   for (int dim : {32, 64, 96, 128, 160, 192, 224, 256}) {
-    for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
-      for (int bits : {2, 3, 4}) {
+    for (int bits : {2, 3, 4}) {
+      for (Dtype dtype : {Dtype((dim / 32 + bits) % 3), Dtype((dim / 32 + bits + 1) % 3)}) {
         SCOPED_TRACE(testing::Message() << "dim " << dim << " bits " << bits << " dtype " << int(dtype));
         const int other = bits == 4 ? 2 : bits + 1;
-        Vectors k(2, 3, 37, dim, bits, dtype, false), v(2, 3, 37, dim, other, dtype, true);
+        Vectors k(2, 3, 13, dim, bits, dtype, false), v(2, 3, 13, dim, other, dtype, true);
         Vectors k_want = k, v_want = v;
         for (Vectors* x : {&k, &v, &k_want, &v_want}) {
           const int width = x == &k || x == &k_want ? bits : other;

@@ -149,11 +149,13 @@ cuda::Device current_device() {
 Launch::Launch(const cuda::Kernel& kernel, const std::vector<Array>& inputs, const std::vector<Array>& outputs)
     : shared_bytes_(kernel.shared_bytes) {
   static const std::string architecture = current_architecture();
+  static std::mutex mutex;
   static std::map<size_t, cudaKernel_t> loaded;
   const std::string source = whole_source(kernel, inputs, outputs);
   const size_t key = std::hash<std::string>{}(source);
+  const std::string code = compile(source, architecture);
+  std::lock_guard lock(mutex);
   if (!loaded.count(key)) {
-    const std::string code = compile(source, architecture);
     cudaLibrary_t library;
     check(cudaLibraryLoadData(&library, code.data(), nullptr, nullptr, 0, nullptr, nullptr, 0), "cudaLibraryLoadData");
     check(cudaLibraryGetKernel(&loaded[key], library, function_name(kernel).c_str()), "cudaLibraryGetKernel");
