@@ -1,9 +1,9 @@
 // The operations as MLX CUDA kernels, compiled by NVRTC from the text in src/cuda.
 #include "primitives/cuda.h"
 
+#include <dlfcn.h>
 #include <mlx/fast.h>
 
-#include <stdexcept>
 
 #include "cuda/kernels.h"
 
@@ -12,17 +12,20 @@ namespace {
 
 namespace cuda = turboquant::cuda;
 
+/// Limits of the first GPU, from the driver, which MLX has loaded where there is one.
 cuda::Device device() {
   static const cuda::Device found = [] {
-    const auto& info = mx::device_info(mx::Device::gpu);
-    const auto number = [&](const char* key) {
-      const auto it = info.find(key);
-      return it == info.end() ? size_t(0) : std::get<size_t>(it->second);
-    };
-    const size_t major = number("compute_capability_major"), minor = number("compute_capability_minor");
     cuda::Device d;
-    // Largest shared memory of a block (CUDA C++ Programming Guide, table of technical specifications).
-    d.shared_bytes = major == 9 || major == 10 ? 232448 : major == 8 && (minor == 0 || minor == 7) ? 166912 : 101376;
+    void* driver = dlopen("libcuda.so.1", RTLD_LAZY);
+    const auto get_device = driver ? reinterpret_cast<int (*)(int*, int)>(dlsym(driver, "cuDeviceGet")) : nullptr;
+    const auto get =
+        driver ? reinterpret_cast<int (*)(int*, int, int)>(dlsym(driver, "cuDeviceGetAttribute")) : nullptr;
+    int handle = 0, processors = 0, shared_bytes = 0;
+    constexpr int kMultiprocessors = 16, kSharedBytesOptin = 97;  // of CUdevice_attribute
+    if (get_device && get && get_device(&handle, 0) == 0 && get(&processors, kMultiprocessors, handle) == 0 &&
+        get(&shared_bytes, kSharedBytesOptin, handle) == 0) {
+      d = {processors, shared_bytes};
+    }
     return d;
   }();
   return found;
@@ -108,20 +111,21 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
   const auto& dummy = q;
   const auto starts = o.starts.value_or(dummy), mask = o.mask.value_or(dummy), sinks = o.sinks.value_or(dummy),
              key_centre = o.key_centre.value_or(dummy), value_centre = o.value_centre.value_or(dummy);
-  if (!cuda::decodes(shape)) {
-    throw std::runtime_error("[attention] the CUDA backend takes at most 8 queries a sequence; got " +
-                             std::to_string(shape.query_len));
+  const auto plan = cuda::plan_attention(shape, device());
+  std::vector<mx::array> cache{q, keys.codes, key_scales, values.codes, value_scales, starts, mask};
+  const std::vector<mx::array> rows{sinks, key_centre, value_centre};
+  if (plan.method == cuda::AttentionPlan::whole) {
+    cache.insert(cache.end(), rows.begin(), rows.end());
+    return launch(cuda::whole_kernel(shape, settings, plan), cache, {q.shape()}, {q.dtype()}, stream)[0];
   }
-  const auto plan = cuda::plan_decode(shape, device());
   const auto partial =
-      launch(cuda::partial_kernel(shape, settings, plan),
-             {q, keys.codes, key_scales, values.codes, value_scales, starts, mask},
+      launch(cuda::partial_kernel(shape, settings, plan), cache,
              {{plan.slots, plan.rows, shape.head_dim}, {plan.slots, plan.rows, 2}}, {mx::float32, mx::float32}, stream);
   return launch(cuda::merge_kernel(shape, settings, plan),
                 {q, key_scales, partial[0], partial[1], starts, sinks, key_centre, value_centre}, {q.shape()},
                 {q.dtype()}, stream)[0];
 }
 
-std::string route(int query_len) { return query_len <= 8 ? "cuda decode (int8 mma)" : "cuda prefill"; }
+std::string route(int query_len) { return query_len == 1 ? "cuda decode" : "cuda prefill"; }
 
 }  // namespace turboquant::ops::cuda_backend
