@@ -153,6 +153,15 @@ def study_modes(name, c):
             return lambda slot: modes.FloatCache(modes.affine(bits))
 
         return rows | {f"MLX affine, {b} bits": affine(b) for b in (4, 3, 2)}
+    if name == "mixed":
+
+        def mixed(bits, key_scale, value_scale):
+            return lambda slot: modes.FloatCache(
+                coder(bits, c[slot][0], key_scale), coder(bits, c[slot][1], value_scale)
+            )
+
+        kinds = ("same length", "unbiased")
+        return {f"{b} bits, K {k}, V {v}": mixed(b, k, v) for b in (3, 2) for k in kinds for v in kinds}
     if name == "search":
         return {
             f"3 bits, {w}": simple(3, search=s) for w, s in (("nearest code", False), ("searched code and scale", True))
@@ -188,7 +197,9 @@ def main(argv=None):
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "qwen35-tiny-4bit")
     parser.add_argument("--text", type=Path, default=ROOT / "tests" / "data" / "valid.txt")
     parser.add_argument(
-        "--study", required=True, choices=("scale", "centres", "search", "sides", "sinks", "recent", "layers")
+        "--study",
+        required=True,
+        choices=("scale", "centres", "mixed", "search", "sides", "sinks", "recent", "layers"),
     )
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--first-window", type=int, default=0)
