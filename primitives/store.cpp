@@ -76,6 +76,33 @@ Store Store::roll(const mx::array& amounts, mx::StreamOrDevice s) const {
   });
 }
 
+Store zeros_like(const Store& like, int batch, int tokens, mx::StreamOrDevice s) {
+  return like.map([&](const mx::array& x) {
+    auto shape = x.shape();
+    shape[0] = batch;
+    shape[2] = tokens;
+    return mx::zeros(shape, x.dtype(), s);
+  });
+}
+
+void check_same_shape(const char* op, const Store& a, const Store& b) {
+  require(a.heads() == b.heads() && a.keys.codes.shape(3) == b.keys.codes.shape(3), "[", op,
+          "] caches must have the same heads and head_dim; got codes ", a.keys.codes.shape(), " and ",
+          b.keys.codes.shape());
+}
+
+void check_store(const char* op, const Coding& coding, const Store& store, int length) {
+  check_packed(op, "keys", store.keys, coding.key_bits);
+  check_packed(op, "values", store.values, coding.value_bits);
+  require(store.keys.codes.ndim() == 4, "[", op, "] codes must have shape (batch, kv_heads, tokens, words); got ",
+          store.keys.codes.shape());
+  require(store.keys.scales.shape() == store.values.scales.shape(), "[", op,
+          "] keys and values must agree in batch, heads and tokens; got ", store.keys.scales.shape(), " and ",
+          store.values.scales.shape());
+  require(length >= 0 && length <= store.capacity(), "[", op, "] length must be from 0 to the ", store.capacity(),
+          " tokens held; got ", length);
+}
+
 Store concatenate(const std::vector<Store>& stores, int axis, mx::StreamOrDevice s) {
   const auto join = [&](auto pick) {
     std::vector<mx::array> parts;
@@ -127,11 +154,7 @@ Store grow(const std::optional<Store>& held, int length, const Store& like, int 
   if (held && needed <= held->capacity()) return *held;
   const int kept = held ? length : 0;
   const int added = (needed - kept + kGrowth - 1) / kGrowth * kGrowth;
-  const auto fresh = like.map([&](const mx::array& x) {
-    auto shape = x.shape();
-    shape[2] = added;
-    return mx::zeros(shape, x.dtype(), s);
-  });
+  const auto fresh = zeros_like(like, like.batch(), added, s);
   return held && kept > 0 ? concatenate({held->tokens(0, kept, s), fresh}, 2, s) : fresh;
 }
 

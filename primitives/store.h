@@ -43,6 +43,15 @@ struct Store {
   Store roll(const mx::array& amounts, mx::StreamOrDevice s = {}) const;
 };
 
+/// Zero tokens of the same kind: (batch, H_kv, tokens, ...).
+Store zeros_like(const Store& like, int batch, int tokens, mx::StreamOrDevice s = {});
+
+/// Throws std::invalid_argument naming `op` unless both hold vectors of the same heads and size.
+void check_same_shape(const char* op, const Store& a, const Store& b);
+
+/// Throws std::invalid_argument naming `op` unless `store` is packed with this coding and holds `length` tokens.
+void check_store(const char* op, const Coding& coding, const Store& store, int length);
+
 /// Stores joined along an axis (0: batch, 2: tokens).
 Store concatenate(const std::vector<Store>& stores, int axis, mx::StreamOrDevice s = {});
 

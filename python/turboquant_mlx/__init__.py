@@ -14,19 +14,30 @@ from . import _checks
 
 _checks.before_loading()
 
+from .batch import BatchTurboQuantKVCache  # noqa: E402
 from .cache import TurboQuantKVCache  # noqa: E402
-from .slots import disable, enable  # noqa: E402
+from .convert import DelayedTurboQuantKVCache, to_turboquant  # noqa: E402
 from .ops import attention, decode, encode  # noqa: E402
 from .patch import apply_patch, remove_patch  # noqa: E402
+from .rotating import BatchTurboQuantRotatingKVCache, TurboQuantRotatingKVCache  # noqa: E402
+from .saving import load_prompt_cache, save_prompt_cache  # noqa: E402
+from .slots import disable, enable  # noqa: E402
 
 __all__ = [
+    "BatchTurboQuantKVCache",
+    "BatchTurboQuantRotatingKVCache",
+    "DelayedTurboQuantKVCache",
     "TurboQuantKVCache",
+    "TurboQuantRotatingKVCache",
     "apply_patch",
     "attention",
     "decode",
     "disable",
     "enable",
     "encode",
+    "load_prompt_cache",
     "remove_patch",
+    "save_prompt_cache",
+    "to_turboquant",
 ]
 __version__ = "0.1.0"

@@ -3,7 +3,8 @@
 mlx-lm's `scaled_dot_product_attention` hands every cache that has `.bits` to
 `base.quantized_scaled_dot_product_attention`, looked up when called: replacing that one global reaches every model.  It
 refuses attention sinks before it gets there, so the outer function is replaced too, in `base` and in the modules that
-imported it by name.
+imported it by name.  `make_prompt_cache` is replaced likewise: with a `make_cache` on the model, mlx-lm would ignore
+`max_kv_size` without a word.
 """
 
 import sys
@@ -13,10 +14,21 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_lm_cache
 
 from . import _core
-from .cache import CACHE_CLASSES
+from .batch import BatchTurboQuantKVCache
+from .cache import TurboQuantKVCache
+from .convert import DelayedTurboQuantKVCache
+from .rotating import BatchTurboQuantRotatingKVCache, TurboQuantRotatingKVCache
 
+CACHE_CLASSES = (
+    TurboQuantKVCache,
+    BatchTurboQuantKVCache,
+    TurboQuantRotatingKVCache,
+    BatchTurboQuantRotatingKVCache,
+    DelayedTurboQuantKVCache,
+)
 _quantized = base.quantized_scaled_dot_product_attention
 _outer = base.scaled_dot_product_attention
+_make_prompt_cache = mlx_lm_cache.make_prompt_cache
 _seen = None  # while a model is probed: ids of the histories that attention read
 
 
@@ -38,20 +50,28 @@ def _patched_outer(queries, keys, values, cache, scale, mask, sinks=None):
     if isinstance(keys, _core.View):
         return _attend(keys, queries, scale, mask, sinks)
     if sinks is not None and isinstance(cache, CACHE_CLASSES):
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=scale, mask=mask, sinks=sinks
+        )
     return _outer(queries, keys, values, cache, scale, mask, sinks)
 
 
-def _rebind(old, new):
+def _patched_make_prompt_cache(model, max_kv_size=None):
+    sized = getattr(vars(model).get("make_cache"), "sized", None)
+    return sized(max_kv_size) if sized and max_kv_size is not None else _make_prompt_cache(model, max_kv_size)
+
+
+def _rebind(name, old, new):
     for module in list(sys.modules.values()):
-        if getattr(module, "__dict__", {}).get("scaled_dot_product_attention") is old:
-            module.scaled_dot_product_attention = new
+        if getattr(module, "__dict__", {}).get(name) is old:
+            setattr(module, name, new)
 
 
 def apply_patch():
     """Makes mlx-lm's attention read packed caches.  Idempotent; before or after loading a model."""
     base.quantized_scaled_dot_product_attention = _patched_quantized
-    _rebind(_outer, _patched_outer)
+    _rebind("scaled_dot_product_attention", _outer, _patched_outer)
+    _rebind("make_prompt_cache", _make_prompt_cache, _patched_make_prompt_cache)
     for cls in CACHE_CLASSES:  # load_prompt_cache looks classes up there
         setattr(mlx_lm_cache, cls.__name__, cls)
 
@@ -59,7 +79,8 @@ def apply_patch():
 def remove_patch():
     """Undoes apply_patch()."""
     base.quantized_scaled_dot_product_attention = _quantized
-    _rebind(_patched_outer, _outer)
+    _rebind("scaled_dot_product_attention", _patched_outer, _outer)
+    _rebind("make_prompt_cache", _patched_make_prompt_cache, _make_prompt_cache)
     for cls in CACHE_CLASSES:
         if getattr(mlx_lm_cache, cls.__name__, None) is cls:
             delattr(mlx_lm_cache, cls.__name__)

@@ -1,62 +1,66 @@
-"""Replacing the `KVCache` slots of a model's caches, after checking that every layer can read packed codes."""
+"""Replacing the `KVCache` and `RotatingKVCache` slots of a model's caches, after checking that every layer can read
+packed codes."""
 
 import mlx.core as mx
-from mlx_lm.models.cache import CacheList, KVCache
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
 from .cache import TurboQuantKVCache
+from .convert import DelayedTurboQuantKVCache
+from .identity import fingerprint
 from .patch import apply_patch, record_reads
+from .rotating import TurboQuantRotatingKVCache
+from .saving import layer_name, leaves
 
-
-def _slots(caches, path=()):
-    """(path, cache) of every leaf; CacheList holds further slots."""
-    for i, c in enumerate(caches):
-        if isinstance(c, CacheList):
-            yield from _slots(c.caches, (*path, i))
-        else:
-            yield (*path, i), c
+REPLACED = (KVCache, RotatingKVCache)
 
 
 def _replace(caches, make, path=()):
-    """The caches with make(path) in place of each KVCache; `make` may return None to leave one."""
+    """The caches with make(path, cache) in place of each KVCache and RotatingKVCache."""
     out = []
     for i, c in enumerate(caches):
         where = (*path, i)
         if isinstance(c, CacheList):
             out.append(CacheList(*_replace(c.caches, make, where)))
         else:
-            out.append((make(where) or c) if type(c) is KVCache else c)
+            out.append(make(where, c) if type(c) in REPLACED else c)
     return out
 
 
-def _name(path):
-    return "layer " + ".".join(map(str, path))
+def _packed(original, start, coding):
+    """The packed cache that stands in for `original`."""
+    if type(original) is RotatingKVCache:
+        return TurboQuantRotatingKVCache(original.max_size, original.keep, **coding)
+    return DelayedTurboQuantKVCache(start, **coding) if start else TurboQuantKVCache(**coding)
 
 
-class _Probe(TurboQuantKVCache):
-    """Notes what a layer puts in and hands out."""
+class _Probe:
+    """Notes what a layer puts into a packed cache and what it is handed."""
 
-    def __init__(self, **coding):
-        super().__init__(**coding)
+    def __init__(self, cache):
         self.handed_out = None
         self.failure = None
+        update = cache.update_and_fetch
 
-    def update_and_fetch(self, keys, values):
-        try:
-            views = super().update_and_fetch(keys, values)
-        except ValueError as error:
-            self.failure = str(error)
-            raise
-        self.handed_out = views[0]
-        return views
+        def noted(keys, values):
+            try:
+                views = update(keys, values)
+            except ValueError as error:
+                self.failure = str(error)
+                raise
+            self.handed_out = views[0]
+            return views
+
+        cache.update_and_fetch = noted
 
 
 def _probe(model, original, coding):
     """Builds, without evaluating it, the graph of two tokens; returns what keeps each slot from being packed."""
     probes = {}
 
-    def make(path):
-        probes[path] = _Probe(**coding(path))
-        return probes[path]
+    def make(path, c):
+        cache = _packed(c, None, coding(path))
+        probes[path] = _Probe(cache)
+        return cache
 
     error = None
     with record_reads() as seen:
@@ -69,16 +73,17 @@ def _probe(model, original, coding):
         if probe.failure:
             problems[path] = probe.failure
         elif probe.handed_out is not None and id(probe.handed_out) not in seen:
-            problems[path] = "its attention does not go through mlx_lm.models.base.scaled_dot_product_attention" + (
-                f" ({type(error).__name__}: {error})" if error else ""
+            problems[path] = (
+                "its attention does not go through mlx_lm.models.base.scaled_dot_product_attention"
+                + (f" ({type(error).__name__}: {error})" if error else "")
             )
     if error and not problems:
         raise error
     return problems
 
 
-def enable(model, bits=3, *, key_bits=None, value_bits=None, seed=0, centres=None):
-    """Makes `model.make_cache()` give packed caches in its `KVCache` slots; other slots stay as they are.
+def enable(model, bits=3, *, key_bits=None, value_bits=None, seed=0, centres=None, start=None):
+    """Makes `model.make_cache()` give packed caches in its `KVCache` and `RotatingKVCache` slots; other slots stay.
 
     Works for models with and without a `make_cache` of their own, and applies the patch.  Calling it again changes
     the settings; `disable(model)` undoes it.
@@ -87,28 +92,36 @@ def enable(model, bits=3, *, key_bits=None, value_bits=None, seed=0, centres=Non
         model: a model of mlx-lm.
         bits, key_bits, value_bits, seed: as for TurboQuantKVCache.
         centres: {slot index: (keys, values)} of (H_kv, D) arrays; see turboquant_mlx.calibration.
+        start (int): tokens that a cache holds as plain floats before it packs itself (mlx-lm's quantized_kv_start);
+            such caches are not batched.
 
     Returns:
         The number of slots that were replaced.
 
     Raises:
-        ValueError: the model has no KVCache slot, or layers cannot be packed: the message gives each one's reason.
+        ValueError: the model has no such slot, or layers cannot be packed: the message gives each one's reason.
             The model is left as it was.
     """
     disable(model)
     TurboQuantKVCache(bits, key_bits=key_bits, value_bits=value_bits, seed=seed)  # refuses wrong widths first
-    if hasattr(model, "make_cache"):
-        original = model.make_cache
-    else:
-        layers = len(model.layers)
+    if start is not None and start < 0:
+        raise ValueError(f"[enable] start must be at least 0; got {start}")
+    own = hasattr(model, "make_cache")
+    layers = len(model.layers)
+    original = model.make_cache if own else lambda: [KVCache() for _ in range(layers)]
 
-        def original():
-            return [KVCache() for _ in range(layers)]
-
-    paths = [path for path, c in _slots(original()) if type(c) is KVCache]
-    if not paths:
-        kinds = sorted({type(c).__name__ for _, c in _slots(original())})
-        raise ValueError(f"[enable] the model has no KVCache slot, so there is nothing to compress; it has {kinds}")
+    slots = [(path, c) for path, c in leaves(original()) if type(c) in REPLACED]
+    if not slots:
+        kinds = sorted({type(c).__name__ for _, c in leaves(original())})
+        raise ValueError(
+            f"[enable] the model has no KVCache slot, so there is nothing to compress; it has {kinds}"
+        )
+    windows = [layer_name(path) for path, c in slots if start and type(c) is RotatingKVCache]
+    if windows:
+        raise ValueError(
+            f"[enable] start = {start} needs caches that can be packed later, and a RotatingKVCache cannot: "
+            + ", ".join(windows)
+        )
 
     def coding(path):
         return {
@@ -122,15 +135,28 @@ def enable(model, bits=3, *, key_bits=None, value_bits=None, seed=0, centres=Non
     apply_patch()
     problems = _probe(model, original, coding)
     if problems:
-        lines = "\n".join(f"  {_name(path)}: {why}" for path, why in problems.items())
-        raise ValueError(f"[enable] {len(problems)} of {len(paths)} KVCache slots cannot be packed:\n{lines}")
+        lines = "\n".join(f"  {layer_name(path)}: {why}" for path, why in problems.items())
+        raise ValueError(f"[enable] {len(problems)} of {len(slots)} KVCache slots cannot be packed:\n{lines}")
+    name = fingerprint(model)
+
+    def packed(path, c):
+        cache = _packed(c, start, coding(path))
+        cache.fingerprint = name
+        return cache
 
     def make_cache():
-        return _replace(original(), lambda path: TurboQuantKVCache(**coding(path)))
+        return _replace(original(), packed)
+
+    def sized(max_kv_size):
+        if start:
+            raise ValueError(f"[enable] start = {start} and max_kv_size = {max_kv_size} exclude each other")
+        return _replace([RotatingKVCache(max_size=max_kv_size, keep=4) for _ in range(layers)], packed)
 
     make_cache.replaced = vars(model).get("make_cache")
+    if not own:  # mlx-lm gives max_kv_size to such models only
+        make_cache.sized = sized
     model.make_cache = make_cache
-    return len(paths)
+    return len(slots)
 
 
 def disable(model):

@@ -63,6 +63,7 @@ def test_smoke_test_of_the_seed_card():
 
 
 def test_patch_is_idempotent_and_can_be_undone():
+    remove_patch()
     functions = base.quantized_scaled_dot_product_attention, base.scaled_dot_product_attention, llama.__dict__[
         "scaled_dot_product_attention"
     ]

@@ -1,0 +1,120 @@
+"""From float caches to packed ones: a filled cache at once, or a cache that packs itself at a given length."""
+
+import copy
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+from .cache import TurboQuantKVCache
+from .rotating import TurboQuantRotatingKVCache
+
+
+def to_turboquant(cache, bits=3, **settings):
+    """The packed copy of a filled float cache, which stays as it is; `to_float()` of the result goes back.
+
+    Args:
+        cache: mlx-lm's KVCache or RotatingKVCache.
+        bits and the rest: as for TurboQuantKVCache.
+
+    Raises:
+        ValueError: another kind of cache, or vectors that cannot be packed.
+    """
+    if type(cache) not in (KVCache, RotatingKVCache):
+        raise ValueError(
+            f"[to_turboquant] cache must be a KVCache or a RotatingKVCache; got {type(cache).__name__}"
+        )
+    packed = TurboQuantKVCache(bits, **settings)
+    if not cache.empty() and cache.offset > 0:
+        packed.update_and_fetch(*cache.keys_and_values())
+    if type(cache) is KVCache:
+        return packed
+    window = TurboQuantRotatingKVCache(cache.max_size, cache.keep, bits, **settings)
+    if not packed.empty():
+        window._core.restore(packed._core.view().arrays, cache.offset, cache._idx)
+    return window
+
+
+class DelayedTurboQuantKVCache(TurboQuantKVCache):
+    """A cache that holds plain floats until it has more than `start` tokens, and codes from then on.
+
+    It has no `merge`, as a batch would mix rows before and after: mlx-lm then serves requests one at a time.
+
+    Args:
+        start (int): tokens held as floats at most, at least 0.
+        bits and the rest: as for TurboQuantKVCache.
+    """
+
+    def __init__(self, start, bits=3, **settings):
+        if start < 0:
+            raise ValueError(f"[cache] start must be at least 0; got {start}")
+        self.start = start
+        self._floats = KVCache()
+        super().__init__(bits, **settings)
+
+    @property
+    def merge(self):
+        raise AttributeError("[merge] a cache that is packed later cannot be batched")
+
+    @property
+    def packed(self):
+        """Whether the cache holds codes by now."""
+        return self._floats is None
+
+    def __deepcopy__(self, memo):
+        other = super().__deepcopy__(memo)
+        other._floats = copy.deepcopy(self._floats, memo)
+        return other
+
+    def update_and_fetch(self, keys, values):
+        if self.packed:
+            return super().update_and_fetch(keys, values)
+        if self._floats.offset + keys.shape[2] <= self.start:
+            return self._floats.update_and_fetch(keys, values)
+        if self._floats.offset:
+            self._core.append(*self._floats.keys_and_values())
+        self._floats = None
+        return super().update_and_fetch(keys, values)
+
+    @property
+    def offset(self):
+        return self._core.offset if self.packed else self._floats.offset
+
+    @property
+    def nbytes(self):
+        return self._core.nbytes if self.packed else self._floats.nbytes
+
+    def empty(self):
+        return self._core.empty if self.packed else self._floats.empty()
+
+    def trim(self, n):
+        return self._core.trim(n) if self.packed else self._floats.trim(n)
+
+    def to_float(self, dtype=mx.float16):
+        return super().to_float(dtype) if self.packed else copy.deepcopy(self._floats)
+
+    def inspect(self):
+        note = super().inspect()
+        return (
+            note
+            if self.packed
+            else note | {"key_bits": 16, "value_bits": 16, "kernel": "mlx (not packed yet)"}
+        )
+
+    def _shape(self):
+        return super()._shape() if self.packed else self._floats.keys_and_values()[0].shape
+
+    def _arrays(self):
+        if self.packed or self.empty():
+            return super()._arrays()
+        return [*self._floats.keys_and_values(), None, None]
+
+    def _position(self):
+        return {"start": self.start, "packed": self.packed, "offset": self.offset}
+
+    def _restore(self, coding, position, arrays):
+        packed = position["packed"]
+        super()._restore(coding, position, arrays if packed else None)
+        self.start = position["start"]
+        self._floats = None if packed else KVCache()
+        if arrays and not packed:
+            self._floats.state = (*arrays[:2], position["offset"])

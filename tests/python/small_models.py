@@ -1,0 +1,90 @@
+"""Models of several families with small random weights, and greedy generation on the plain one-request path."""
+
+import mlx.core as mx
+from mlx.utils import tree_map_with_path
+from mlx_lm.generate import generate_step
+from mlx_lm.models import gemma3_text, gpt_oss, llama, phi3, qwen2, qwen3
+from mlx_lm.models.cache import make_prompt_cache
+
+VOCAB = 128
+
+
+def _spread(path, x):
+    """Weights that let the context decide the next token: as MLX initialises them, greedy tokens only repeat."""
+    for names, factor in (
+        (("q_proj", "k_proj"), 4),
+        (("v_proj", "o_proj", "qkv_proj"), 8),
+        (("embed_tokens",), 0.1),
+    ):
+        if path.endswith(tuple(f"{name}.weight" for name in names)):
+            return x * factor
+    return x
+
+
+def build(module, seed=0, **changes):
+    arguments = {
+        "model_type": module.__name__.rsplit(".", 1)[-1],
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 100000,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    } | changes
+    mx.random.seed(seed)
+    model = module.Model(module.ModelArgs.from_dict(arguments))
+    model.update(tree_map_with_path(_spread, model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+def small_llama(**changes):
+    return build(llama, **changes)
+
+
+def small_gpt_oss():
+    model = build(
+        gpt_oss,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=32,
+        rope_scaling=None,
+        layer_types=["sliding_attention", "full_attention"],
+        intermediate_size=64,
+    )
+    for layer in model.model.layers:
+        layer.self_attn.sinks = mx.random.normal((4,))
+    return model
+
+
+FAMILIES = {
+    "llama, head_dim 64": small_llama,
+    "llama, head_dim 96": lambda: small_llama(head_dim=96),
+    "llama, sliding window": lambda: small_llama(
+        layer_types=["sliding_attention", "full_attention"], sliding_window=32
+    ),
+    "qwen2, head_dim 32": lambda: build(qwen2, hidden_size=128),
+    "qwen3, head_dim 128": lambda: build(qwen3, head_dim=128),
+    "gemma3, head_dim 256": lambda: build(
+        gemma3_text, head_dim=256, sliding_window=32, sliding_window_pattern=2, query_pre_attn_scalar=256
+    ),
+    "phi3, head_dim 64": lambda: build(phi3, hidden_size=256),
+    "gpt_oss, sinks": small_gpt_oss,
+}
+
+
+def prompt(length, seed=1):
+    mx.random.seed(seed)
+    return mx.random.randint(0, VOCAB, (length,)).tolist()
+
+
+def greedy(model, tokens, count, cache=None, **settings):
+    """The next `count` greedy tokens, one request, one token at a time."""
+    cache = make_prompt_cache(model) if cache is None else cache
+    steps = generate_step(mx.array(tokens), model, max_tokens=count, prompt_cache=cache, **settings)
+    return [token for token, _ in steps]

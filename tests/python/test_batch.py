@@ -1,0 +1,107 @@
+"""Batches of requests give each request the tokens that it gets alone."""
+
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from mlx_lm import batch_generate
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache, trim_prompt_cache
+from needles import ANSWER, question
+from small_models import FAMILIES, greedy, prompt, small_llama
+
+from turboquant_mlx import BatchTurboQuantKVCache, disable, enable
+
+NO_END = SimpleNamespace(eos_token_ids=[], decode=str)
+LENGTHS = (5, 70, 33, 1, 100)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_ragged_batch_gives_every_prompt_its_own_tokens(family):
+    """Prompts come in three at a time, are read 32 tokens a chunk, and join a batch that is already decoding."""
+    model = FAMILIES[family]()
+    assert enable(model, bits=3) == 2
+    prompts = [prompt(n, seed=n) for n in LENGTHS]
+    alone = [greedy(model, p, 20, prefill_step_size=32) for p in prompts]
+    assert len({tuple(t) for t in alone}) == len(alone) and len(set(alone[1])) > 3
+    together = batch_generate(
+        model,
+        NO_END,
+        prompts,
+        max_tokens=20,
+        return_token_ids=True,
+        prefill_step_size=32,
+        prefill_batch_size=3,
+        completion_batch_size=4,
+    )
+    assert together.token_ids == alone
+
+
+def test_requests_of_different_lengths_leave_and_join_a_running_batch():
+    """Continuous batching: rows finish at different times (filter), new ones join (extend), each row that leaves is
+    extracted and goes on alone."""
+    model = small_llama()
+    enable(model, bits=3)
+    prompts = [prompt(n, seed=n) for n in (40, 7, 90, 20, 3, 64)]
+    counts = [5, 30, 12, 3, 25, 18]
+    alone = [greedy(model, p, n + 10) for p, n in zip(prompts, counts, strict=True)]
+    generator = BatchGenerator(model, completion_batch_size=3, prefill_batch_size=2, prefill_step_size=16)
+    uids = generator.insert(prompts, counts)
+    tokens, caches = {uid: [] for uid in uids}, {}
+    while responses := generator.next_generated():
+        for r in responses:
+            tokens[r.uid].append(r.token)
+            if r.finish_reason:
+                caches[r.uid] = r.prompt_cache
+        held = generator._generation_batch.prompt_cache
+        assert all(type(c) is BatchTurboQuantKVCache for c in held)
+        assert generator.prompt_cache_nbytes >= sum(c.nbytes for c in held)
+    generator.close()
+    for i, uid in enumerate(uids):
+        assert tokens[uid] == alone[i][: counts[i]]
+        assert trim_prompt_cache(caches[uid], 1) == 1  # mlx-lm has read the last token already
+        assert greedy(model, tokens[uid][-1:], 10, caches[uid]) == alone[i][counts[i] :]
+
+
+def test_prompts_with_caches_of_their_own_form_a_batch():
+    """Prefix reuse: caches of different lengths are merged, and stay as they were."""
+    model = small_llama()
+    enable(model, bits=4)
+    prompts = [prompt(n, seed=n) for n in (50, 9, 31)]
+    alone = [greedy(model, p, 12) for p in prompts]
+    caches = []
+    for p in prompts:
+        caches.append(make_prompt_cache(model))
+        model(mx.array(p[:-3])[None], cache=caches[-1])
+    got = batch_generate(
+        model,
+        NO_END,
+        [p[-3:] for p in prompts],
+        caches,
+        max_tokens=12,
+        return_token_ids=True,
+        return_prompt_caches=True,
+    )
+    assert got.token_ids == alone
+    assert [c[0].offset for c in caches] == [47, 6, 28]
+    for p, cache, tokens in zip(prompts, got.caches, got.token_ids, strict=True):
+        assert cache[0].offset == len(p) + 12 and trim_prompt_cache(cache, 1) == 1
+        assert greedy(model, tokens[-1:], 5, cache) == greedy(model, p + tokens, 5)
+
+
+def test_the_bundled_model_answers_a_ragged_batch_as_it_answers_one(bundled):
+    """With the hybrid model's ArraysCache beside packed slots; a needle lies at a different depth of each prompt."""
+    model, tokenizer = bundled
+    prompts = [question(tokenizer, *where) for where in ((4200, 0.3), (300, 0.8), (1000, 0.05), (0, 0))]
+    assert len(prompts[0]) > 4096
+    enable(model, bits=3)
+    try:
+        assert sum(type(c) is ArraysCache for c in model.make_cache()) == 6
+        alone = [greedy(model, p, 16, prefill_step_size=512) for p in prompts]
+        got = batch_generate(
+            model, NO_END, prompts, max_tokens=16, return_token_ids=True, prefill_step_size=512
+        )
+    finally:
+        disable(model)
+    assert got.token_ids == alone
+    assert all(ANSWER in tokenizer.decode(tokens) for tokens in got.token_ids[:3])
