@@ -122,6 +122,8 @@ class BatchTurboQuantRotatingKVCache(PackedCache):
 
     def _restore(self, coding, position, arrays):
         position = dict(position)
-        self._core = _core.BatchRotatingKVCache(position.pop("max_size"), position["left_padding"], *coding)
+        max_size, padding = position.pop("max_size"), position["left_padding"]
+        # Padding counts down as the window moves on, below zero at last; a fresh batch takes none of that.
+        self._core = _core.BatchRotatingKVCache(max_size, [0] * len(padding) if arrays else padding, *coding)
         if arrays:
             self._core.restore(arrays, **position)

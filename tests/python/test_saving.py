@@ -1,0 +1,350 @@
+"""Saved caches: they come back the same through mlx-lm's own functions, and nothing but the same comes back."""
+
+import copy
+import json
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    KVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
+from needles import ANSWER, question
+from small_models import FAMILIES, greedy, prompt, small_gpt_oss, small_llama, sure
+
+from turboquant_mlx import (
+    BatchTurboQuantKVCache,
+    BatchTurboQuantRotatingKVCache,
+    DelayedTurboQuantKVCache,
+    TurboQuantKVCache,
+    TurboQuantRotatingKVCache,
+    disable,
+    enable,
+    load_prompt_cache,
+    to_turboquant,
+)
+from turboquant_mlx.saving import check_fits
+
+
+@pytest.fixture(autouse=True)
+def everywhere(patched):
+    """The patch registers our classes with mlx-lm's load_prompt_cache."""
+
+
+def kv(tokens, batch=1, dtype=mx.float16):
+    return [mx.random.normal((batch, 2, tokens, 64)).astype(dtype) for _ in range(2)]
+
+
+def fill(cache, *chunks, batch=1):
+    for n in chunks:
+        cache.update_and_fetch(*kv(n, batch))
+    return cache
+
+
+CENTRES = (mx.full((2, 64), 0.25), mx.full((2, 64), -0.5))
+CASES = {
+    "full": lambda: fill(TurboQuantKVCache(), 300, 1),
+    "empty": lambda: TurboQuantKVCache(bits=4, seed=2**63 + 5),
+    "trimmed": lambda: trimmed(fill(TurboQuantKVCache(bits=2), 40), 13),
+    "mixed widths, centred": lambda: fill(
+        TurboQuantKVCache(key_bits=4, value_bits=2, seed=9, centres=CENTRES), 17
+    ),
+    "window": lambda: fill(TurboQuantRotatingKVCache(16, keep=4), 10, 1, 30, 1, 1),
+    "batch": lambda: fill(BatchTurboQuantKVCache([1, 0, 4]), 9, 1, batch=3),
+    "batch of windows": lambda: fill(BatchTurboQuantRotatingKVCache(8, [1, 0]), 7, 1, 1, 1, batch=2),
+    "not packed yet": lambda: fill(DelayedTurboQuantKVCache(100, bits=4), 20),
+    "packed by now": lambda: fill(DelayedTurboQuantKVCache(10, bits=4), 9, 20),
+    "list": lambda: CacheList(fill(TurboQuantKVCache(), 5), fill(KVCache(), 5)),
+}
+
+
+def trimmed(cache, n):
+    assert cache.trim(n) == n
+    return cache
+
+
+def same(a, b):
+    """Whether two caches hold the same and go on the same way."""
+    if isinstance(a, CacheList):
+        return all(same(x, y) for x, y in zip(a.caches, b.caches, strict=True))
+    if isinstance(a, KVCache):
+        return a.offset == b.offset and mx.array_equal(a.keys_and_values()[0], b.keys_and_values()[0])
+    return type(a) is type(b) and str(a.state[-1]) == str(b.state[-1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_saved_cache_comes_back(case, tmp_path):
+    cache = CASES[case]()
+    file = str(tmp_path / "cache.safetensors")
+    mlx_lm_cache.save_prompt_cache(file, [cache], {"note": "kept"})
+    (back,), metadata = mlx_lm_cache.load_prompt_cache(file, return_metadata=True)
+    assert metadata == {"note": "kept"} and same(cache, back)
+    if isinstance(cache, CacheList):
+        return
+    batch = len(cache.left_padding) if hasattr(cache, "left_padding") else 1
+    for n in (1, 5, 1):
+        x = kv(n, batch)
+        for c in (cache, back):
+            c.update_and_fetch(*x)
+    assert same(cache, back)
+
+
+def test_a_state_can_be_set_and_evaluated():
+    for make in CASES.values():
+        cache = make()
+        mx.eval(cache.state)
+        other = type(cache).from_state(cache.state)
+        assert same(cache, other)
+        cache.state = other.state
+        assert same(cache, other)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    file = tmp_path / "cache.safetensors"
+    mlx_lm_cache.save_prompt_cache(
+        str(file), [fill(TurboQuantKVCache(), 100), fill(TurboQuantKVCache(), 100)]
+    )
+    return file
+
+
+def test_every_altered_byte_of_the_codes_is_noticed(saved):
+    whole = saved.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:begin])
+    arrays = {k: v for k, v in header.items() if v.get("dtype") in ("U32", "F16")}
+    assert len(arrays) == 8
+    for entry in arrays.values():
+        for at in (entry["data_offsets"][0], entry["data_offsets"][1] - 1, sum(entry["data_offsets"]) // 2):
+            damaged = bytearray(whole)
+            damaged[begin + at] ^= 0x10
+            saved.write_bytes(damaged)
+            with pytest.raises(ValueError, match="does not match its checksum .*altered or truncated"):
+                mlx_lm_cache.load_prompt_cache(str(saved))
+    # Tokens in another order.
+    entry = arrays["0.0"]["data_offsets"]
+    damaged = bytearray(whole)
+    first, second = begin + entry[0], begin + entry[0] + 24
+    damaged[first : first + 24], damaged[second : second + 24] = (
+        whole[second : second + 24],
+        whole[first : first + 24],
+    )
+    saved.write_bytes(damaged)
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        mlx_lm_cache.load_prompt_cache(str(saved))
+    saved.write_bytes(whole)
+    assert len(load_prompt_cache(saved)) == 2
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.3, 0.9999])
+def test_a_truncated_file_is_refused(saved, kept):
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(ValueError, match="is truncated: it has|is no complete safetensors file"):
+        load_prompt_cache(saved)
+
+
+def rewritten(cache, **changes):
+    """The state of a cache with other fields and a checksum that fits them."""
+    from turboquant_mlx.identity import Identity
+
+    *arrays, identity = cache.state
+    return (*arrays, str(Identity(identity.fields | changes, arrays)))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"format": 2}, "saved in format 2; this build reads 1"),
+        ({"kind": "KVCache"}, "kind of the saved cache is KVCache; expected TurboQuantKVCache"),
+        ({"codebook": "uniform"}, "codebook of the saved cache is uniform"),
+        ({"key_bits": 4}, "keys of 4 bits must have"),
+        ({"position": {"offset": 7}}, "length must be from 0 to the 5 tokens held; got 7"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(changes, message):
+    cache = fill(TurboQuantKVCache(), 5)
+    with pytest.raises(ValueError, match=message):
+        TurboQuantKVCache.from_state(rewritten(cache, **changes))
+
+
+@pytest.mark.parametrize("state", [None, (), (1, 2, 3), (None,) * 6 + ("{}",), KVCache().state])
+def test_what_is_no_state_is_refused(state):
+    with pytest.raises(ValueError, match="this is not the state of a TurboQuantKVCache"):
+        TurboQuantKVCache.from_state(state)
+
+
+def test_a_file_must_fit_the_model_and_the_settings(tmp_path):
+    file = tmp_path / "cache.safetensors"
+    model, other = small_llama(), small_llama(seed=1)
+    text = prompt(30)
+    plain = make_prompt_cache(model)
+    model(mx.array(text)[None], cache=plain)
+    mlx_lm_cache.save_prompt_cache(str(tmp_path / "plain.safetensors"), plain)
+
+    enable(model, bits=3)
+    cache = make_prompt_cache(model)
+    model(mx.array(text)[None], cache=cache)
+    mlx_lm_cache.save_prompt_cache(str(file), cache)
+    back = load_prompt_cache(file, model)
+    assert greedy(model, [5], 10, back) == greedy(model, [5], 10, copy.deepcopy(cache))
+
+    with pytest.raises(
+        ValueError, match="layer 0 holds a KVCache .not packed.; asked for was a TurboQuantKVCache of 3-bit"
+    ):
+        load_prompt_cache(tmp_path / "plain.safetensors", model)
+    for settings, message in (
+        (
+            {"bits": 4},
+            "layer 1 holds a TurboQuantKVCache of 3-bit keys .* asked for was a TurboQuantKVCache of 4-bit",
+        ),
+        ({"seed": 3}, "layer 0 was saved with seed 0; asked for was 3"),
+        ({"centres": {0: CENTRES}}, "layer 0 was saved with other centres of the keys"),
+    ):
+        enable(model, **settings)
+        with pytest.raises(ValueError, match=message):
+            load_prompt_cache(file, model)
+    disable(model)
+    with pytest.raises(ValueError, match="asked for was a KVCache .not packed."):
+        load_prompt_cache(file, model)
+    enable(other, bits=3)
+    with pytest.raises(ValueError, match="layer 0 was made by another model"):
+        load_prompt_cache(file, other)
+    deeper = small_llama(num_hidden_layers=3)
+    enable(deeper)
+    with pytest.raises(ValueError, match="has 2 slots; the model has 3"):
+        load_prompt_cache(file, deeper)
+
+
+def test_weights_cast_to_float32_are_the_same_model():
+    model = small_llama()
+    model.set_dtype(mx.bfloat16)
+    enable(model)
+    cache = make_prompt_cache(model)
+    model.set_dtype(mx.float32)
+    enable(model)
+    check_fits(cache, model)
+
+
+@pytest.mark.parametrize("make", [small_llama, small_gpt_oss])
+def test_generation_goes_on_from_a_file_and_after_a_trim(make, tmp_path):
+    """Saving and loading, trimming and going on: the tokens of the path that did neither."""
+    model = make()
+    enable(model)
+    text = prompt(30)
+    want = greedy(model, text, 20)
+    cache = make_prompt_cache(model)
+    model(mx.array(text[:-1])[None], cache=cache)
+    file = str(tmp_path / "cache.safetensors")
+    mlx_lm_cache.save_prompt_cache(file, cache)
+    assert greedy(model, text[-1:], 20, mlx_lm_cache.load_prompt_cache(file)) == want
+    if make is small_llama:  # a window that has wrapped cannot go back
+        model(mx.array(prompt(25, seed=8))[None], cache=cache)
+        assert trim_prompt_cache(cache, 25) == 25
+        assert greedy(model, text[-1:], 20, cache) == want
+
+
+def test_to_turboquant_and_back():
+    plain = KVCache()
+    fill(plain, 30, 1)
+    packed = to_turboquant(plain, bits=4)
+    direct = TurboQuantKVCache(bits=4)
+    direct.update_and_fetch(*plain.keys_and_values())
+    assert same(packed, direct) and plain.offset == 31
+    assert same(to_turboquant(packed.to_float(mx.float32), bits=4), packed) or packed.to_float().offset == 31
+    for n in (10, 40):
+        window = RotatingKVCache(16, keep=2)
+        fill(window, n, 1, 1)
+        other = to_turboquant(window)
+        assert (other.offset, other.size(), other.keep) == (window.offset, window.size(), 2)
+        x = kv(1)
+        view, _ = other.update_and_fetch(*x)
+        keys, _ = window.update_and_fetch(*x)
+        assert view.shape == keys.shape
+        error = mx.linalg.norm(view.decode(mx.float32)[0] - keys.astype(mx.float32)) / mx.linalg.norm(keys)
+        assert error**2 < 0.04
+        assert other.to_float()._idx == window._idx
+    assert to_turboquant(KVCache()).empty()
+    with pytest.raises(ValueError, match="must be a KVCache or a RotatingKVCache; got ArraysCache"):
+        to_turboquant(ArraysCache(2))
+
+
+def test_a_delayed_cache_packs_itself_at_its_length():
+    cache = DelayedTurboQuantKVCache(20, bits=3)
+    x, y = kv(20), kv(3)
+    keys, _ = cache.update_and_fetch(*x)
+    assert isinstance(keys, mx.array) and not cache.packed and cache.nbytes == 256 * 2 * 2 * 64 * 2
+    twin = copy.deepcopy(cache)
+    assert cache.trim(2) == 2 and cache.offset == 18 and twin.offset == 20
+    cache.update_and_fetch(*[a[:, :, 18:] for a in x])
+    view, _ = cache.update_and_fetch(*y)
+    assert cache.packed and not twin.packed and not hasattr(cache, "merge")
+    want = TurboQuantKVCache(bits=3)
+    for part in (x, y):
+        want.update_and_fetch(*part)
+    assert all(mx.array_equal(a, b) for a, b in zip(view.arrays, want._core.view().arrays, strict=True))
+    with pytest.raises(ValueError, match="start must be at least 0; got -1"):
+        DelayedTurboQuantKVCache(-1)
+
+
+def test_a_model_starts_as_float_and_packs_later():
+    model = small_llama()
+    text = prompt(40)
+    plain = greedy(model, text, 8)
+    enable(model, start=1000)
+    assert greedy(model, text, 8) == plain
+    enable(model, start=24)
+    cache = make_prompt_cache(model)
+    greedy(model, text, 8, cache, prefill_step_size=16)
+    assert all(c.packed for c in cache)
+    with pytest.raises(ValueError, match="start = 5 needs caches that can be packed later.*layer 0"):
+        enable(small_gpt_oss(), start=5)
+    with pytest.raises(ValueError, match="start must be at least 0; got -2"):
+        enable(model, start=-2)
+
+
+def test_max_kv_size_is_not_ignored():
+    model = FAMILIES["qwen3, head_dim 128"]()
+    enable(model)
+    cache = mlx_lm_cache.make_prompt_cache(model, 32)
+    assert [type(c) for c in cache] == [TurboQuantRotatingKVCache] * 2 and (
+        cache[0].max_size,
+        cache[0].keep,
+    ) == (32, 4)
+    greedy(model, prompt(100), 20, cache, prefill_step_size=16)
+    assert cache[0].offset == 120 and cache[0].nbytes <= (32 + 16) * 2 * 2 * 50
+
+
+def test_a_needle_of_4k_tokens_survives_saving_and_trimming(bundled, tmp_path):
+    """The hybrid model's caches from a file; its recurrent layers cannot go back, so the packed slots are trimmed and the
+    recurrent state is that of a copy."""
+    model, tokenizer = bundled
+    tokens = question(tokenizer, 4200, 0.3)
+    enable(model, bits=3)
+    try:
+        cache = make_prompt_cache(model)
+        for at in range(0, len(tokens) - 1, 512):
+            model(mx.array(tokens[at : min(at + 512, len(tokens) - 1)])[None], cache=cache)
+            mx.eval([c.state for c in cache])
+        want = sure(model, tokens[-1:], 16, copy.deepcopy(cache))
+        assert ANSWER in tokenizer.decode(want)
+        file = tmp_path / "cache.safetensors"
+        mlx_lm_cache.save_prompt_cache(str(file), cache)
+        assert sure(model, tokens[-1:], 16, load_prompt_cache(file, model)) == want
+        assert not mlx_lm_cache.can_trim_prompt_cache(cache)
+
+        branch = copy.deepcopy(cache)
+        model(mx.array(tokens[:700])[None], cache=branch)
+        for i, c in enumerate(branch):
+            if isinstance(c, TurboQuantKVCache):
+                assert c.trim(700) == 700
+            else:
+                branch[i] = copy.deepcopy(cache[i])
+        assert sure(model, tokens[-1:], 16, branch) == want
+    finally:
+        disable(model)
