@@ -180,9 +180,7 @@ class TurboQuantKVCache(PackedCache):
         self._query = None
 
     def make_mask(self, N, return_array=False, window_size=None):
-        return create_attention_mask(
-            N, offset=self.offset, return_array=return_array, window_size=window_size
-        )
+        return create_attention_mask(N, offset=self.offset, return_array=return_array, window_size=window_size)
 
     def size(self):
         return self.offset

@@ -1,5 +1,5 @@
 """mlx-lm's programs with packed caches: python -m turboquant_mlx generate | chat | server | cache-prompt, and our own
-batch | inspect | doctor | eval."""
+batch | inspect | doctor | calibrate | eval."""
 
 import argparse
 import functools
@@ -16,30 +16,33 @@ PROGRAMS = {
     "server": "mlx_lm.server",
     "cache-prompt": "mlx_lm.cache_prompt",
 }
-COMMANDS = (*PROGRAMS, "batch", "inspect", "doctor", "eval")
+MODULES = {"doctor": ".doctor", "calibrate": ".calibration", "eval": ".eval"}
+COMMANDS = (*PROGRAMS, "batch", "inspect", *MODULES)
 USAGE = f"""usage: python -m turboquant_mlx {{{",".join(COMMANDS)}}} [options]
 
 generate, chat, server and cache-prompt are mlx-lm's programs and take its options; batch answers many prompts at once,
-inspect shows what each layer's cache holds, doctor checks this installation, eval measures quality.
-All but doctor take the --tq options; `<command> --help` lists them."""
+inspect shows what each layer's cache holds, doctor checks this installation, calibrate makes a model's centres, eval
+measures quality.  All that run a model take the --tq options; `<command> --help` lists them."""
 
 
 def tq_options():
     """The options that every command with a model takes."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("TurboQuant caches")
-    group.add_argument(
-        "--tq-bits", type=int, choices=(2, 3, 4), default=3, help="bits of keys and values (default: 3)"
-    )
+    group.add_argument("--tq-bits", type=int, choices=(2, 3, 4), default=3, help="bits of keys and values (default: 3)")
     group.add_argument("--tq-key-bits", type=int, choices=(2, 3, 4), help="bits of keys (default: --tq-bits)")
-    group.add_argument(
-        "--tq-value-bits", type=int, choices=(2, 3, 4), help="bits of values (default: --tq-bits)"
-    )
+    group.add_argument("--tq-value-bits", type=int, choices=(2, 3, 4), help="bits of values (default: --tq-bits)")
     group.add_argument(
         "--tq-start",
         type=_tokens,
         metavar="N",
         help="hold up to N tokens as plain floats, then pack (the server then answers one request at a time)",
+    )
+    group.add_argument(
+        "--tq-centres",
+        metavar="FILE",
+        default="auto",
+        help="centres that `calibrate` wrote; auto: those beside the weights, if any; none: no centres",
     )
     group.add_argument("--tq-seed", type=int, default=0, help="of the rotation's signs (default: 0)")
     group.add_argument(
@@ -58,8 +61,20 @@ def _tokens(text):
     return value
 
 
-def prepare(model, args, max_kv_size=None):
-    """The loaded model, ready to run with packed caches; says on stderr what its slots became."""
+def _centres(args, where):
+    """The centres to use for the model loaded from `where`, or None."""
+    from .calibration import FILE_NAME, load_centres
+
+    directory = Path(where)
+    if args.tq_centres == "none":
+        return None
+    if args.tq_centres != "auto":
+        return load_centres(args.tq_centres, directory=directory if directory.is_dir() else False)
+    return load_centres(directory) if (directory / FILE_NAME).is_file() else None
+
+
+def prepare(model, args, where, max_kv_size=None):
+    """The model loaded from `where`, ready to run with packed caches; says on stderr what its slots became."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.models.cache import make_prompt_cache
@@ -71,23 +86,23 @@ def prepare(model, args, max_kv_size=None):
 
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     if args.tq_dtype == "float32" or (args.tq_dtype == "auto" and on_cpu):
-        if (
-            sum(v.size for _, v in tree_flatten(model.parameters())) < 200e6
-        ):  # small enough to hold as float32
+        if sum(v.size for _, v in tree_flatten(model.parameters())) < 200e6:  # small enough to hold as float32
             model = dequantize_model(model)
         model.set_dtype(mx.float32)
     enable_chunked_recurrence(model)  # where mlx-lm would loop over a prompt's tokens
+    centres = _centres(args, where)
     enable(
         model,
         args.tq_bits,
         key_bits=args.tq_key_bits,
         value_bits=args.tq_value_bits,
         seed=args.tq_seed,
+        centres=centres,
         start=args.tq_start,
     )
     if max_kv_size is not None and not hasattr(model.make_cache, "sized"):
         print("[tq] --max-kv-size has no effect: mlx-lm lets this model make its own caches", file=sys.stderr)
-    print(f"[tq] {summary(make_prompt_cache(model, max_kv_size))}", file=sys.stderr)
+    print(f"[tq] {summary(make_prompt_cache(model, max_kv_size))}{', centred' if centres else ''}", file=sys.stderr)
     return model
 
 
@@ -114,9 +129,7 @@ def _peek(command, rest):
 
 def _check_port(host, port):
     """Fails now, before a model is loaded, when the server could not listen."""
-    family, _, _, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(address)
@@ -142,9 +155,9 @@ def _run_program(command, argv):
 
     def prepared(original):
         @functools.wraps(original)
-        def load(*positional, **named):
-            model, *others = original(*positional, **named)
-            model = prepare(model, args, seen.max_kv_size)
+        def load(where, *positional, **named):
+            model, *others = original(where, *positional, **named)
+            model = prepare(model, args, where, seen.max_kv_size)
             for file_name, caches in loaded:
                 saving.check_fits(caches, model, file_name)
             loaded.clear()
@@ -153,9 +166,7 @@ def _run_program(command, argv):
         return load
 
     replaced = {
-        name: getattr(module, name)
-        for name in ("load", "sharded_load", "load_prompt_cache")
-        if hasattr(module, name)
+        name: getattr(module, name) for name in ("load", "sharded_load", "load_prompt_cache") if hasattr(module, name)
     }
     for name, original in replaced.items():
         setattr(module, name, checked_cache if name == "load_prompt_cache" else prepared(original))
@@ -178,8 +189,8 @@ def _run_program(command, argv):
 
 
 def _watch_server(module, seen, replaced):
-    """Refuses a taken port first; stops the server when its own model cannot be loaded, rather than leave it up and deaf.
-    Returns the list that such a failure lands in."""
+    """Refuses a taken port first; stops the server when its own model cannot be loaded, rather than leave it
+    up and deaf.  Returns the list that such a failure lands in."""
     import _thread
 
     import mlx.core as mx
@@ -217,9 +228,7 @@ def _parser(command, description):
         parents=[tq_options()],
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--model", required=command == "batch", help="a local model directory or Hugging Face repo"
-    )
+    parser.add_argument("--model", required=command == "batch", help="a local model directory or Hugging Face repo")
     parser.add_argument("--max-tokens", "-m", type=int, default=100)
     parser.add_argument("--max-kv-size", type=int, help="tokens a cache holds at most")
     parser.add_argument("--prefill-step-size", type=int, default=2048)
@@ -247,7 +256,7 @@ def batch(argv):
     if not texts:
         parser.error(f"{args.prompts} holds no prompt")
     model, tokenizer = load(args.model)
-    model = prepare(model, args, args.max_kv_size)
+    model = prepare(model, args, args.model, args.max_kv_size)
     response = batch_generate(
         model,
         tokenizer,
@@ -288,7 +297,7 @@ def inspect(argv):
     from mlx_lm.models.cache import make_prompt_cache
 
     model, tokenizer = load(args.model)
-    model = prepare(model, args, args.max_kv_size)
+    model = prepare(model, args, args.model, args.max_kv_size)
     if args.prompt_cache_file:
         cache = load_prompt_cache(args.prompt_cache_file, model)
     else:
@@ -308,19 +317,11 @@ def main(argv=None):
     if command in ("-h", "--help"):
         print(USAGE)
     elif command not in COMMANDS:
-        sys.exit(
-            f"{USAGE}\n\nturboquant_mlx: " + (f"unknown command {command!r}" if command else "give a command")
-        )
+        sys.exit(f"{USAGE}\n\nturboquant_mlx: " + (f"unknown command {command!r}" if command else "give a command"))
     elif command in PROGRAMS:
         _run_program(command, rest)
-    elif command == "eval":
-        from .eval import main as evaluate
-
-        sys.exit(evaluate(rest))
-    elif command == "doctor":
-        from .doctor import main as examine
-
-        sys.exit(examine(rest))
+    elif command in MODULES:
+        sys.exit(importlib.import_module(MODULES[command], __package__).main(rest))
     else:
         try:
             {"batch": batch, "inspect": inspect}[command](rest)

@@ -20,9 +20,7 @@ def to_turboquant(cache, bits=3, **settings):
         ValueError: another kind of cache, or vectors that cannot be packed.
     """
     if type(cache) not in (KVCache, RotatingKVCache):
-        raise ValueError(
-            f"[to_turboquant] cache must be a KVCache or a RotatingKVCache; got {type(cache).__name__}"
-        )
+        raise ValueError(f"[to_turboquant] cache must be a KVCache or a RotatingKVCache; got {type(cache).__name__}")
     packed = TurboQuantKVCache(bits, **settings)
     if not cache.empty() and cache.offset > 0:
         packed.update_and_fetch(*cache.keys_and_values())
@@ -94,11 +92,7 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
 
     def inspect(self):
         note = super().inspect()
-        return (
-            note
-            if self.packed
-            else note | {"key_bits": 16, "value_bits": 16, "kernel": "mlx (not packed yet)"}
-        )
+        return note if self.packed else note | {"key_bits": 16, "value_bits": 16, "kernel": "mlx (not packed yet)"}
 
     def _shape(self):
         return super()._shape() if self.packed else self._floats.keys_and_values()[0].shape

@@ -38,9 +38,7 @@ def findings():
         fast = "/libopenblas" in Path("/proc/self/maps").read_text()  # numpy brings one of another name
         yield (
             "BLAS",
-            "OpenBLAS"
-            if fast
-            else "MLX's reference BLAS; LD_PRELOAD=libopenblas.so.0 multiplies much faster",
+            "OpenBLAS" if fast else "MLX's reference BLAS; LD_PRELOAD=libopenblas.so.0 multiplies much faster",
         )
     others = _checks.other_packages()
     yield "import name", f"shared with {', '.join(others)}: uninstall the other" if others else "ours alone"
@@ -105,7 +103,5 @@ def main(argv=None):
     for name, ok, found in self_test():
         passed &= bool(ok)
         print(f"{'ok' if ok else 'FAILED':6} {name}: {found}")
-    print(
-        "all is well" if passed else "the self-test failed: rebuild with make install, or report this output"
-    )
+    print("all is well" if passed else "the self-test failed: rebuild with make install, or report this output")
     return 0 if passed else 1

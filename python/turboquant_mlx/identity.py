@@ -24,8 +24,8 @@ def checksum(fields, arrays):
 class Identity(str):
     """The last leaf of a packed cache's `state`: JSON with the cache's fields and a checksum.
 
-    mlx-lm evaluates every cache's state after each prefill chunk, but reads the characters of a string leaf only when it
-    saves: the checksum, a pass over all codes, is taken when somebody reads them."""
+    mlx-lm evaluates every cache's state after each prefill chunk, but reads the characters of a string leaf only when
+    it saves: the checksum, a pass over all codes, is taken when somebody reads them."""
 
     def __new__(cls, fields, arrays):
         self = super().__new__(cls, "identity")
@@ -49,9 +49,7 @@ def read(identity, arrays, kind):
             saved = fields.pop("checksum")
             version = fields["format"]
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"[load] this is not the state of a {kind}: it carries no readable identity"
-            ) from error
+            raise ValueError(f"[load] this is not the state of a {kind}: it carries no readable identity") from error
         if version != _core.FORMAT_VERSION:
             raise ValueError(
                 f"[load] the {kind} was saved in format {version}; this build reads {_core.FORMAT_VERSION}"
@@ -59,8 +57,8 @@ def read(identity, arrays, kind):
         found = checksum(fields, arrays)
         if found != saved:
             raise ValueError(
-                f"[load] the {kind} does not match its checksum (saved {saved}, found {found}): the file was altered or "
-                "truncated; make it again"
+                f"[load] the {kind} does not match its checksum (saved {saved}, found {found}): the file was altered "
+                "or truncated; make it again"
             )
     for key, want in (("kind", kind), ("codebook", CODEBOOK)):
         if fields[key] != want:
@@ -71,7 +69,8 @@ def read(identity, arrays, kind):
 def fingerprint(model):
     """A name for a model's weights: a hash of every parameter's path, shape and first row.
 
-    Floats are hashed as float32, so a model cast from bfloat16 to float32 keeps its name; a dequantised copy does not."""
+    Floats are hashed as float32, so a model cast from bfloat16 to float32 keeps its name; a dequantised copy has
+    another."""
     parameters = [(path, x) for path, x in tree_flatten(model.parameters()) if x.size]
     rows = [x[(0,) * max(x.ndim - 1, 0)] for _, x in parameters]
     rows = [row.astype(mx.float32) if mx.issubdtype(row.dtype, mx.floating) else row for row in rows]

@@ -50,9 +50,7 @@ def _patched_outer(queries, keys, values, cache, scale, mask, sinks=None):
     if isinstance(keys, _core.View):
         return _attend(keys, queries, scale, mask, sinks)
     if sinks is not None and isinstance(cache, CACHE_CLASSES):
-        return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=scale, mask=mask, sinks=sinks
-        )
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     return _outer(queries, keys, values, cache, scale, mask, sinks)
 
 

@@ -42,9 +42,7 @@ class TurboQuantRotatingKVCache(PackedCache):
         """A BatchTurboQuantRotatingKVCache of these sequences; ValueError with keep > 0, which batches do not have."""
         strange = {type(c).__name__ for c in caches if not isinstance(c, TurboQuantRotatingKVCache)}
         if strange:
-            raise ValueError(
-                f"[merge] a packed window is made of TurboQuantRotatingKVCache; got {sorted(strange)}"
-            )
+            raise ValueError(f"[merge] a packed window is made of TurboQuantRotatingKVCache; got {sorted(strange)}")
         core = _core.BatchRotatingKVCache.merge([c._core for c in caches])
         return BatchTurboQuantRotatingKVCache._wrap(core, caches[0].fingerprint)
 

@@ -1,7 +1,7 @@
 """Loading saved caches with the question asked first: do they fit this model and these settings?
 
-mlx-lm's own `save_prompt_cache` and `load_prompt_cache` work on packed caches once apply_patch() ran, and refuse altered
-codes; only the functions here know the model that a cache is meant for."""
+mlx-lm's own `save_prompt_cache` and `load_prompt_cache` work on packed caches once apply_patch() ran, and refuse
+altered codes; only the functions here know the model that a cache is meant for."""
 
 import json
 import struct
@@ -40,11 +40,7 @@ def _check_complete(file_name):
             header = json.loads(file.read(length) if length < size else b"")
         except ValueError as error:
             raise ValueError(f"[load_prompt_cache] {file_name} is no complete safetensors file") from error
-    end = (
-        8
-        + length
-        + max((x["data_offsets"][1] for name, x in header.items() if name != "__metadata__"), default=0)
-    )
+    end = 8 + length + max((x["data_offsets"][1] for name, x in header.items() if name != "__metadata__"), default=0)
     if size < end:
         raise ValueError(f"[load_prompt_cache] {file_name} is truncated: it has {size} of {end} bytes")
 
@@ -67,9 +63,7 @@ def _difference(saved, wanted):
     if saved.seed != wanted.seed:
         return f"was saved with seed {saved.seed}; asked for was {wanted.seed}"
     if saved.fingerprint != wanted.fingerprint:
-        return (
-            f"was made by another model ({saved.fingerprint or 'unnamed'}; this one is {wanted.fingerprint})"
-        )
+        return f"was made by another model ({saved.fingerprint or 'unnamed'}; this one is {wanted.fingerprint})"
     for side, a, b in zip(("keys", "values"), saved._core.centres, wanted._core.centres, strict=True):
         if (a is None) != (b is None) or (a is not None and not mx.array_equal(a, b)):
             return f"was saved with other centres of the {side}"
@@ -92,7 +86,7 @@ def load_prompt_cache(file_name, model=None, return_metadata=False):
 
     Args:
         file_name: a file of `save_prompt_cache`.
-        model: the model, after enable(): the caches must be those that it makes, of its bits, seed, centres and weights.
+        model: the model, after enable(): the caches must be those that it makes, with its bits, seed and centres.
         return_metadata (bool): return (caches, metadata).
 
     Raises:

@@ -14,20 +14,30 @@ from .saving import layer_name, leaves
 REPLACED = (KVCache, RotatingKVCache)
 
 
-def _replace(caches, make, path=()):
-    """The caches with make(path, cache) in place of each KVCache and RotatingKVCache."""
+def replace_slots(caches, make, path=()):
+    """The caches with make(path, cache) in place of each leaf; None leaves it as it is."""
     out = []
     for i, c in enumerate(caches):
         where = (*path, i)
         if isinstance(c, CacheList):
-            out.append(CacheList(*_replace(c.caches, make, where)))
+            out.append(CacheList(*replace_slots(c.caches, make, where)))
         else:
-            out.append(make(where, c) if type(c) in REPLACED else c)
+            out.append(make(where, c) or c)
     return out
 
 
+def _replace(caches, make):
+    """The caches with make(path) in place of each KVCache; None leaves it."""
+    return replace_slots(caches, lambda path, c: make(path) if type(c) is KVCache else None)
+
+
+_slots = leaves
+
+
 def _packed(original, start, coding):
-    """The packed cache that stands in for `original`."""
+    """The packed cache that stands in for `original`; None for kinds that stay."""
+    if type(original) not in REPLACED:
+        return None
     if type(original) is RotatingKVCache:
         return TurboQuantRotatingKVCache(original.max_size, original.keep, **coding)
     return DelayedTurboQuantKVCache(start, **coding) if start else TurboQuantKVCache(**coding)
@@ -59,13 +69,14 @@ def _probe(model, original, coding):
 
     def make(path, c):
         cache = _packed(c, None, coding(path))
-        probes[path] = _Probe(cache)
+        if cache is not None:
+            probes[path] = _Probe(cache)
         return cache
 
     error = None
     with record_reads() as seen:
         try:
-            model(mx.zeros((1, 2), mx.int32), cache=_replace(original(), make))
+            model(mx.zeros((1, 2), mx.int32), cache=replace_slots(original(), make))
         except Exception as raised:  # whatever a model does with keys that are not arrays
             error = raised
     problems = {}
@@ -73,9 +84,8 @@ def _probe(model, original, coding):
         if probe.failure:
             problems[path] = probe.failure
         elif probe.handed_out is not None and id(probe.handed_out) not in seen:
-            problems[path] = (
-                "its attention does not go through mlx_lm.models.base.scaled_dot_product_attention"
-                + (f" ({type(error).__name__}: {error})" if error else "")
+            problems[path] = "its attention does not go through mlx_lm.models.base.scaled_dot_product_attention" + (
+                f" ({type(error).__name__}: {error})" if error else ""
             )
     if error and not problems:
         raise error
@@ -113,9 +123,7 @@ def enable(model, bits=3, *, key_bits=None, value_bits=None, seed=0, centres=Non
     slots = [(path, c) for path, c in leaves(original()) if type(c) in REPLACED]
     if not slots:
         kinds = sorted({type(c).__name__ for _, c in leaves(original())})
-        raise ValueError(
-            f"[enable] the model has no KVCache slot, so there is nothing to compress; it has {kinds}"
-        )
+        raise ValueError(f"[enable] the model has no KVCache slot, so there is nothing to compress; it has {kinds}")
     windows = [layer_name(path) for path, c in slots if start and type(c) is RotatingKVCache]
     if windows:
         raise ValueError(
@@ -141,16 +149,17 @@ def enable(model, bits=3, *, key_bits=None, value_bits=None, seed=0, centres=Non
 
     def packed(path, c):
         cache = _packed(c, start, coding(path))
-        cache.fingerprint = name
+        if cache is not None:
+            cache.fingerprint = name
         return cache
 
     def make_cache():
-        return _replace(original(), packed)
+        return replace_slots(original(), packed)
 
     def sized(max_kv_size):
         if start:
             raise ValueError(f"[enable] start = {start} and max_kv_size = {max_kv_size} exclude each other")
-        return _replace([RotatingKVCache(max_size=max_kv_size, keep=4) for _ in range(layers)], packed)
+        return replace_slots([RotatingKVCache(max_size=max_kv_size, keep=4) for _ in range(layers)], packed)
 
     make_cache.replaced = vars(model).get("make_cache")
     if not own:  # mlx-lm gives max_kv_size to such models only

@@ -101,9 +101,7 @@ def sure(model, tokens, count, cache=None, **settings):
     """`greedy` up to the first token that leads by less than NEAR_TIE."""
     cache = make_prompt_cache(model) if cache is None else cache
     out = []
-    for token, logprobs in generate_step(
-        mx.array(tokens), model, max_tokens=count, prompt_cache=cache, **settings
-    ):
+    for token, logprobs in generate_step(mx.array(tokens), model, max_tokens=count, prompt_cache=cache, **settings):
         second, first = mx.topk(logprobs, 2).tolist()
         if abs(first - second) < NEAR_TIE:
             break

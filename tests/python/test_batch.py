@@ -9,7 +9,6 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache, trim_prompt_cache
 from needles import ANSWER, question
 from small_models import FAMILIES, greedy, prompt, small_llama, sure
-
 from turboquant_mlx import BatchTurboQuantKVCache, disable, enable
 
 NO_END = SimpleNamespace(eos_token_ids=[], decode=str)
@@ -98,9 +97,7 @@ def test_the_bundled_model_answers_a_ragged_batch_as_it_answers_one(bundled):
     try:
         assert sum(type(c) is ArraysCache for c in model.make_cache()) == 6
         alone = [sure(model, p, 16, prefill_step_size=512) for p in prompts]
-        got = batch_generate(
-            model, NO_END, prompts, max_tokens=16, return_token_ids=True, prefill_step_size=512
-        )
+        got = batch_generate(model, NO_END, prompts, max_tokens=16, return_token_ids=True, prefill_step_size=512)
     finally:
         disable(model)
     assert sum(map(len, alone)) > 36

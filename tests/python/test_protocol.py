@@ -1,7 +1,7 @@
 """Our caches beside mlx-lm's: the same calls in the same order, and attention must see the same tokens.
 
-mlx-lm's float cache is fed the decoded vectors, ours the originals, so both stand for the same numbers.  What is left is
-the rounding inside one attention, at most 1e-3 of the output's norm; a token too many or too few moves it by 1e-2 and
+mlx-lm's float cache is fed the decoded vectors, ours the originals, so both stand for the same numbers.  What is left
+is the rounding inside one attention, at most 1e-3 of the output's norm; a token too many or too few moves it by 1e-2 and
 more, since each case holds at most a hundred tokens of equal size."""
 
 import copy
@@ -68,9 +68,7 @@ class Pair:
     def check(self):
         for name in ("offset", "left_padding"):
             if hasattr(self.theirs, name):
-                assert mx.array_equal(
-                    mx.array(getattr(self.ours, name)), mx.array(getattr(self.theirs, name))
-                ), name
+                assert mx.array_equal(mx.array(getattr(self.ours, name)), mx.array(getattr(self.theirs, name))), name
         assert self.ours.size() == self.theirs.size()
         assert self.ours.empty() == self.theirs.empty()
         assert self.ours.is_trimmable() == self.theirs.is_trimmable()
@@ -174,11 +172,7 @@ def test_filter_and_extend_follow_mlx_lms(kind):
 
 def filled(length, kind="full"):
     pair = Pair(
-        *(
-            (TurboQuantKVCache(), KVCache())
-            if kind == "full"
-            else (TurboQuantRotatingKVCache(16), RotatingKVCache(16))
-        )
+        *((TurboQuantKVCache(), KVCache()) if kind == "full" else (TurboQuantRotatingKVCache(16), RotatingKVCache(16)))
     )
     if length:
         pair.append(length)
@@ -211,8 +205,8 @@ def test_merge_follows_mlx_lms(kind, lengths):
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_history_of_a_batch_keeps_each_rows_bytes(data):
-    """Rows that are merged, appended raggedly, trimmed, filtered, extended and extracted hold the very bytes of a single
-    sequence that saw the same tokens."""
+    """Rows that are merged, appended raggedly, trimmed, filtered, extended and extracted hold the very bytes of a
+    single sequence that saw the same tokens."""
     fresh = iter(range(1, 10**6))
 
     def token_vectors(ids):
@@ -262,8 +256,7 @@ def test_any_history_of_a_batch_keeps_each_rows_bytes(data):
         assert row.offset == len(ids)
         if ids:
             assert all(
-                mx.array_equal(a, b)
-                for a, b in zip(row._core.view().arrays, want._core.view().arrays, strict=True)
+                mx.array_equal(a, b) for a, b in zip(row._core.view().arrays, want._core.view().arrays, strict=True)
             )
 
 

@@ -16,7 +16,6 @@ from mlx_lm.models.cache import (
 )
 from needles import ANSWER, question
 from small_models import FAMILIES, greedy, prompt, small_gpt_oss, small_llama, sure
-
 from turboquant_mlx import (
     BatchTurboQuantKVCache,
     BatchTurboQuantRotatingKVCache,
@@ -51,9 +50,7 @@ CASES = {
     "full": lambda: fill(TurboQuantKVCache(), 300, 1),
     "empty": lambda: TurboQuantKVCache(bits=4, seed=2**63 + 5),
     "trimmed": lambda: trimmed(fill(TurboQuantKVCache(bits=2), 40), 13),
-    "mixed widths, centred": lambda: fill(
-        TurboQuantKVCache(key_bits=4, value_bits=2, seed=9, centres=CENTRES), 17
-    ),
+    "mixed widths, centred": lambda: fill(TurboQuantKVCache(key_bits=4, value_bits=2, seed=9, centres=CENTRES), 17),
     "window": lambda: fill(TurboQuantRotatingKVCache(16, keep=4), 10, 1, 30, 1, 1),
     "batch": lambda: fill(BatchTurboQuantKVCache([1, 0, 4]), 9, 1, batch=3),
     "batch of windows": lambda: fill(BatchTurboQuantRotatingKVCache(8, [1, 0]), 7, 1, 1, 1, batch=2),
@@ -107,9 +104,7 @@ def test_a_state_can_be_set_and_evaluated():
 @pytest.fixture
 def saved(tmp_path):
     file = tmp_path / "cache.safetensors"
-    mlx_lm_cache.save_prompt_cache(
-        str(file), [fill(TurboQuantKVCache(), 100), fill(TurboQuantKVCache(), 100)]
-    )
+    mlx_lm_cache.save_prompt_cache(str(file), [fill(TurboQuantKVCache(), 100), fill(TurboQuantKVCache(), 100)])
     return file
 
 
@@ -321,8 +316,8 @@ def test_max_kv_size_is_not_ignored():
 
 
 def test_a_needle_of_4k_tokens_survives_saving_and_trimming(bundled, tmp_path):
-    """The hybrid model's caches from a file; its recurrent layers cannot go back, so the packed slots are trimmed and the
-    recurrent state is that of a copy."""
+    """The hybrid model's caches from a file; its recurrent layers cannot go back, so the packed slots are trimmed and
+    the recurrent state is that of a copy."""
     model, tokenizer = bundled
     tokens = question(tokenizer, 4200, 0.3)
     enable(model, bits=3)

@@ -7,14 +7,12 @@ import threading
 from http.server import ThreadingHTTPServer
 from queue import Queue
 
-import mlx.core as mx
 import pytest
 from conftest import MODEL
 from mlx_lm import server as mlx_lm_server
 from mlx_lm.models.cache import KVCache
 from needles import ANSWER, QUESTION, page
 from small_models import sure
-
 from turboquant_mlx import TurboQuantKVCache, cli, disable, enable
 
 
@@ -59,7 +57,19 @@ def served():
 
     patch = pytest.MonkeyPatch()
     patch.setattr(mlx_lm_server, "_run_http_server", serve)
-    arguments = ["server", "--model", str(MODEL), "--port", "0", "--tq-bits", "3", "--log-level", "ERROR"]
+    arguments = [
+        "server",
+        "--model",
+        str(MODEL),
+        "--port",
+        "0",
+        "--tq-bits",
+        "3",
+        "--tq-centres",
+        "none",
+        "--log-level",
+        "ERROR",
+    ]
     thread = threading.Thread(target=cli.main, args=([*arguments, "--prefill-step-size", "512"],))
     thread.start()
     running = started.get(timeout=120)
@@ -161,9 +171,7 @@ def test_a_client_that_hangs_up_harms_nobody(served, bundled, alone):
     prompt, want = "The kernel maps a page", alone(bundled[1].encode("The kernel maps a page"), 24)
     body = json.dumps({"prompt": "Once upon a time", "max_tokens": 3000, "stream": True})
     with socket.create_connection(("127.0.0.1", served.port)) as quitter:
-        quitter.sendall(
-            f"POST /v1/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
-        )
+        quitter.sendall(f"POST /v1/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
         assert b" 200 " in quitter.recv(1000)
     for _ in range(2):
         assert want and served.complete(prompt, 24).startswith(want)
