@@ -23,8 +23,12 @@ struct Simd : ByteWeights<64>, Avx512Loads {
     return {_mm512_set1_epi32(int(a)), _mm512_set1_epi32(int(b))};
   }
   static void dot(Acc& acc, Levels l, const Weights& w) {
-    acc.high = _mm512_dpbusd_epi32(acc.high, l, w.a);
-    acc.low = _mm512_dpbusd_epi32(acc.low, l, w.b);
+    dpbusd(acc.high, l, w.a);
+    dpbusd(acc.low, l, w.b);
+  }
+  /// The intrinsic would do, but GCC 12 copies every accumulator twice around it.
+  static void dpbusd(__m512i& acc, __m512i levels, __m512i weights) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(levels), "v"(weights));
   }
   static I32 total(const Acc& acc) { return I32(_mm512_add_epi32(_mm512_slli_epi32(acc.high, 8), acc.low)); }
 };
