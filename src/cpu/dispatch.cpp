@@ -33,7 +33,8 @@ const Kernels& named(const std::string& operation, const std::string& name) {
   for (const Kernels* k : kAll) {
     if (!k->runs_here()) continue;
     if (name == k->name) return *k;
-    names += (names.empty() ? "" : ", ") + std::string(k->name);
+    if (!names.empty()) names += ", ";
+    names += k->name;
   }
   throw std::invalid_argument("[" + operation + "] instruction set must be one that runs here (" + names + "); got \"" +
                               name + "\"");

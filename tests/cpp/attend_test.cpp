@@ -1,0 +1,262 @@
+// What the table does not vary: threads, hidden NaN, strides, edge shapes, wrong arguments, instruction sets.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <thread>
+
+#include "cases.h"
+
+namespace turboquant {
+namespace {
+
+using cases::Buffer;
+using cases::Case;
+using cases::Inputs;
+
+void run_cpu(const AttendParams& p) { attend(p, Backend::cpu); }
+
+class Attend : public testing::TestWithParam<std::string> {
+ protected:
+  void SetUp() override { force_isa(GetParam()); }
+  void TearDown() override {
+    force_isa("");
+    set_num_threads(threads_);
+  }
+  int threads_ = num_threads();
+};
+
+const Case kShapes[] = {
+    {.query_heads = 16, .kv_heads = 4, .kv_len = 3000},
+    {.head_dim = 96, .batch = 2, .query_heads = 6, .kv_heads = 2, .query_len = 5, .kv_len = 1111, .causal = true},
+    {.head_dim = 64, .query_heads = 8, .kv_heads = 1, .query_len = 70, .kv_len = 700, .causal = true, .sinks = true},
+};
+
+TEST_P(Attend, ResultsDoNotDependOnTheNumberOfThreads) {
+  for (const Case& c : kShapes) {
+    SCOPED_TRACE(c.name());
+    Inputs inputs(c);
+    set_num_threads(1);
+    run_cpu(inputs.params());
+    const auto want = inputs.out.bytes;
+    for (int threads : {2, 3, 8}) {
+      set_num_threads(threads);
+      for (int repeat = 0; repeat < 3; ++repeat) {
+        std::fill(inputs.out.bytes.begin(), inputs.out.bytes.end(), 0xff);
+        run_cpu(inputs.params());
+        EXPECT_EQ(inputs.out.bytes, want) << threads << " threads";
+      }
+    }
+  }
+}
+
+TEST_P(Attend, CallersOnSeveralThreadsGetTheSameResults) {
+  set_num_threads(3);
+  Inputs reference(kShapes[1]);
+  run_cpu(reference.params());
+  std::vector<std::thread> callers;
+  std::vector<int> equal(4);
+  for (int i = 0; i < 4; ++i) {
+    callers.emplace_back([&, i] {
+      Inputs mine(kShapes[1]);
+      for (int repeat = 0; repeat < 5; ++repeat) {
+        std::fill(mine.out.bytes.begin(), mine.out.bytes.end(), 0xff);
+        run_cpu(mine.params());
+        equal[i] += mine.out.bytes == reference.out.bytes;
+      }
+    });
+  }
+  for (auto& t : callers) t.join();
+  EXPECT_EQ(equal, std::vector<int>(4, 5));
+}
+
+// Keys that a rule hides hold NaN scales and arbitrary codes; the output must not change by a bit.
+TEST_P(Attend, HiddenKeysHaveNoInfluence) {
+  const Case shapes[] = {
+      {.batch = 3, .query_heads = 4, .kv_heads = 2, .kv_len = 200, .ragged = true},
+      {.head_dim = 64, .query_heads = 4, .kv_heads = 2, .kv_len = 333, .causal = true, .window = 50},
+      {.head_dim = 128, .query_heads = 2, .kv_heads = 1, .query_len = 3, .kv_len = 150, .mask = MaskKind::boolean},
+      {.head_dim = 128, .query_heads = 2, .kv_heads = 1, .query_len = 3, .kv_len = 150, .mask = MaskKind::additive},
+  };
+  for (const Case& c : shapes) {
+    SCOPED_TRACE(c.name());
+    Inputs inputs(c);
+    if (c.mask != MaskKind::none) {  // the same keys hidden from every query
+      for (int i = 1; i < c.query_len; ++i) {
+        const size_t row = inputs.mask.bytes.size() / c.query_len;
+        std::memcpy(&inputs.mask.bytes[i * row], inputs.mask.bytes.data(), row);
+      }
+    }
+    run_cpu(inputs.params());
+    const auto want = inputs.out.bytes;
+    int hidden = 0;
+    for (int b = 0; b < c.batch; ++b) {
+      for (int t = 0; t < c.kv_len; ++t) {
+        bool visible = !(c.ragged && t < inputs.starts[b]) && !(c.window && t <= c.kv_len - c.query_len - c.window);
+        if (c.mask == MaskKind::boolean) visible = inputs.mask.bytes[t];
+        if (c.mask == MaskKind::additive) visible = inputs.mask.get(t) != -INFINITY;
+        if (visible) continue;
+        ++hidden;
+        for (int h = 0; h < c.kv_heads; ++h) {
+          for (auto* packed : {&inputs.keys.view, &inputs.values.view}) {
+            packed->scales[b * packed->scales_batch_stride + h * packed->scales_head_stride + t] =
+                t % 2 ? 0x7e00 : 0x7c00;
+            std::memset(packed->codes + b * packed->codes_batch_stride + h * packed->codes_head_stride +
+                            int64_t(t) * words_per_vector(packed->bits, c.head_dim),
+                        0xa5, 4 * words_per_vector(packed->bits, c.head_dim));
+          }
+        }
+      }
+    }
+    EXPECT_GT(hidden, 20);
+    run_cpu(inputs.params());
+    EXPECT_EQ(inputs.out.bytes, want);
+  }
+}
+
+TEST_P(Attend, NanReachesOnlyTheQueriesThatSeeIt) {
+  const Case c{.head_dim = 64, .query_heads = 4, .kv_heads = 2, .query_len = 6, .kv_len = 100, .causal = true};
+  enum { key, value, query };
+  for (int where : {key, value, query}) {
+    SCOPED_TRACE(where);
+    Inputs inputs(c);
+    run_cpu(inputs.params());
+    const Buffer want = inputs.out;
+    const int position = 97;                                       // queries 3, 4 and 5 stand at 97, 98 and 99
+    if (where == key) inputs.keys.view.scales[position] = 0x7e00;  // KV head 0: query heads 0 and 1
+    if (where == value) inputs.values.view.scales[position] = 0x7c00;
+    if (where == query) inputs.q.set(size_t(1 * c.query_len + 4) * c.head_dim + 7, NAN);
+    run_cpu(inputs.params());
+    for (int h = 0; h < 4; ++h) {
+      for (int i = 0; i < 6; ++i) {
+        const bool poisoned = where == query ? h == 1 && i == 4 : h < 2 && i >= 3;
+        for (int d = 0; d < c.head_dim; ++d) {
+          const size_t at = (size_t(h) * c.query_len + i) * c.head_dim + d;
+          if (poisoned) {
+            EXPECT_TRUE(std::isnan(inputs.out.get(at)));
+          } else {
+            EXPECT_EQ(inputs.out.get(at), want.get(at));
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Attend, QueriesThatSeeNothingGetZero) {
+  for (bool sinks : {false, true}) {
+    Inputs inputs(
+        {.batch = 2, .query_heads = 4, .kv_heads = 2, .query_len = 2, .kv_len = 90, .sinks = sinks, .centred = true});
+    AttendParams p = inputs.params();
+    const int32_t starts[] = {90, 12};
+    p.starts = starts;
+    std::fill(inputs.out.bytes.begin(), inputs.out.bytes.end(), 0xff);
+    run_cpu(p);
+    const size_t half = inputs.out.size() / 2;
+    for (size_t i = 0; i < half; ++i) EXPECT_EQ(inputs.out.get(i), 0);
+    EXPECT_NE(inputs.out.get(half), 0);
+    p.kv_len = 0;
+    p.starts = nullptr;
+    std::fill(inputs.out.bytes.begin(), inputs.out.bytes.end(), 0xff);
+    run_cpu(p);
+    for (size_t i = 0; i < 2 * half; ++i) EXPECT_EQ(inputs.out.get(i), 0);
+  }
+}
+
+// q and out as a model has them, [batch, length, heads, dim]; a mask of its own for every head, read backwards.
+TEST_P(Attend, AnyStridesOfQueriesOutputAndMask) {
+  const Case c{.head_dim = 96, .batch = 2, .query_heads = 4, .kv_heads = 2, .query_len = 3, .kv_len = 75};
+  for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
+    Case typed = c;
+    typed.dtype = dtype;
+    Inputs inputs(typed);
+    std::mt19937 rng(2);
+    std::vector<uint8_t> mask(size_t(2) * 4 * 3 * 75);
+    for (auto& m : mask) m = rng() % 2;
+    AttendParams p = inputs.params();
+    p.mask_kind = MaskKind::boolean;
+    p.mask = mask.data() + mask.size() - 1;
+    p.mask_strides[0] = -4 * 3 * 75, p.mask_strides[1] = -75, p.mask_strides[2] = -4 * 75, p.mask_strides[3] = -1;
+    Buffer want(Dtype::float32, inputs.q.size());
+    p.out = cases::contiguous<void*>(want.bytes.data(), Dtype::float32, 4, 3, 96);
+    attend(p, Backend::reference);
+    Buffer q(dtype, inputs.q.size()), out(dtype, inputs.q.size());
+    auto moved = [](int b, int h, int i, int d) { return size_t(((b * 3 + i) * 4 + h) * 96 + d); };
+    auto dense = [](int b, int h, int i, int d) { return size_t(((b * 4 + h) * 3 + i) * 96 + d); };
+    auto each = [](auto f) {
+      for (int n = 0; n < 2 * 4 * 3 * 96; ++n) f(n / (4 * 3 * 96), n / (3 * 96) % 4, n / 96 % 3, n % 96);
+    };
+    each([&](int b, int h, int i, int d) { q.set(moved(b, h, i, d), inputs.q.get(dense(b, h, i, d))); });
+    p.q = {q.bytes.data(), dtype, 3 * 4 * 96, 96, 4 * 96};
+    p.out = {out.bytes.data(), dtype, 3 * 4 * 96, 96, 4 * 96};
+    run_cpu(p);
+    double error = 0, square = 0;
+    each([&](int b, int h, int i, int d) {
+      const double a = out.get(moved(b, h, i, d)), w = want.get(dense(b, h, i, d));
+      error += (a - w) * (a - w);
+      square += w * w;
+    });
+    EXPECT_LE(std::sqrt(error / square), 5e-4 + cases::rounding(dtype));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Isa, Attend, testing::ValuesIn(available_isas()), [](const auto& info) { return info.param; });
+
+/// The message of what `call` throws.
+template <class Call>
+std::string error_of(const Call& call) {
+  try {
+    call();
+  } catch (const std::invalid_argument& e) {
+    return e.what();
+  }
+  return "nothing was thrown";
+}
+
+TEST(Arguments, ErrorsNameOperationRuleAndValue) {
+  Inputs inputs({.head_dim = 64, .query_heads = 4, .kv_heads = 2, .kv_len = 9});
+  auto attend_with = [&](auto change) {
+    AttendParams p = inputs.params();
+    change(p);
+    return error_of([&] { attend(p); });
+  };
+  using P = AttendParams;
+  EXPECT_EQ(attend_with([](P& p) { p.head_dim = 80; }),
+            "[attend] head_dim must be a multiple of 32 from 32 to 256; got 80");
+  EXPECT_EQ(attend_with([](P& p) { p.head_dim = 288; }),
+            "[attend] head_dim must be a multiple of 32 from 32 to 256; got 288");
+  EXPECT_EQ(attend_with([](P& p) { p.keys.bits = 5; }), "[attend] bits must be 2, 3 or 4; got 5");
+  EXPECT_EQ(attend_with([](P& p) { p.values.bits = 1; }), "[attend] bits must be 2, 3 or 4; got 1");
+  EXPECT_EQ(attend_with([](P& p) { p.query_heads = 5; }),
+            "[attend] query_heads must be a multiple of kv_heads; got 5 and 2");
+  EXPECT_EQ(attend_with([](P& p) { p.kv_len = -1; }), "[attend] kv_len must be at least 0; got -1");
+  EXPECT_EQ(attend_with([](P& p) { p.kv_heads = 0; }), "[attend] kv_heads must be at least 1; got 0");
+  EXPECT_EQ(attend_with([](P& p) { p.scale = INFINITY; }), "[attend] scale must be finite; got inf");
+  EXPECT_EQ(attend_with([](P& p) { p.mask_kind = MaskKind::boolean; }), "[attend] mask must not be null");
+  EXPECT_EQ(attend_with([](P& p) { p.q.data = nullptr; }), "[attend] q and out must not be null");
+  EncodeParams e;
+  e.batch = e.heads = e.tokens = 1, e.head_dim = 100;
+  EXPECT_EQ(error_of([&] { encode(e); }), "[encode] head_dim must be a multiple of 32 from 32 to 256; got 100");
+  e.head_dim = 64;
+  EXPECT_EQ(error_of([&] { encode(e); }), "[encode] x, codes and scales must not be null");
+  DecodeParams d;
+  d.batch = d.heads = d.tokens = 1, d.head_dim = 64, d.in.bits = 8;
+  EXPECT_EQ(error_of([&] { decode(d); }), "[decode] bits must be 2, 3 or 4; got 8");
+  EXPECT_EQ(error_of([] { set_num_threads(0); }), "[set_num_threads] n must be at least 1; got 0");
+  EXPECT_NE(error_of([] { force_isa("sse1"); }).find("got \"sse1\""), std::string::npos);
+}
+
+TEST(Isas, TheForcedOneIsUsedAndTheLastIsScalar) {
+  const std::string best = current_isa();
+  for (const std::string& isa : available_isas()) {
+    force_isa(isa);
+    EXPECT_EQ(current_isa(), isa);
+  }
+  force_isa("");
+  EXPECT_EQ(current_isa(), best);
+  EXPECT_EQ(available_isas().back(), "scalar");
+}
+
+}  // namespace
+}  // namespace turboquant
