@@ -63,12 +63,13 @@ class _Probe:
         cache.update_and_fetch = noted
 
 
-def _probe(model, original, coding):
-    """Builds, without evaluating it, the graph of two tokens; returns what keeps each slot from being packed."""
+def _probe_once(model, original, coding, left):
+    """Builds, without evaluating it, the graph of two tokens with packed caches in all slots but those of `left`.
+    Returns what keeps a slot from being packed, and the exception that ended the attempt, if one did."""
     probes = {}
 
     def make(path, c):
-        cache = _packed(c, None, coding(path))
+        cache = None if path in left else _packed(c, None, coding(path))
         if cache is not None:
             probes[path] = _Probe(cache)
         return cache
@@ -85,11 +86,21 @@ def _probe(model, original, coding):
             problems[path] = probe.failure
         elif probe.handed_out is not None and id(probe.handed_out) not in seen:
             problems[path] = "its attention does not go through mlx_lm.models.base.scaled_dot_product_attention" + (
-                f" ({type(error).__name__}: {error})" if error else ""
+                f" ({type(error).__name__}: {str(error).splitlines()[0]})" if str(error or "") else ""
             )
-    if error and not problems:
-        raise error
-    return problems
+    return problems, error
+
+
+def _probe(model, original, coding):
+    """What keeps each slot from being packed.  One slot may end an attempt, so attempts go on without it."""
+    problems = {}
+    while True:
+        more, error = _probe_once(model, original, coding, problems)
+        if not more:
+            if error and not problems:
+                raise error
+            return problems
+        problems |= more
 
 
 def enable(model, bits=3, *, key_bits=None, value_bits=None, seed=0, centres=None, start=None):

@@ -1,0 +1,73 @@
+"""Speculative decoding on packed caches: drafts are checked several tokens at a time, and what was wrong is trimmed."""
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import speculative_generate_step, stream_generate
+from mlx_lm.models.cache import make_prompt_cache
+from small_models import FAMILIES, greedy, prompt, small_llama
+
+from turboquant_mlx import disable, enable
+
+
+@pytest.mark.parametrize("drafts", [1, 3, 7])
+@pytest.mark.parametrize("draft", ["itself", "another", "float"])
+def test_speculation_gives_the_tokens_of_plain_decoding(drafts, draft):
+    """A draft model that is always right, one that is nearly always wrong, and one whose own caches are floats."""
+    model, helper = small_llama(), small_llama(seed=0 if draft == "itself" else 1)
+    enable(model, bits=3)
+    if draft != "float":
+        enable(helper, bits=3)
+    text = prompt(50)
+    want = greedy(model, text, 40)
+    caches = make_prompt_cache(model) + make_prompt_cache(helper)
+    steps = list(
+        speculative_generate_step(
+            mx.array(text),
+            model,
+            helper,
+            num_draft_tokens=drafts,
+            max_tokens=40,
+            prompt_cache=caches,
+            prefill_step_size=16,
+        )
+    )
+    assert [token for token, _, _ in steps] == want
+    accepted = sum(from_draft for _, _, from_draft in steps)
+    assert accepted >= 20 if draft == "itself" else accepted < 10
+    # What was drafted in vain is forgotten, and the caches go on as if it had never been there.
+    assert caches[0].offset in (len(text) + 39, len(text) + 40)
+    for c in caches[:2]:
+        c.trim(c.offset - len(text) - 39)
+    assert greedy(model, want[-1:], 10, caches[:2]) == greedy(model, text + want, 10)
+
+
+def test_a_few_queries_take_the_decoding_kernel():
+    model = small_llama()
+    enable(model)
+    cache = make_prompt_cache(model)
+    routes = {}
+    for n in (1, 2, 8, 9):
+        mx.eval(model(mx.array(prompt(n))[None], cache=cache))
+        routes[n] = cache[0].route.split()[-1]
+    assert routes == {1: "decode", 2: "decode", 8: "decode", 9: "prefill"}
+
+
+def test_what_mlx_lm_cannot_rewind_it_refuses(bundled):
+    """Recurrent states and windows that have wrapped cannot go back: mlx-lm says so before it generates anything."""
+    model, tokenizer = bundled
+    enable(model)
+    try:
+        with pytest.raises(ValueError, match="requires a trimmable prompt cache .*ArraysCache"):
+            next(stream_generate(model, tokenizer, [5, 6, 7], draft_model=model))
+    finally:
+        disable(model)
+
+
+def test_speculation_within_a_window():
+    """A window that has not wrapped yet can go back."""
+    model, helper = FAMILIES["gemma3, head_dim 256"](), FAMILIES["gemma3, head_dim 256"]()
+    for m in (model, helper):
+        enable(m)
+    text = prompt(10)
+    steps = speculative_generate_step(mx.array(text), model, helper, num_draft_tokens=2, max_tokens=15)
+    assert [token for token, _, _ in steps] == greedy(model, text, 15)
