@@ -1,0 +1,209 @@
+"""The command line: mlx-lm's programs with packed caches, our own commands, and what is refused."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+
+import mlx.core as mx
+import pytest
+from conftest import MODEL
+from mlx.utils import tree_flatten
+from mlx_lm.models import gemma3_text, qwen3
+from needles import ANSWER, FACT, QUESTION
+from small_models import build
+from turboquant_mlx import cli
+
+BUNDLED = ["--model", str(MODEL)]
+
+
+@pytest.fixture
+def run(capfd):
+    """Runs a command in this process; returns what it printed on stdout and stderr."""
+
+    def run(*arguments):
+        cli.main([str(a) for a in arguments])
+        return capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(capfd):
+    """Runs a command that must fail; returns its words."""
+
+    def refused(*arguments):
+        with pytest.raises(SystemExit) as exit:
+            cli.main([str(a) for a in arguments])
+        assert exit.value.code not in (0, None)
+        return capfd.readouterr().err + str(exit.value.code)
+
+    return refused
+
+
+def save_model(module, directory, seed=0, **changes):
+    """A model directory with the bundled tokenizer."""
+    sizes = {"vocab_size": 8192, "hidden_size": 128, "head_dim": 64, "num_hidden_layers": 2, **changes}
+    model = build(module, seed=seed, **sizes)
+    directory.mkdir()
+    for file in MODEL.glob("*"):
+        if file.name.startswith(("tokenizer", "chat_template")):
+            shutil.copy(file, directory)
+    config = {k: v for k, v in vars(model.args).items() if v is not None}
+    (directory / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(directory / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    return directory
+
+
+def test_generate_answers_from_a_packed_cache(run):
+    out, err = run("generate", *BUNDLED, "--prompt", f"{FACT} {QUESTION}", "-m", 16, "--tq-bits", 3)
+    assert ANSWER in out and "Generation:" in out
+    assert "[tq] 6 x ArraysCache (kept), 2 x TurboQuantKVCache K3 V3, centred" in err
+    out, err = run(
+        "generate", *BUNDLED, "--prompt", f"{FACT} {QUESTION}", "-m", 16, "--tq-key-bits", 4, "--tq-value-bits", 2
+    )
+    assert ANSWER in out and "TurboQuantKVCache K4 V2" in err
+    out, err = run(
+        "generate", *BUNDLED, "--prompt", f"{FACT} {QUESTION}", "-m", 16, "--tq-start", 10, "--tq-centres", "none"
+    )
+    assert ANSWER in out and "DelayedTurboQuantKVCache K3 V3" in err and "centred" not in err
+
+
+def test_mlx_lms_programs_are_left_as_they_were(run):
+    import importlib
+
+    module = importlib.import_module("mlx_lm.generate")
+    before = module.load, module.load_prompt_cache, sys.argv
+    run("generate", *BUNDLED, "--prompt", "hello", "-m", 2)
+    assert (module.load, module.load_prompt_cache, sys.argv) == before
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["generate", "--bogus"], "unrecognized arguments: --bogus"),
+        (["generate", "--tq-bit", "3"], "unrecognized arguments: --tq-bit 3"),
+        (["generate", "--tq-bits", "5"], "--tq-bits: invalid choice: 5"),
+        (["chat", "--tq-start", "-1"], "--tq-start: must be at least 0; got -1"),
+        (["server", "--kv-bits", "4"], "--kv-bits and its companions are mlx-lm's own quantisation; use --tq-bits"),
+        (["batch", "--model", "x"], "the following arguments are required: --prompts"),
+        (["inspect", "--bogus", "--model", "x"], "unrecognized arguments: --bogus"),
+        (["inspect"], "give --model, --prompt-cache-file, or both"),
+        (["nonsense"], "unknown command 'nonsense'"),
+        ([], "give a command"),
+        (["doctor", "--bogus"], "unrecognized arguments: --bogus"),
+    ],
+)
+def test_bad_arguments_are_refused(refused, arguments, message):
+    assert message in refused(*arguments)
+
+
+def test_help_names_our_options_and_mlx_lms(capfd):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    out = capfd.readouterr().out
+    assert "--tq-bits" in out and "--max-tokens" in out
+    cli.main(["--help"])
+    assert "cache-prompt" in capfd.readouterr().out
+
+
+def test_a_saved_prompt_is_used_and_checked(run, refused, tmp_path):
+    file, plain = tmp_path / "tq.safetensors", tmp_path / "plain.safetensors"
+    run("cache-prompt", *BUNDLED, "--prompt", FACT, "--prompt-cache-file", file)
+    arguments = ["generate", "--prompt-cache-file", file, "--prompt", QUESTION, "-m", 16]
+    assert ANSWER in run(*arguments).out
+    assert "asked for was a TurboQuantKVCache of 4-bit keys" in refused(*arguments, "--tq-bits", 4)
+    assert "was saved with other centres" in refused(*arguments, "--tq-centres", "none")
+
+    out = run("inspect", "--prompt-cache-file", file).out
+    assert "TurboQuantKVCache" in out and "K3 V3" in out and "5.22x" in out
+
+    subprocess.run(
+        [sys.executable, "-m", "mlx_lm", "cache_prompt", *BUNDLED, "--prompt", "hi", "--prompt-cache-file", plain],
+        check=True,
+        capture_output=True,
+    )
+    arguments[2] = plain
+    assert "layer 3 holds a KVCache (not packed); asked for was a TurboQuantKVCache of 3-bit" in refused(*arguments)
+    file.write_bytes(file.read_bytes()[:-100])
+    arguments[2] = file
+    assert "is truncated: it has" in refused(*arguments)
+
+
+def test_batch_prints_an_answer_for_each_line(run, refused, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{FACT} {QUESTION}\n\nhello\n")
+    out, err = run("batch", *BUNDLED, "--prompts", prompts, "--max-tokens", 16)
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [a["prompt"] for a in answers] == [f"{FACT} {QUESTION}", "hello"]
+    assert ANSWER in answers[0]["text"] and "2 x TurboQuantKVCache K3 V3" in err
+    prompts.write_text("\n")
+    assert "holds no prompt" in refused("batch", *BUNDLED, "--prompts", prompts)
+    assert "No such file" in refused("batch", *BUNDLED, "--prompts", tmp_path / "none")
+    prompts.write_text("hello\n")
+    assert "does not yet support batching" in refused("batch", *BUNDLED, "--prompts", prompts, "--tq-start", 5)
+
+
+def test_inspect_shows_every_layer(run):
+    out, _ = run("inspect", *BUNDLED, "-p", "hello " * 300, "--tq-bits", 4)
+    lines = out.splitlines()
+    assert lines[0].split() == ["layer", "cache", "bits", "tokens", "bytes", "float16", "ratio", "kernel"]
+    assert len(lines) == 10 and lines[9].startswith("peak memory")
+    packed = lines[4].split()
+    assert packed[1:4] == ["TurboQuantKVCache", "K4", "V4"] and int(packed[4]) > 300 and "decode" in lines[4]
+    assert lines[1].split()[1] == "ArraysCache"
+
+
+def test_models_that_cannot_be_served_are_refused(run, refused, tmp_path):
+    window = save_model(gemma3_text, tmp_path / "window", sliding_window=32, sliding_window_pattern=2)
+    hello = ["--prompt", "hello", "-m", 4]
+    assert "TurboQuantRotatingKVCache K3 V3" in run("generate", "--model", window, *hello).err
+    message = refused("generate", "--model", window, *hello, "--tq-start", 5)
+    assert "needs caches that can be packed later, and a RotatingKVCache cannot: layer 0" in message
+    odd = save_model(qwen3, tmp_path / "odd", head_dim=80)
+    message = refused("generate", "--model", odd, *hello)
+    assert "2 of 2 KVCache slots" in message and "layer 1: [encode] head_dim must be a multiple of 32" in message
+    err = run("generate", "--model", window, *hello, "--max-kv-size", 16).err
+    assert "--max-kv-size has no effect" in err
+
+
+def test_a_draft_model_changes_no_token(run, refused, tmp_path):
+    main, draft = (save_model(qwen3, tmp_path / name, seed=i) for i, name in enumerate(("main", "draft")))
+    arguments = ["generate", "--model", main, "--prompt", "hello there", "-m", 20, "--verbose", "F"]
+    plain = run(*arguments)
+    assert run(*arguments, "--draft-model", draft, "--num-draft-tokens", 4).out == plain.out
+    assert "TurboQuantRotatingKVCache" in run(*arguments, "--max-kv-size", 16).err
+    message = refused("generate", *BUNDLED, "--prompt", "hello", "--draft-model", MODEL)
+    assert "requires a trimmable prompt cache" in message and "ArraysCache" in message
+
+
+def module_run(*arguments, timeout=120):
+    return subprocess.run(
+        [sys.executable, "-m", "turboquant_mlx", *map(str, arguments)], capture_output=True, text=True, timeout=timeout
+    )
+
+
+def test_a_taken_port_is_refused_before_the_model_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = module_run("server", *BUNDLED, "--port", port)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == (
+        f"turboquant_mlx server: cannot listen on 127.0.0.1:{port}: Address already in use"
+    )
+
+
+def test_a_server_whose_model_cannot_be_packed_stops(tmp_path):
+    odd = save_model(qwen3, tmp_path / "odd", head_dim=80)
+    done = module_run("server", "--model", odd, "--port", 0)
+    assert (
+        done.returncode == 1 and "layer 0: [encode] head_dim must be a multiple of 32" in done.stderr.splitlines()[-2]
+    )
+
+
+def test_doctor_finds_all_well():
+    done = module_run("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all is well" in done.stdout and "FAILED" not in done.stdout
+    for name in ("MLX", "nanobind", "CPU kernels", "import name", "device"):
+        assert name in done.stdout
