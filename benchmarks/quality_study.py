@@ -174,20 +174,20 @@ def study_modes(name, c):
         def sinks(count):
             return lambda slot: Sinks(count, coder(3, c[slot][0]), coder(3, c[slot][1]))
 
-        return {f"{n} first tokens as float16": sinks(n) for n in (0, 1, 4, 16, 64)}
+        return {f"{n} first tokens as float16": sinks(n) for n in (0, 4, 64)}
     if name == "recent":
 
         def recent(count):
             return lambda slot: Recent(count, coder(3, c[slot][0]), coder(3, c[slot][1]))
 
-        return {f"{n} last tokens as float16": recent(n) for n in (0, 1, 16, 64, 128)}
+        return {f"{n} last tokens as float16": recent(n) for n in (0, 16, 128)}
     if name == "layers":
         slots = sorted(c)
 
         def layers(bits):
             return lambda slot: modes.FloatCache(*(coder(bits[slots.index(slot)], side) for side in c[slot]))
 
-        pairs = [(3, 3), (4, 3), (3, 4), (4, 2), (2, 4), (3, 16), (16, 3)]
+        pairs = [(3, 3), (4, 3), (3, 4), (3, 16), (16, 3)]
         return {", ".join(f"layer {s}: {b}" for s, b in zip(slots, p, strict=True)): layers(p) for p in pairs}
     raise ValueError(f"unknown study {name!r}")
 
