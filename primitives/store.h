@@ -65,6 +65,7 @@ struct View {
   Store store;
   int length;
   std::optional<mx::array> starts;  // (B,) first real token of each row, for left-padded batches
+  mx::Dtype dtype = mx::float16;    // of the vectors as they came, for models that ask
 
   int head_dim() const { return store.head_dim(coding); }
   /// Attention of q (B, H_q, L, D) over the history.

@@ -58,6 +58,7 @@ PythonMask mask(const Cache& c, int n, std::optional<int> window, bool return_ar
 void bind_caches(nb::module_& m) {
   nb::class_<ops::View>(m, "View")
       .def_ro("length", &ops::View::length)
+      .def_rw("dtype", &ops::View::dtype)
       .def_prop_ro(
           "shape",
           [](const ops::View& v) { return nb::make_tuple(v.store.batch(), v.store.heads(), v.length, v.head_dim()); })

@@ -83,6 +83,12 @@ class PackedCache(_BaseCache):
         """Appends (B, H_kv, N, D) keys and values; returns the packed history twice, as keys and as values."""
         self._core.append(keys, values)
         self._query = keys.shape[2:]
+        view, _ = self.keys_and_values()
+        view.dtype = values.dtype
+        return view, view
+
+    def keys_and_values(self):
+        """The packed history twice, for layers that read the cache of another."""
         view = self._core.view()
         return view, view
 

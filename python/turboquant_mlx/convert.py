@@ -73,6 +73,9 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
         self._floats = None
         return super().update_and_fetch(keys, values)
 
+    def keys_and_values(self):
+        return super().keys_and_values() if self.packed else self._floats.keys_and_values()
+
     @property
     def offset(self):
         return self._core.offset if self.packed else self._floats.offset

@@ -98,7 +98,9 @@ def _probe(model, original, coding):
         more, error = _probe_once(model, original, coding, problems)
         if not more:
             if error and not problems:
-                raise error
+                raise ValueError(
+                    f"[enable] the model cannot run on packed caches: {type(error).__name__}: {error}"
+                ) from error
             return problems
         problems |= more
 

@@ -3,7 +3,7 @@
 import mlx.core as mx
 from mlx.utils import tree_map_with_path
 from mlx_lm.generate import generate_step
-from mlx_lm.models import gemma3_text, gpt_oss, llama, phi3, qwen2, qwen3
+from mlx_lm.models import gemma3_text, gemma3n, gpt_oss, llama, phi, phi3, qwen2, qwen3
 from mlx_lm.models.cache import make_prompt_cache
 
 VOCAB = 128
@@ -62,6 +62,40 @@ def small_gpt_oss():
     return model
 
 
+def small_gemma3n():
+    """Layers 2 and 3 read the caches of layers 0 and 1."""
+    config = {
+        "model_type": "gemma3n",
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "intermediate_size": [256] * 4,
+        "num_attention_heads": 4,
+        "head_dim": 64,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": VOCAB,
+        "num_key_value_heads": 2,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": VOCAB,
+        "sliding_window": 32,
+        "max_position_embeddings": 1000,
+        "rope_local_base_freq": 10000.0,
+        "rope_theta": 10000.0,
+        "final_logit_softcapping": 30.0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "hidden_size_per_layer_input": 32,
+        "altup_num_inputs": 2,
+        "altup_coef_clip": 120.0,
+        "altup_correct_scale": True,
+        "altup_active_idx": 0,
+        "laurel_rank": 16,
+    }
+    mx.random.seed(0)
+    model = gemma3n.Model(gemma3n.ModelArgs(model_type="gemma3n", text_config=config))
+    mx.eval(model.parameters())
+    return model
+
+
 FAMILIES = {
     "llama, head_dim 64": small_llama,
     "llama, head_dim 96": lambda: small_llama(head_dim=96),
@@ -74,6 +108,8 @@ FAMILIES = {
         gemma3_text, head_dim=256, sliding_window=32, sliding_window_pattern=2, query_pre_attn_scalar=256
     ),
     "phi3, head_dim 64": lambda: build(phi3, hidden_size=256),
+    "phi, head_dim 32": lambda: build(phi, num_key_value_heads=4),
+    "gemma3n, shared keys and values": small_gemma3n,
     "gpt_oss, sinks": small_gpt_oss,
 }
 

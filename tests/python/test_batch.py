@@ -22,7 +22,7 @@ def test_a_ragged_batch_gives_every_prompt_its_own_tokens(family):
     assert enable(model, bits=3) == 2
     prompts = [prompt(n, seed=n) for n in LENGTHS]
     alone = [greedy(model, p, 20, prefill_step_size=32) for p in prompts]
-    assert len({tuple(t) for t in alone}) == len(alone) and len(set(alone[1])) > 3
+    assert len({tuple(t) for t in alone}) == len(alone) and len(set(sum(alone, []))) > 8
     together = batch_generate(
         model,
         NO_END,
