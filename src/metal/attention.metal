@@ -1,0 +1,188 @@
+// What both attention kernels share: which keys a row sees, unpacking by table, and the end of a row.
+//
+// A row is one query of one head; the rows of a KV head are numbered query * group + head, so that rows that read the
+// same keys are neighbours.  Scores are kept in base 2.  Partial results of a row are (m, sum, x): the largest score,
+// sum exp2(s - m), and sum exp2(s - m) * value in the rotated basis.
+
+namespace turboquant {
+
+constexpr float log2_e() { return 1.44269504f; }
+
+/// 2^(a - b), and 0 when a is minus infinity, whatever b is.
+inline float exp2_difference(float a, float b) { return a == -INFINITY ? 0.0f : exp2(a - b); }
+
+inline float not_a_number() { return as_type<float>(0x7fc00000u); }
+
+/// A scale; NaN if it is infinite, since a vector with such a scale decodes to NaN.
+inline float checked_scale(float scale) { return isfinite(scale) ? scale : not_a_number(); }
+
+/// Levels of two codes for every byte of packed nibbles.  Bits of a nibble above the code's are ignored.
+template <int B, class Table>
+void fill_table(Table table, ushort thread_index) {
+  constexpr int mask = (1 << B) - 1;
+  for (int i = thread_index; i < 256; i += metal_layout::kThreads) {
+    table[i] = half2(half(float(level(B, i & mask))), half(float(level(B, (i >> 4) & mask))));
+  }
+}
+
+/// The four words of nibbles that hold a group's 32 codes in order, from its B words.
+template <int B>
+uint nibbles(const thread uint* words, int part) {
+  if (B == 4 || (B == 3 && part < 3)) return words[part];
+  if (B == 2) return words[part & 1] >> (part & 2);
+  return (words[0] >> 3 & 0x11111111u) | (words[1] >> 2 & 0x22222222u) | (words[B - 1] >> 1 & 0x44444444u);
+}
+
+/// A row of attention: where its query stands and which keys its rules let it see.
+struct Row {
+  int head, query, first, last;
+};
+
+/// Row `index` of KV head `kv`; one beyond the last sees nothing.
+template <class Params, class Starts>
+Row find_row(Params params, Starts starts, int index, int kv, int b) {
+  const int kv_len = params[metal_layout::kKvLen], query_len = params[metal_layout::kQueryLen];
+  const int group = params[metal_layout::kQueryHeads] / params[metal_layout::kKvHeads];
+  const int flags = params[metal_layout::kFlags], window = params[metal_layout::kWindow];
+  Row row;
+  row.query = index / group;
+  row.head = kv * group + index % group;
+  const int position = kv_len - query_len + row.query;
+  row.first = (flags & metal_layout::kStarts) ? max(int(starts[b]), 0) : 0;
+  row.last = (flags & metal_layout::kCausal) ? min(position + 1, kv_len) : kv_len;
+  if (window > 0) row.first = max(row.first, position - window + 1);
+  if (row.query >= query_len) row.last = row.first;
+  row.last = max(row.first, row.last);
+  return row;
+}
+
+/// The keys of one split: the range that any of rows [begin, end) sees, cut into blocks, shared out evenly.
+template <class Params, class Starts>
+int2 split_range(Params params, Starts starts, int begin, int end, int kv, int b, int split) {
+  const int group = params[metal_layout::kQueryHeads] / params[metal_layout::kKvHeads];
+  const int rows = params[metal_layout::kQueryLen] * group;
+  const int first = find_row(params, starts, begin, kv, b).first;
+  const int last = find_row(params, starts, min(end, rows) - 1, kv, b).last;
+  const int base = first / metal_layout::kBlock,
+            blocks = (max(last, first) + metal_layout::kBlock - 1) / metal_layout::kBlock - base;
+  const int splits = params[metal_layout::kSplits], each = (blocks + splits - 1) / splits;
+  return int2(max(first, (base + split * each) * metal_layout::kBlock),
+              min(last, (base + (split + 1) * each) * metal_layout::kBlock));
+}
+
+/// The score of a key in base 2 after the mask; minus infinity when it is hidden.
+template <class Params, class Mask, class Strides>
+float masked(float score, Row row, int key, int b, Params params, Mask mask, Strides strides) {
+  const int flags = params[metal_layout::kFlags];
+  if (key < row.first || key >= row.last) return -INFINITY;
+  if (!(flags & (metal_layout::kBooleanMask | metal_layout::kAdditiveMask))) return score;
+  const float value = float(mask[b * strides[0] + row.head * strides[1] + row.query * strides[2] + key * strides[3]]);
+  if (flags & metal_layout::kBooleanMask) return value == 0.0f ? -INFINITY : score;
+  return value == -INFINITY ? -INFINITY : fma(value, log2_e(), score);
+}
+
+/// Loads a query and rotates it.
+template <int D, class Q, class Strides, class Params>
+void load_query(thread float* x, Q q, Strides strides, Row row, int b, Params params, ushort lane) {
+  const long at = b * strides[0] + row.head * strides[1] + row.query * strides[2];
+  for (int r = 0; r < D / 32; ++r) x[r] = float(q[at + (32 * r + lane) * strides[3]]);
+  rotate_vector<D>(x, params, lane);
+}
+
+/// Divides a rotated query by its largest coordinate, so that it fits half, and returns what its dot products with
+/// levels must be multiplied by to be scores in base 2.
+template <int B, int D, class Params>
+float normalise_query(thread float* x, Params params) {
+  float largest = 0.0f;
+  for (int r = 0; r < D / 32; ++r) largest = fmax(largest, fabs(x[r]));
+  largest = simd_max(largest);
+  const float inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
+  for (int r = 0; r < D / 32; ++r) x[r] *= inverse;
+  return largest * as_type<float>(int(params[metal_layout::kScale])) * (log2_e() * level_step(B));
+}
+
+/// The end of a row: the sink, the division, the way back to the original basis, the centre.
+template <class T, int D, class Q, class Strides, class Sinks, class KeyCentre, class ValueCentre, class Out,
+          class Params>
+void finish_row(float m, float sum, thread float* x, Row row, int b, Q q, Strides strides, Sinks sinks,
+                KeyCentre key_centre, ValueCentre value_centre, Out out, Params params, ushort lane) {
+  const int flags = params[metal_layout::kFlags];
+  const int group = params[metal_layout::kQueryHeads] / params[metal_layout::kKvHeads];
+  const int centre = row.head / group * D;
+  float total = sum, part = 1.0f;
+  if (flags & metal_layout::kSinks) {
+    // A centre on the keys shifts every score of the row; here it is taken from the sink instead.
+    float shift = 0.0f;
+    if (flags & metal_layout::kKeyCentre) {
+      const long at = b * strides[0] + row.head * strides[1] + row.query * strides[2];
+      for (int r = 0; r < D / 32; ++r) {
+        const int i = 32 * r + lane;
+        shift = fma(float(q[at + i * strides[3]]), float(key_centre[centre + i]), shift);
+      }
+      shift = simd_sum(shift) * as_type<float>(int(params[metal_layout::kScale]));
+    }
+    const float sink = (float(sinks[row.head]) - shift) * log2_e();
+    const float top = fmax(m, sink);
+    part = exp2_difference(m, top);
+    total = sum * part + exp2_difference(sink, top);
+  }
+  const float factor = total == 0.0f ? 0.0f : part / total;
+  unrotate_vector<D>(x, params, lane);
+  const ulong at =
+      (ulong(b * params[metal_layout::kQueryHeads] + row.head) * params[metal_layout::kQueryLen] + row.query) * D;
+  for (int r = 0; r < D / 32; ++r) {
+    const int i = 32 * r + lane;
+    const float mean = (flags & metal_layout::kValueCentre) ? float(value_centre[centre + i]) * sum : 0.0f;
+    out[at + i] = T((x[r] + mean) * factor);
+  }
+}
+
+/// Where the partial result of a row lies: in units of D numbers (x) and of two numbers (m and sum).
+template <class Params>
+ulong partial_index(Params params, int split, int b, Row row) {
+  const int heads = params[metal_layout::kQueryHeads], queries = params[metal_layout::kQueryLen];
+  const int batch_row = (b * heads + row.head) * queries + row.query;
+  return ulong(batch_row) * params[metal_layout::kSplits] + split;
+}
+
+/// Writes the partial result of a row.
+template <int D, class Partial, class Stats, class Params>
+void write_partial(float m, float sum, const thread float* x, Row row, int b, int split, Partial partial, Stats stats,
+                   Params params, ushort lane) {
+  const ulong at = partial_index(params, split, b, row);
+  for (int r = 0; r < D / 32; ++r) partial[at * D + 32 * r + lane] = x[r];
+  if (lane == 0) {
+    stats[2 * at] = m;
+    stats[2 * at + 1] = sum;
+  }
+}
+
+/// Merges the splits of one row: a SIMD-group a row.  `index` counts (batch, head, query).
+template <class T, int D, class Q, class Strides, class Partial, class Stats, class Sinks, class KeyCentre,
+          class ValueCentre, class Out, class Params>
+void merge_splits(Q q, Strides strides, Partial partial, Stats stats, Sinks sinks, KeyCentre key_centre,
+                  ValueCentre value_centre, Out out, Params params, int index, ushort lane) {
+  const int heads = params[metal_layout::kQueryHeads], queries = params[metal_layout::kQueryLen];
+  const int splits = params[metal_layout::kSplits];
+  Row row;
+  row.query = index % queries;
+  row.head = index / queries % heads;
+  row.first = row.last = 0;
+  const int b = index / queries / heads;
+  const ulong first = partial_index(params, 0, b, row);
+  float m = -INFINITY;
+  for (int s = lane; s < splits; s += 32) m = fmax(m, float(stats[2 * (first + s)]));
+  m = simd_max(m);
+  float x[D / 32] = {};
+  float sum = 0.0f;
+  for (int s = 0; s < splits; ++s) {
+    const float factor = exp2_difference(stats[2 * (first + s)], m);
+    // A split whose scores are all NaN has m = -infinity and a sum that is NaN.
+    const float its_sum = stats[2 * (first + s) + 1];
+    sum += factor == 0.0f ? its_sum * 0.0f : its_sum * factor;
+    for (int r = 0; r < D / 32; ++r) x[r] = fma(factor, float(partial[(first + s) * D + 32 * r + lane]), x[r]);
+  }
+  finish_row<T, D>(m, sum, x, row, b, q, strides, sinks, key_centre, value_centre, out, params, lane);
+}
+
+}  // namespace turboquant

@@ -1,0 +1,68 @@
+// What the kernels share: the rotation of a vector that a SIMD-group holds in registers.
+//
+// Pointers whose address space depends on the size of an array (MLX passes small inputs as `constant`), or that lead
+// to threadgroup memory, are template parameters.
+
+#include <metal_simdgroup>
+#include <metal_simdgroup_matrix>
+#include <metal_stdlib>
+using namespace metal;
+
+namespace turboquant {
+
+constexpr int odd_part(int dim) { return dim % 2 ? dim : odd_part(dim / 2); }
+
+/// H without its factor 1/sqrt(2^k): register r of lane l is coordinate 32 r + l.
+template <int D>
+void hadamard(thread float* x, ushort lane) {
+  constexpr int registers = D / 32, blocks = odd_part(D), of_block = registers / blocks;
+  for (ushort step = 1; step < 32; step = ushort(2 * step)) {
+    for (int r = 0; r < registers; ++r) {
+      const float other = simd_shuffle_xor(x[r], step);
+      x[r] = (lane & step) ? other - x[r] : x[r] + other;
+    }
+  }
+  for (int step = 1; step < of_block; step *= 2) {
+    for (int r = 0; r < registers; ++r) {
+      if (r & step) continue;
+      if (r % of_block + step >= of_block) continue;
+      const float a = x[r], b = x[r + step];
+      x[r] = a + b;
+      x[r + step] = a - b;
+    }
+  }
+  if (blocks == 1) return;
+  for (int j = 0; j < of_block; ++j) {
+    float sum = 0.0f;
+    for (int b = 0; b < blocks; ++b) sum += x[b * of_block + j];
+    for (int b = 0; b < blocks; ++b) x[b * of_block + j] -= sum * (2.0f / float(blocks));
+  }
+}
+
+/// 1/sqrt(2^k), the factor of H.
+template <int D>
+float hadamard_scale() {
+  return 1.0f / sqrt(float(D / odd_part(D)));
+}
+
+/// x where bit `lane` of the sign word is 0, else -x.
+inline float with_sign(float x, uint signs, ushort lane) { return (signs >> lane & 1u) ? -x : x; }
+
+/// r = H (s * x).
+template <int D, class Params>
+void rotate_vector(thread float* x, Params params, ushort lane) {
+  for (int r = 0; r < D / 32; ++r) x[r] = with_sign(x[r], uint(params[metal_layout::kSigns + r]), lane);
+  hadamard<D>(x, lane);
+  for (int r = 0; r < D / 32; ++r) x[r] *= hadamard_scale<D>();
+}
+
+/// x = s * (H r).
+template <int D, class Params>
+void unrotate_vector(thread float* x, Params params, ushort lane) {
+  hadamard<D>(x, lane);
+  for (int r = 0; r < D / 32; ++r) {
+    x[r] = with_sign(x[r] * hadamard_scale<D>(), uint(params[metal_layout::kSigns + r]), lane);
+  }
+}
+
+}  // namespace turboquant

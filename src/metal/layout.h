@@ -1,0 +1,47 @@
+// What host and kernels agree on beside the packed format: the small integers in a kernel's `params`.
+// Compiled by C++ and by Metal.
+#pragma once
+
+namespace turboquant {
+namespace metal_layout {
+
+/// Positions in `params`.
+enum Param {
+  kKvLen,
+  kQueryLen,
+  kQueryHeads,
+  kKvHeads,
+  kSplits,
+  kFlags,
+  kWindow,
+  kScale,    // the bits of a float
+  kVectors,  // codec: vectors of one side
+  kTokens,   // codec: tokens of a head
+  kHeads,    // codec
+  kUnused,
+  kSigns,  // eight words of `sign_word`
+  kParamCount = kSigns + 8
+};
+
+/// Bits of params[kFlags].
+enum Flag {
+  kCausal = 1,
+  kStarts = 2,
+  kSinks = 4,
+  kKeyCentre = 8,
+  kValueCentre = 16,
+  kBooleanMask = 32,
+  kAdditiveMask = 64,
+  kCentre = 128,       // codec: the first side has a centre
+  kSecondCentre = 256  // codec: and the second
+};
+
+/// Threads of a threadgroup, for every kernel.
+enum Threads { kSimdgroups = 4, kThreads = 32 * kSimdgroups };
+
+/// Rows of attention (query, head) that a threadgroup of the prefill kernel serves, and tokens of a block of either
+/// attention kernel.
+enum Tile { kTileRows = 32, kBlock = 32 };
+
+}  // namespace metal_layout
+}  // namespace turboquant

@@ -1,0 +1,224 @@
+// Attention for many rows.  A threadgroup serves 32 rows of one KV head; each of its four SIMD-groups owns eight, with
+// their queries and sums in matrix fragments.  Blocks of 32 keys, then values, are unpacked to half levels (exact) in
+// threadgroup memory.  The workspace is that memory alone, whatever the lengths.
+//
+// Key scales multiply the scores.  Value scales are folded into the weights before these are rounded to half, with a
+// maximum of their own (mv, over s + log2 scale), so that neither large nor tiny scales lose precision.
+
+namespace turboquant {
+
+/// Row pitches in threadgroup memory; padded, so that the rows of a fragment start in different banks.
+constexpr int tile_pitch(int dim) { return dim + 8; }
+enum Pitch { kScorePitch = metal_layout::kBlock + 4, kWeightPitch = metal_layout::kBlock + 8 };
+
+/// Threadgroup memory.
+template <int D>
+struct PrefillShared {
+  half2 key_table[256];
+  half2 value_table[256];
+  half tile[metal_layout::kBlock * (D + 8)];  // queries, keys or values
+  float scores[metal_layout::kSimdgroups][8 * kScorePitch];
+  half weights[metal_layout::kSimdgroups][8 * kWeightPitch];
+  float diagonal[metal_layout::kSimdgroups][64];
+  float key_scale[metal_layout::kBlock];
+  float log2_value_scale[metal_layout::kBlock];
+};
+
+/// Unpacks 32 tokens from `block` on into the tile; rows beyond the last repeat it.
+template <int B, int D, class Table, class Tile, class Codes>
+void unpack_tile(Table table, Tile tile, Codes codes, int block, int last, ushort thread_index) {
+  constexpr int groups = D / 32;
+  for (int i = thread_index; i < metal_layout::kBlock * groups; i += metal_layout::kThreads) {
+    const int t = i / groups, group = i % groups;
+    const long at = (long(min(block + t, last - 1)) * groups + group) * B;
+    uint packed[B];
+    for (int w = 0; w < B; ++w) packed[w] = codes[at + w];
+    auto row = tile + (t * tile_pitch(D) + 32 * group);
+    for (int part = 0; part < 4; ++part) {
+      const uint word = nibbles<B>(packed, part);
+      for (int j = 0; j < 4; ++j) {
+        const half2 levels = table[word >> (8 * j) & 255u];
+        row[8 * part + 2 * j] = levels.x;
+        row[8 * part + 2 * j + 1] = levels.y;
+      }
+    }
+  }
+}
+
+/// The end of a row: with FINISH there is one split and `out` is the output; else `out` takes partial results and
+/// `stats` their (m, sum).
+template <class T, bool FINISH>
+struct PrefillEnd {
+  template <int D, class Q, class Strides, class Sinks, class KeyCentre, class ValueCentre, class Out, class Stats,
+            class Params>
+  static void row(float m, float sum, thread float* x, Row row, int b, int, Q q, Strides strides, Sinks sinks,
+                  KeyCentre key_centre, ValueCentre value_centre, Out out, Stats, Params params, ushort lane) {
+    finish_row<T, D>(m, sum, x, row, b, q, strides, sinks, key_centre, value_centre, out, params, lane);
+  }
+};
+template <class T>
+struct PrefillEnd<T, false> {
+  template <int D, class Q, class Strides, class Sinks, class KeyCentre, class ValueCentre, class Out, class Stats,
+            class Params>
+  static void row(float m, float sum, thread float* x, Row row, int b, int split, Q, Strides, Sinks, KeyCentre,
+                  ValueCentre, Out out, Stats stats, Params params, ushort lane) {
+    write_partial<D>(m, sum, x, row, b, split, out, stats, params, lane);
+  }
+};
+
+/// The kernel.  position: (row tile, KV head, batch * splits + split).
+template <class T, int KB, int VB, int D, bool FINISH, class Shared, class Q, class QStrides, class KeyCodes,
+          class KeyScales, class ValueCodes, class ValueScales, class CodeStrides, class ScaleStrides, class Starts,
+          class Mask, class MaskStrides, class Sinks, class KeyCentre, class ValueCentre, class Out, class Stats,
+          class Params>
+void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, CodeStrides key_codes_strides,
+                    KeyScales key_scales, ScaleStrides key_scales_strides, ValueCodes value_codes,
+                    CodeStrides value_codes_strides, ValueScales value_scales, ScaleStrides value_scales_strides,
+                    Starts starts, Mask mask, MaskStrides mask_strides, Sinks sinks, KeyCentre key_centre,
+                    ValueCentre value_centre, Out out, Stats stats, Params params, uint3 position, ushort lane,
+                    ushort simdgroup) {
+  constexpr int registers = D / 32, fragments = D / 8, pitch = tile_pitch(D);
+  const int splits = params[metal_layout::kSplits], queries = params[metal_layout::kQueryLen];
+  const int first_row = position.x * metal_layout::kTileRows, kv = position.y;
+  const int b = position.z / splits, split = position.z % splits;
+  const ushort thread_index = ushort(32 * simdgroup + lane);
+  const int its_row = first_row + 8 * simdgroup;  // of this SIMD-group
+  auto tile = &shared->tile[0];
+  auto scores = &shared->scores[simdgroup][0];
+  auto weights = &shared->weights[simdgroup][0];
+  auto diagonal = &shared->diagonal[simdgroup][0];
+  fill_table<KB>(&shared->key_table[0], thread_index);
+  fill_table<VB>(&shared->value_table[0], thread_index);
+  diagonal[lane] = 0.0f;
+  diagonal[lane + 32] = 0.0f;
+
+  // Lane l keeps the softmax of row l / 4; its share of a block are keys 8 (l % 4) to 8 (l % 4) + 7.
+  const int r = lane / 4, column = 8 * (lane % 4);
+  // A query in single precision is kept as the sum of two halves; one in half precision is not worth more than one.
+  constexpr int parts = sizeof(T) == 4 ? 2 : 1;
+  float factor = 0.0f;
+  simdgroup_half8x8 query[parts][fragments];
+  for (int part = 0; part < parts; ++part) {
+    for (int i = 0; i < 8; ++i) {
+      const Row row = find_row(params, starts, its_row + i, kv, b);
+      float x[registers] = {};
+      if (row.query < queries) load_query<D>(x, q, q_strides, row, b, params, lane);
+      const float its_factor = normalise_query<KB, D>(x, params);
+      if (i == r) factor = its_factor;
+      for (int k = 0; k < registers; ++k) {
+        const half rounded = half(x[k]);
+        tile[(8 * simdgroup + i) * pitch + 32 * k + lane] = part ? half(x[k] - float(rounded)) : rounded;
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    for (int i = 0; i < fragments; ++i) {
+      simdgroup_load(query[part][i], tile + (8 * simdgroup * pitch + 8 * i), pitch);
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  simdgroup_float8x8 sums[fragments];
+  for (int i = 0; i < fragments; ++i) sums[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  const Row row = find_row(params, starts, its_row + r, kv, b);
+  const int2 range = split_range(params, starts, first_row, first_row + metal_layout::kTileRows, kv, b, split);
+  auto key_rows = key_codes + (b * key_codes_strides[0] + kv * key_codes_strides[1]);
+  auto value_rows = value_codes + (b * value_codes_strides[0] + kv * value_codes_strides[1]);
+  const long key_scale = b * key_scales_strides[0] + kv * key_scales_strides[1];
+  const long value_scale = b * value_scales_strides[0] + kv * value_scales_strides[1];
+
+  float m = -INFINITY, mv = -INFINITY, sum = 0.0f;
+  for (int block = range.x; block < range.y; block += metal_layout::kBlock) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    unpack_tile<KB, D>(&shared->key_table[0], tile, key_rows, block, range.y, thread_index);
+    if (thread_index < metal_layout::kBlock) {
+      const int t = min(block + int(thread_index), range.y - 1);
+      const float scale = float(value_scales[value_scale + t]);
+      shared->key_scale[thread_index] = checked_scale(float(key_scales[key_scale + t]));
+      shared->log2_value_scale[thread_index] = log2(checked_scale(scale));
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int k = 0; k < 4; ++k) {
+      simdgroup_float8x8 dots = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+      for (int i = 0; i < fragments; ++i) {
+        simdgroup_half8x8 keys;
+        simdgroup_load(keys, tile + (8 * k * pitch + 8 * i), pitch, ulong2(0, 0), true);
+        for (int part = 0; part < parts; ++part) simdgroup_multiply_accumulate(dots, query[part][i], keys, dots);
+      }
+      simdgroup_store(dots, scores + 8 * k, kScorePitch);
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+
+    float s[8];
+    float top = m, top_v = mv;
+    for (int i = 0; i < 8; ++i) {
+      const int key = block + column + i;
+      const float dot = scores[r * kScorePitch + column + i] * (factor * shared->key_scale[column + i]);
+      s[i] = key < range.y ? masked(dot, row, key, b, params, mask, mask_strides) : -INFINITY;
+      top = fmax(top, s[i]);
+      top_v = fmax(top_v, s[i] == -INFINITY ? -INFINITY : s[i] + shared->log2_value_scale[column + i]);
+    }
+    for (ushort step = 1; step < 4; step = ushort(2 * step)) {
+      top = fmax(top, simd_shuffle_xor(top, step));
+      top_v = fmax(top_v, simd_shuffle_xor(top_v, step));
+    }
+    sum *= exp2_difference(m, top);
+    for (int i = 0; i < 8; ++i) {
+      const float with_scale = s[i] == -INFINITY ? -INFINITY : s[i] + shared->log2_value_scale[column + i];
+      sum += exp2_difference(s[i], top);
+      // NaN and infinity must not enter a fragment, where they would reach other rows: the sum takes them instead.
+      const bool fits = with_scale < INFINITY;
+      if (!fits) sum = not_a_number();
+      weights[r * kWeightPitch + column + i] = half(fits ? exp2_difference(with_scale, top_v) : 0.0f);
+    }
+    const float old = mv == top_v ? 1.0f : exp2_difference(mv, top_v);
+    m = top;
+    mv = top_v;
+    if (column == 0) diagonal[9 * r] = old;
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    if (simd_any(old != 1.0f)) {
+      simdgroup_float8x8 rescale;
+      simdgroup_load(rescale, diagonal, 8);
+      for (int i = 0; i < fragments; ++i) {
+        simdgroup_float8x8 rescaled;
+        simdgroup_multiply(rescaled, rescale, sums[i]);
+        sums[i] = rescaled;
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    unpack_tile<VB, D>(&shared->value_table[0], tile, value_rows, block, range.y, thread_index);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int k = 0; k < 4; ++k) {
+      simdgroup_half8x8 part;
+      simdgroup_load(part, weights + 8 * k, kWeightPitch);
+      for (int i = 0; i < fragments; ++i) {
+        simdgroup_half8x8 values;
+        simdgroup_load(values, tile + (8 * k * pitch + 8 * i), pitch);
+        simdgroup_multiply_accumulate(sums[i], part, values, sums[i]);
+      }
+    }
+  }
+
+  for (ushort step = 1; step < 4; step = ushort(2 * step)) sum += simd_shuffle_xor(sum, step);
+  // Four rows at a time from fragments to registers, 32 columns after 32 columns.
+  for (int half_tile = 0; half_tile < 2; ++half_tile) {
+    float x[4][registers];
+    for (int k = 0; k < registers; ++k) {
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+      for (int i = 0; i < 4; ++i) simdgroup_store(sums[4 * k + i], scores + 8 * i, kScorePitch);
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+      for (int i = 0; i < 4; ++i) x[i][k] = scores[(4 * half_tile + i) * kScorePitch + lane];
+    }
+    for (int i = 0; i < 4; ++i) {
+      const int index = 4 * half_tile + i;
+      const float row_m = simd_shuffle(m, ushort(4 * index)), row_mv = simd_shuffle(mv, ushort(4 * index));
+      const float row_sum = simd_shuffle(sum, ushort(4 * index));
+      const Row its = find_row(params, starts, its_row + index, kv, b);
+      if (its.query >= queries) continue;
+      const float unit_of_sums = exp2_difference(row_mv, row_m) * level_step(VB);
+      for (int k = 0; k < registers; ++k) x[i][k] *= unit_of_sums;
+      PrefillEnd<T, FINISH>::template row<D>(row_m, row_sum, x[i], its, b, split, q, q_strides, sinks, key_centre,
+                                             value_centre, out, stats, params, lane);
+    }
+  }
+}
+
+}  // namespace turboquant

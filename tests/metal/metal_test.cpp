@@ -1,0 +1,250 @@
+// The Metal kernels, run by the emulator, against the oracle.
+#include <gtest/gtest.h>
+
+#include "launches.h"
+#include "turboquant/rotation.h"
+
+namespace turboquant {
+namespace {
+
+// q and softmax weights as half: at most 2^-12 relative error each, which averages out below this.
+constexpr double kTolerance = 5e-4;
+
+class MetalTable : public testing::TestWithParam<cases::Case> {};
+
+TEST_P(MetalTable, AttentionMatchesTheOracle) {
+  const auto& c = GetParam();
+  const auto d = cases::compare(c, emulator::attend);
+  RecordProperty("overall", std::to_string(d.overall));
+  EXPECT_LE(d.overall, kTolerance + cases::rounding(c.dtype));
+  EXPECT_LE(d.worst_row, kTolerance + cases::rounding(c.dtype));
+}
+
+std::string case_name(const testing::TestParamInfo<cases::Case>& info) {
+  return std::to_string(info.index) + "_" + info.param.name();
+}
+INSTANTIATE_TEST_SUITE_P(All, MetalTable, testing::ValuesIn(emulator::attention_cases(false)), case_name);
+
+/// The rows that take minutes: run with --gtest_also_run_disabled_tests.
+std::vector<cases::Case> long_rows() {
+  const auto all = emulator::attention_cases(true);
+  return {all.begin() + emulator::attention_cases(false).size(), all.end()};
+}
+INSTANTIATE_TEST_SUITE_P(DISABLED_Long, MetalTable, testing::ValuesIn(long_rows()), case_name);
+
+/// Vectors of one side with the edge cases in front: zero, NaN, infinity, tiny, huge, one-hot.
+std::vector<float> vectors(int count, int dim, Dtype dtype, uint64_t seed) {
+  std::mt19937_64 rng(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(size_t(count) * dim);
+  for (auto& v : x) v = normal(rng);
+  for (int i = 0; i < dim; ++i) {
+    x[i] = 0;
+    x[3 * dim + i] *= 1e-4f;
+    x[4 * dim + i] *= dtype == Dtype::float32 ? 1e20f : 100.0f;
+    x[5 * dim + i] = i == 5 ? -2.0f : 0.0f;
+  }
+  x[1 * dim + 3] = NAN;
+  x[2 * dim + 4] = INFINITY;
+  return x;
+}
+
+class MetalCodec : public testing::TestWithParam<emulator::CodecCase> {};
+
+TEST_P(MetalCodec, CodesMatchTheOracleExceptBesideThresholds) {
+  const auto c = GetParam();
+  constexpr int batch = 2, heads = 3, tokens = 11;
+  std::vector<cases::Buffer> x;
+  std::vector<cases::PackedBuffer> got, want;
+  std::vector<float> centre(size_t(heads) * c.head_dim);
+  for (size_t i = 0; i < centre.size(); ++i) centre[i] = 0.01f * float(int(i % 13) - 6);
+  std::vector<EncodeParams> sides;
+  const int count = c.second_bits ? 2 : 1;
+  for (int side = 0; side < count; ++side) {
+    const int bits = side ? c.second_bits : c.bits;
+    const auto numbers = vectors(batch * heads * tokens, c.head_dim, c.dtype, 7 + side);
+    x.emplace_back(c.dtype, numbers.size());
+    for (size_t i = 0; i < numbers.size(); ++i) x.back().set(i, numbers[i]);
+    got.emplace_back(batch, heads, tokens + 2, c.head_dim, bits);
+    want.emplace_back(batch, heads, tokens + 2, c.head_dim, bits);
+  }
+  for (int side = 0; side < count; ++side) {
+    EncodeParams p;
+    p.batch = batch, p.heads = heads, p.tokens = tokens, p.head_dim = c.head_dim, p.seed = 42;
+    // Tokens before heads in memory, as a projection leaves them.
+    p.x = {x[side].bytes.data(), c.dtype, int64_t(heads) * tokens * c.head_dim, c.head_dim,
+           int64_t(heads) * c.head_dim};
+    if (c.centred) p.centre = centre.data();
+    p.out = want[side].view;
+    encode(p, Backend::reference);
+    p.out = got[side].view;
+    sides.push_back(p);
+  }
+  emulator::encode(sides);
+  for (int side = 0; side < count; ++side) {
+    int64_t differing = 0, numbers = 0;
+    for (size_t i = 0; i < got[side].codes.size(); ++i) {
+      differing += std::popcount(got[side].codes[i] ^ want[side].codes[i]);
+      numbers += 32;
+    }
+    // Single against double precision moves a coordinate over a threshold about once in a million.
+    EXPECT_LE(differing, numbers / 10000) << "side " << side;
+    for (size_t i = 0; i < got[side].scales.size(); ++i) {
+      const uint16_t a = got[side].scales[i], b = want[side].scales[i];
+      EXPECT_LE(std::abs(int(a) - int(b)), (a & 0x7c00) == 0x7c00 ? 0 : 1) << "scale " << i << " of side " << side;
+    }
+  }
+
+  cases::Buffer decoded(c.dtype, x[0].size()), oracle(Dtype::float32, x[0].size());
+  DecodeParams d;
+  d.batch = batch, d.heads = heads, d.tokens = tokens, d.head_dim = c.head_dim, d.seed = 42;
+  d.in = want[0].packed();
+  if (c.centred) d.centre = centre.data();
+  d.out = cases::contiguous<void*>(oracle.bytes.data(), Dtype::float32, heads, tokens, c.head_dim);
+  decode(d, Backend::reference);
+  // The kernel takes dense rows alone.
+  cases::PackedBuffer dense(batch, heads, tokens, c.head_dim, c.bits);
+  const int words = words_per_vector(c.bits, c.head_dim);
+  for (int row = 0; row < batch * heads; ++row) {
+    for (int t = 0; t < tokens; ++t) {
+      dense.scales[row * tokens + t] = want[0].scales[row * (tokens + 2) + t];
+      for (int w = 0; w < words; ++w) {
+        dense.codes[(row * tokens + t) * words + w] = want[0].codes[(row * (tokens + 2) + t) * words + w];
+      }
+    }
+  }
+  d.in = dense.packed();
+  d.out = cases::contiguous<void*>(decoded.bytes.data(), c.dtype, heads, tokens, c.head_dim);
+  emulator::decode(d);
+  for (size_t row = 0; row < decoded.size() / c.head_dim; ++row) {
+    double error = 0, square = 0;
+    for (int i = 0; i < c.head_dim; ++i) {
+      const float a = decoded.get(row * c.head_dim + i), b = oracle.get(row * c.head_dim + i);
+      if (!std::isfinite(b) || std::abs(b) > 65504) {
+        EXPECT_FALSE(std::abs(a) < 60000) << "row " << row;
+        continue;
+      }
+      error += (a - b) * (a - b);
+      square += b * b;
+    }
+    EXPECT_LE(std::sqrt(error), (1e-6 + 2 * cases::rounding(c.dtype)) * std::sqrt(square) + 1e-7) << "row " << row;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, MetalCodec, testing::ValuesIn(emulator::codec_cases()));
+
+/// A case whose inputs the caller changes before both sides run; returns (got, want).
+template <class Change>
+std::pair<std::vector<float>, std::vector<float>> run_changed(const cases::Case& c, Change change) {
+  cases::Inputs inputs(c);
+  change(inputs);
+  AttendParams p = inputs.params();
+  emulator::attend(p);
+  std::vector<float> got(inputs.out.size()), want(inputs.out.size());
+  for (size_t i = 0; i < got.size(); ++i) got[i] = inputs.out.get(i);
+  p.out = cases::contiguous<void*>(want.data(), Dtype::float32, c.query_heads, c.query_len, c.head_dim);
+  attend(p, Backend::reference);
+  return {got, want};
+}
+
+/// Rows hold NaN exactly where the oracle's do; other rows agree.
+void expect_same_poison(const std::vector<float>& got, const std::vector<float>& want, int dim) {
+  for (size_t row = 0; row < want.size() / dim; ++row) {
+    bool bad_got = false, bad_want = false;
+    double error = 0, square = 0;
+    for (int i = 0; i < dim; ++i) {
+      const float a = got[row * dim + i], b = want[row * dim + i];
+      bad_got = bad_got || !std::isfinite(a);
+      bad_want = bad_want || !std::isfinite(b);
+      error += (a - b) * (a - b);
+      square += b * b;
+    }
+    EXPECT_EQ(bad_got, bad_want) << "row " << row;
+    if (!bad_want) {
+      EXPECT_LE(std::sqrt(error), kTolerance * std::sqrt(square)) << "row " << row;
+    }
+  }
+}
+
+// Rows of the table, so that their kernels exist: one for each kernel.
+const cases::Case kDecodeCase{
+    .head_dim = 256, .query_heads = 8, .kv_heads = 2, .query_len = 2, .kv_len = 190, .causal = true};
+const cases::Case kPrefillCase{
+    .head_dim = 96, .query_heads = 8, .kv_heads = 2, .query_len = 17, .kv_len = 190, .causal = true};
+
+TEST(MetalRules, BadKeysAndValuesPoisonOnlyRowsThatSeeThem) {
+  for (auto c : {kDecodeCase, kPrefillCase}) {
+    for (bool values : {false, true}) {
+      for (uint16_t bad : {uint16_t(0x7e00), uint16_t(0x7c00)}) {
+        SCOPED_TRACE(c.name() + (values ? " values" : " keys"));
+        const auto [got, want] = run_changed(c, [&](cases::Inputs& in) {
+          auto& scales = values ? in.values.scales : in.keys.scales;
+          scales[c.kv_len - 1] = bad;  // the last key of the first head: seen by the last query alone
+        });
+        expect_same_poison(got, want, c.head_dim);
+      }
+    }
+  }
+}
+
+TEST(MetalRules, BadQueriesPoisonThemselves) {
+  for (auto c : {kDecodeCase, kPrefillCase}) {
+    const auto [got, want] = run_changed(c, [&](cases::Inputs& in) {
+      in.q.set(3, NAN);
+      in.q.set(size_t(c.query_len) * c.head_dim + 1, INFINITY);
+    });
+    expect_same_poison(got, want, c.head_dim);
+  }
+}
+
+TEST(MetalRules, ScalesOfAnySizeKeepTheirPrecision) {
+  for (auto c : {kDecodeCase, kPrefillCase}) {
+    for (float size : {1e-3f, 1e4f}) {
+      const auto [got, want] = run_changed(c, [&](cases::Inputs& in) {
+        for (auto& s : in.values.scales) s = float_to_half(half_to_float(s) * size);
+        in.values.scales[5] = float_to_half(2000.0f);  // an outlier beside small ones
+        in.values.scales[7] = 0;
+      });
+      expect_same_poison(got, want, c.head_dim);
+    }
+    const auto [got, want] = run_changed(
+        c, [&](cases::Inputs& in) { std::fill(in.values.scales.begin(), in.values.scales.end(), uint16_t(0)); });
+    expect_same_poison(got, want, c.head_dim);
+  }
+}
+
+TEST(MetalRules, QueriesOfAnySizeKeepTheirPrecision) {
+  for (auto c : {kDecodeCase, kPrefillCase}) {
+    for (float size : {1e-6f, 1e6f}) {
+      const auto [got, want] = run_changed(c, [&](cases::Inputs& in) {
+        for (size_t i = 0; i < in.q.size(); ++i) in.q.set(i, in.q.get(i) * size);
+        for (auto& s : in.keys.scales) s = float_to_half(std::min(6e4f, half_to_float(s) / size));
+      });
+      expect_same_poison(got, want, c.head_dim);
+    }
+  }
+}
+
+TEST(MetalRules, RowsThatSeeNothingAreZero) {
+  for (auto c : {kDecodeCase, kPrefillCase}) {
+    c.ragged = true;
+    const auto [got, want] = run_changed(c, [&](cases::Inputs& in) { in.starts[0] = c.kv_len - 1; });
+    expect_same_poison(got, want, c.head_dim);
+    for (int i = 0; i < c.head_dim; ++i) EXPECT_EQ(got[i], 0) << "the first query stands before the first visible key";
+  }
+}
+
+TEST(MetalPlan, FitsTheLimits) {
+  for (const auto& c : emulator::attention_cases(true)) {
+    const auto plan = metal::plan_attention(
+        {c.batch, c.query_heads, c.kv_heads, c.query_len, c.kv_len, c.head_dim, c.key_bits, c.value_bits, c.dtype});
+    // Partial results stay small whatever the length of the context.
+    const double partial = double(c.batch) * c.query_heads * c.query_len * plan.splits * c.head_dim * 4;
+    EXPECT_LE(plan.merged ? partial : 0, 64 << 20) << c.name();
+    EXPECT_LE(plan.attend.threadgroup[0], 1024);
+    for (int i = 0; i < 3; ++i) EXPECT_EQ(plan.attend.grid[i] % plan.attend.threadgroup[i], 0) << c.name();
+  }
+}
+
+}  // namespace
+}  // namespace turboquant
