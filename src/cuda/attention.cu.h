@@ -232,7 +232,7 @@ __device__ void finish_row(const AttentionArgs& a, int b, int head, int query, f
   store8(static_cast<T*>(a.out) + row * D + 8 * lane, v);
 }
 
-/// Shared memory of `merge`: [8 warps][D], a sum and an exponent per warp.
+/// Shared memory of `merge`: [8 warps][D], an exponent and a sum per warp.
 template <int D>
 __host__ __device__ constexpr int merge_shared_floats() {
   return 8 * D + 16;
@@ -289,22 +289,25 @@ __device__ void merge(const AttentionArgs& a, int row, int slots, float* shared)
       for (int j = 0; j < 8; ++j) v[j] += weight * x[k][j];
     }
   }
-  if (has) {
-    store8(shared + warp * D + 8 * lane, v);
-  }
-  if (lane == 0) shared[8 * D + warp] = sum, shared[8 * D + 8 + warp] = top;
+  if (has) store8(shared + warp * D + 8 * lane, v);
+  if (lane == 0) shared[8 * D + warp] = top, shared[8 * D + 8 + warp] = sum;
   __syncthreads();
   if (warp) return;
-  top = kNothing;
-#pragma unroll
-  for (int w = 0; w < 8; ++w) top = fmaxf(top, shared[8 * D + 8 + w]);
-  sum = 0;
+  // One lane a warp for the exponents, then all lanes for the coordinates.
+  float factor = lane < 8 ? shared[8 * D + lane] : kNothing;
+  sum = lane < 8 ? shared[8 * D + 8 + lane] : 0;
+  top = factor;
+  for (int step = 4; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+  top = __shfl_sync(~0u, top, 0);
+  factor = exp2_fast(factor - top);
+  sum *= factor;
+  for (int step = 4; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  sum = __shfl_sync(~0u, sum, 0);
 #pragma unroll
   for (int j = 0; j < 8; ++j) v[j] = 0;
 #pragma unroll
   for (int w = 0; w < 8; ++w) {
-    const float weight = exp2_fast(shared[8 * D + 8 + w] - top);
-    sum += weight * shared[8 * D + w];
+    const float weight = __shfl_sync(~0u, factor, w);
     float x[8];
     load8(shared + w * D + (has ? 8 * lane : 0), x);
 #pragma unroll

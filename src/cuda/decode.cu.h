@@ -201,10 +201,11 @@ struct Decode {
       q = a.load_query<T>(b, kv_head * a.group() + q_row % a.group(), q_row / a.group(), 8 * lane);
     }
     const int mine = first_tile + warp;
-#pragma unroll
-    for (int s = 0; s < STAGES - 1; ++s) start_copy(mine + s * WARPS, last_tile, s);
+    start_copy(mine, last_tile, 0);  // one: more would delay the queries
     if (warp < kRows) prepare_query(q, warp);
     __syncthreads();
+#pragma unroll
+    for (int s = 1; s < STAGES - 1; ++s) start_copy(mine + s * WARPS, last_tile, s);
 
     unsigned q_parts[kKeySteps][4];
     const KeyShare share(t);
@@ -246,10 +247,16 @@ struct Decode {
         const int dot = dots[i / 2][i % 2] * 256 + dots[i / 2][2 + i % 2];
         s[i] = float(dot) * (token_scale(i).x * q_scale);
       }
+      unsigned bytes[kValueTiles][4];  // before the branches of the softmax, so that they overlap its latencies
+      unpack_values(values, bytes);
       apply_mask(s, tile * kTile);
       unsigned weights[2];
       softmax(s, weights);
-      multiply_values(values, weights);
+#pragma unroll
+      for (int i = 0; i < kValueTiles; ++i) {
+        mma_int8<VALUE_BITS == 4, true>(acc[i], bytes[i][0], bytes[i][1], bytes[i][2], bytes[i][3], weights[0],
+                                        weights[1]);
+      }
     }
     finish(slot);
   }
@@ -312,25 +319,29 @@ struct Decode {
   __device__ void softmax(const float (&s)[8], unsigned (&weights)[2]) {
     constexpr float shift = 8388608.f;  // 2^23: adding it leaves a rounded integer in the low bits
     float fixed[8], tile_sum;
+    bool fresh = __all_sync(~0u, top == kNothing);  // no weights yet, so nothing to compare with or rescale
 #pragma unroll 1
-    for (int pass = 0;; ++pass) {
-      float largest = 0;
-      tile_sum = 0;
+    for (bool raised = false;; raised = true) {
+      if (!fresh || raised) {
+        float largest = 0;
+        tile_sum = 0;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float p = exp2_fast(s[i] - top);
-        tile_sum += p;
-        fixed[i] = fmaf(p, token_scale(i).y, shift);
-        largest = fmaxf(largest, fixed[i]);
+        for (int i = 0; i < 8; ++i) {
+          const float p = exp2_fast(s[i] - top);
+          tile_sum += p;
+          fixed[i] = fmaf(p, token_scale(i).y, shift);
+          largest = fmaxf(largest, fixed[i]);
+        }
+        // The exponent is an integer that moves only when a weight no longer fits; where values are 0 it may lag by 43.
+        if (raised || !__any_sync(~0u, largest > shift + 65535 || tile_sum > 8e12f)) break;
       }
-      // The exponent is an integer that moves only when a weight no longer fits; where values are 0 it may lag by 43.
-      if (pass || !__any_sync(~0u, largest > shift + 65535 || tile_sum > 8e12f)) break;
       float up = kNothing;
 #pragma unroll
       for (int i = 0; i < 8; ++i) up = fmaxf(up, s[i] + fmaxf(log2_fast(token_scale(i).y * (1 / kWeightOne)), -40.f));
       up = fmaxf(up, __shfl_xor_sync(~0u, up, 1));
-      up = fmaxf(up, __shfl_xor_sync(~0u, up, 2));
-      raise(fmaxf(top, ceilf(up)));
+      up = fmaxf(top, ceilf(fmaxf(up, __shfl_xor_sync(~0u, up, 2))));
+      if (!fresh) rescale(up);
+      top = up;
     }
     sum += tile_sum;
     const unsigned pick = g < 4 ? 0x51 : 0x40;
@@ -357,19 +368,18 @@ struct Decode {
     }
   }
 
-  /// Makes everything relative to a larger exponent.
-  __device__ void raise(float new_top) {
+  /// Makes the sums relative to a larger exponent.
+  __device__ void rescale(float new_top) {
     const float down = top - new_top;
     const int bits = int(fminf(-down, 31.f));
     sum *= exp2_fast(down);
-    top = new_top;
     settle();
-    const auto rescale = [](int x, int bits) { return bits > 29 ? 0 : (x + (1 << bits >> 1)) >> bits; };
+    const auto shift = [](int x, int bits) { return bits > 29 ? 0 : (x + (1 << bits >> 1)) >> bits; };
     const int even = __shfl_sync(~0u, bits, 4 * (2 * t & 3)), odd = __shfl_sync(~0u, bits, 4 * (2 * t & 3) + 4);
 #pragma unroll
     for (auto& x : acc) {
-      x[0] = rescale(x[0], even), x[1] = rescale(x[1], odd);
-      x[2] = rescale(x[2], even), x[3] = rescale(x[3], odd);
+      x[0] = shift(x[0], even), x[1] = shift(x[1], odd);
+      x[2] = shift(x[2], even), x[3] = shift(x[3], odd);
     }
   }
 
@@ -382,28 +392,29 @@ struct Decode {
     out[2] = prmt(odd[0], odd[1], 0x5140), out[3] = prmt(odd[0], odd[1], 0x7362);
   }
 
-  /// Adds the weighted values of a tile.
-  __device__ void multiply_values(const unsigned* values, const unsigned (&weights)[2]) {
+  /// A tile's values as the products take them: of each 16 coordinates, four registers of four tokens' bytes.
+  __device__ void unpack_values(const unsigned* values, unsigned (&bytes)[kValueTiles][4]) const {
     const ValueShare share(g);
-    unsigned nibbles[8][4];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      unsigned packed[VALUE_BITS];
-      Values::load(values, token(i), share.clamped(0) * VALUE_BITS, packed);
-      const Group<VALUE_BITS> group(packed);
+    for (int half = 0; half < 2; ++half) {
+      unsigned nibbles[ValueShare::words][4];
 #pragma unroll
-      for (int w = 0; w < ValueShare::words; ++w) nibbles[i][w] = share.pick(group.word, w);
-    }
+      for (int i = 0; i < 4; ++i) {
+        unsigned packed[VALUE_BITS];
+        Values::load(values, token(4 * half + i), share.clamped(0) * VALUE_BITS, packed);
+        const Group<VALUE_BITS> group(packed);
 #pragma unroll
-    for (int w = 0; w < ValueShare::words; ++w) {
-      unsigned low[4], high[4];
-      transpose({nibbles[0][w], nibbles[1][w], nibbles[2][w], nibbles[3][w]}, low);
-      transpose({nibbles[4][w], nibbles[5][w], nibbles[6][w], nibbles[7][w]}, high);
+        for (int w = 0; w < ValueShare::words; ++w) nibbles[w][i] = share.pick(group.word, w);
+      }
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        mma_int8<VALUE_BITS == 4, true>(acc[4 * w + k], lookup<VALUE_BITS>(low[k]), lookup<VALUE_BITS>(low[k] >> 16),
-                                        lookup<VALUE_BITS>(high[k]), lookup<VALUE_BITS>(high[k] >> 16), weights[0],
-                                        weights[1]);
+      for (int w = 0; w < ValueShare::words; ++w) {
+        unsigned selectors[4];
+        transpose(nibbles[w], selectors);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          bytes[4 * w + k][2 * half] = lookup<VALUE_BITS>(selectors[k]);
+          bytes[4 * w + k][2 * half + 1] = lookup<VALUE_BITS>(selectors[k] >> 16);
+        }
       }
     }
   }
@@ -447,20 +458,23 @@ struct Decode {
       }
     }
     __syncthreads();
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kRows * D; i += 32 * WARPS) {
-      float x = 0;
+    for (int i = threadIdx.x; i < D; i += 32 * WARPS) {
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) x += reinterpret_cast<const float*>(shared.ring[w])[result_at(i / D, i % D)];
-      a.partial[(long long)slot * kRows * D + i] = x;
-    }
-    if (threadIdx.x < kRows) {
-      float most = kNothing, total = 0;
-      for (int w = 0; w < WARPS; ++w) most = fmaxf(most, shared.sums[w][threadIdx.x].x);
-      for (int w = 0; w < WARPS; ++w) {
-        total += exp2_fast(shared.sums[w][threadIdx.x].x - most) * shared.sums[w][threadIdx.x].y;
+      for (int row = 0; row < kRows; ++row) {
+        float x = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) x += reinterpret_cast<const float*>(shared.ring[w])[result_at(row, i)];
+        a.partial[((long long)slot * kRows + row) * D + i] = x;
       }
-      a.partial_sums[(long long)slot * kRows + threadIdx.x] = make_float2(most, total);
+    }
+    if (warp == WARPS - 1) {  // a lane for each warp and row
+      const int row = lane / WARPS;
+      const float2 s = row < kRows ? shared.sums[lane % WARPS][row] : make_float2(kNothing, 0);
+      float most = s.x;
+      for (int step = 1; step < WARPS; step *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+      float all = exp2_fast(s.x - most) * s.y;
+      for (int step = 1; step < WARPS; step *= 2) all += __shfl_xor_sync(~0u, all, step);
+      if (row < kRows && lane % WARPS == 0) a.partial_sums[(long long)slot * kRows + row] = make_float2(most, all);
     }
     __syncthreads();
   }

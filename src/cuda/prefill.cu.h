@@ -212,21 +212,28 @@ struct Prefill {
     commit_copies();
   }
 
-  /// Expands one side of a tile: a thread takes groups of 32 coordinates.
+  /// Expands one side of a tile: a thread takes groups of 32 coordinates, neighbours those of one token, since so
+  /// packed words come from different banks; that expanded ones also go to different banks, each pair of neighbours
+  /// starts with another of its four words.
   template <class Packed, int BITS>
-  __device__ void expand(const unsigned* (&parts)[2], int offset, __half (&to)[kPrefillTile][kStride]) {
+  __device__ void expand(const unsigned* packed_tile, __half (&to)[kPrefillTile][kStride]) {
+    constexpr int groups = D / 32;
 #pragma unroll 2
-    for (int i = threadIdx.x; i < kPrefillTile * (D / 32); i += kThreads) {
-      const int token = i % kPrefillTile, group = i / kPrefillTile;
+    for (int i = threadIdx.x; i < kPrefillTile * groups; i += kThreads) {
+      const int token = i / groups, group = i % groups, turn = group / 2 % 4;
       unsigned packed[BITS];
-      Packed::load(parts[token / 32] + offset, token % 32, group * BITS, packed);
+      Packed::load(packed_tile + token / 32 * kPart, token % 32, group * BITS, packed);
       const Group<BITS> codes(packed);
+      const unsigned half[4] = {turn & 2 ? codes.word[2] : codes.word[0], turn & 2 ? codes.word[3] : codes.word[1],
+                                turn & 2 ? codes.word[0] : codes.word[2], turn & 2 ? codes.word[1] : codes.word[3]};
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
+        const unsigned word = (turn & 1 ? half[(w + 1) % 4] : half[w]) & codes.mask;
         unsigned low[2], high[2];
-        levels_as_halves<BITS>(codes.clean(w), low);
-        levels_as_halves<BITS>(codes.clean(w) >> 16, high);
-        *reinterpret_cast<uint4*>(&to[token][32 * group + 8 * w]) = make_uint4(low[0], low[1], high[0], high[1]);
+        levels_as_halves<BITS>(word, low);
+        levels_as_halves<BITS>(word >> 16, high);
+        *reinterpret_cast<uint4*>(&to[token][32 * group + 8 * ((w + turn) % 4)]) =
+            make_uint4(low[0], low[1], high[0], high[1]);
       }
     }
   }
@@ -240,12 +247,12 @@ struct Prefill {
       start_copy(tile + 1, last);
       wait_copies<1>();
       __syncthreads();  // the copies of all have landed, and all have done with the last tile
-      const unsigned* parts[2] = {shared.packed[tile & 1][0], shared.packed[tile & 1][1]};
-      expand<Keys, KEY_BITS>(parts, 0, shared.keys);
-      expand<Values, VALUE_BITS>(parts, Keys::size, shared.values);
+      const unsigned* packed = shared.packed[tile & 1][0];
+      expand<Keys, KEY_BITS>(packed, shared.keys);
+      expand<Values, VALUE_BITS>(packed + Keys::size, shared.values);
       if (threadIdx.x < kPrefillTile) {
-        const __half* scales =
-            reinterpret_cast<const __half*>(parts[threadIdx.x / 32] + Keys::size + Values::size) + threadIdx.x % 32;
+        const unsigned* part = packed + threadIdx.x / 32 * kPart + Keys::size + Values::size;
+        const __half* scales = reinterpret_cast<const __half*>(part) + threadIdx.x % 32;
         float key = __half2float(scales[0]), value = __half2float(scales[32]);
         // As in decoding: a value scale that is no number spoils the weight.
         if (!(value < __uint_as_float(0x7f800000))) key = __uint_as_float(0x7fc00000), value = 0;
@@ -258,9 +265,13 @@ struct Prefill {
   }
 
   __device__ void multiply(int tile) {
-    float s[kTokens / 8][4];
+    // Two sets of sums where there are few, for products of one set wait for each other.
+    constexpr int sets = kTokens <= 32 ? 2 : 1;
+    float s[kTokens / 8][4], more[kTokens / 8][4];
 #pragma unroll
     for (auto& x : s) x[0] = x[1] = x[2] = x[3] = 0;
+#pragma unroll
+    for (auto& x : more) x[0] = x[1] = x[2] = x[3] = 0;
     const int matrix = lane / 8, row = lane % 8;
     const __half* q = &shared.q[16 * m + matrix % 2 * 8 + row][matrix / 2 * 8];
     const __half* keys = &shared.keys[kTokens * n + matrix / 2 * 8 + row][matrix % 2 * 8];
@@ -273,8 +284,16 @@ struct Prefill {
       for (int j = 0; j < kTokens / 16; ++j) {
         unsigned y[4];
         load_matrices(y, keys + 16 * j * kStride + k);
-        mma_half(s[2 * j], x, y[0], y[1]);
-        mma_half(s[2 * j + 1], x, y[2], y[3]);
+        auto& into = sets == 2 && k / 16 % 2 ? more : s;
+        mma_half(into[2 * j], x, y[0], y[1]);
+        mma_half(into[2 * j + 1], x, y[2], y[3]);
+      }
+    }
+    if constexpr (sets == 2) {
+#pragma unroll
+      for (int j = 0; j < kTokens / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[j][i] += more[j][i];
       }
     }
     scale_scores(s, tile * kPrefillTile + kTokens * n);

@@ -14,7 +14,7 @@ namespace turboquant {
 namespace {
 
 // q and the softmax weights are kept to 15 bits or more in decoding, q and the weights to fp16 where a KV head serves
-// more than four query rows.
+// more than eight query rows.
 constexpr double kTolerance = 5e-4, kPrefillTolerance = 1e-3;
 
 bool has_gpu() {
@@ -42,15 +42,20 @@ void in_parallel(size_t count, const std::function<void(size_t)>& f) {
 }
 
 TEST_F(Gpu, AttentionMatchesTheOracle) {
-  const bool short_run = std::getenv("TURBOQUANT_SHORT");  // under compute-sanitizer the long rows take minutes
-  const auto table = cases::table(!short_run);
+  const bool short_run = std::getenv("TURBOQUANT_SHORT");  // for compute-sanitizer, under which the table takes long
+  auto table = cases::table(!short_run);
+  if (short_run) {
+    size_t kept = 0;
+    for (size_t i = 0; i < table.size(); i += 5) table[kept++] = table[i];
+    table.resize(kept);
+  }
   std::vector<cases::Difference> found(table.size());
   in_parallel(table.size(), [&](size_t i) { found[i] = cases::compare(table[i], jit::attend_on_gpu); });
   double worst[2] = {};
   for (size_t i = 0; i < table.size(); ++i) {
     const auto& c = table[i];
     SCOPED_TRACE(c.name());
-    const bool decoded = c.query_heads / c.kv_heads * c.query_len <= 4;
+    const bool decoded = c.query_heads / c.kv_heads * c.query_len <= 20;
     const double limit = (decoded ? kTolerance : kPrefillTolerance) + cases::rounding(c.dtype);
     EXPECT_LE(found[i].overall, limit);
     EXPECT_LE(found[i].worst_row, limit);
