@@ -306,6 +306,9 @@ def main(argv=None):
         if not args.report:
             sweep(args)
         curve_report.write(args, read_rows(args.out / "raw_rows.tsv"))
+    except KeyboardInterrupt:
+        print("[curve] interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     except (ImportError, OSError, ValueError) as error:
         print(f"[curve] {error}", file=sys.stderr)
         return 1
