@@ -178,6 +178,14 @@ def test_a_draft_model_changes_no_token(run, refused, tmp_path):
     assert "requires a trimmable prompt cache" in message and "ArraysCache" in message
 
 
+def test_chat_keeps_the_conversation_in_packed_caches(run, monkeypatch):
+    """Two turns in one cache: the second is about the first."""
+    turns = iter([FACT, QUESTION, "q"])
+    monkeypatch.setattr("mlx_lm.cli_ui.ChatUI.prompt", lambda self: next(turns))
+    out, err = run("chat", *BUNDLED, "--max-tokens", 24)
+    assert out.count(ANSWER) == 2 and "2 x TurboQuantKVCache K3 V3" in err
+
+
 def module_run(*arguments, timeout=120):
     return subprocess.run(
         [sys.executable, "-m", "turboquant_mlx", *map(str, arguments)], capture_output=True, text=True, timeout=timeout

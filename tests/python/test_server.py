@@ -180,6 +180,14 @@ def test_a_client_that_hangs_up_harms_nobody(served, bundled, alone):
     assert connection.getresponse().status == 200
 
 
+def test_a_request_with_a_seed_is_served_alone_and_gets_the_same(served, bundled, alone):
+    """mlx-lm does not batch such requests: its other path, stream_generate, with the same prompt cache."""
+    prompt = "The function returns"
+    want = alone(bundled[1].encode(prompt), 16)
+    answer = served.post("/v1/completions", prompt=prompt, max_tokens=16, seed=7)["choices"][0]["text"]
+    assert want and answer.startswith(want)
+
+
 def test_bad_requests_are_answered_and_harm_nobody(served):
     for body in (
         b"{",
