@@ -74,6 +74,43 @@ inline uint32_t quantize(const float* rotated, int dim, float doubled, uint32_t*
   return square;
 }
 
+/// |x|^2 of `dim` numbers; four sums hide the latency of the additions.
+template <class F>
+inline float sum_of_squares(const float* x, int dim) {
+  constexpr int lanes = sizeof(F) / 4, step = lanes < 8 ? 4 : 32 / lanes;
+  F sum[step] = {};
+  for (int i = 0; i < dim; i += 32) {
+#pragma GCC unroll 8
+    for (int k = 0; k < 32 / lanes; ++k) {
+      const F v = load<F>(x + i + k * lanes);
+      sum[k % step] += v * v;
+    }
+  }
+  for (int k = 1; k < step; ++k) sum[0] += sum[k];
+  return reduce(sum[0], [](F a, F b) { return a + b; });
+}
+
+/// Brings the largest number of x near 1 by a power of two, so that no square over- or underflows, and returns what
+/// undoes it: 0 for a zero vector, NaN when a number is not finite.
+template <class F>
+float normalize_range(float* x, int dim) {
+  constexpr int lanes = sizeof(F) / 4;
+  F largest = {}, poison = {};
+  for (int i = 0; i < dim; i += lanes) {
+    const F v = load<F>(x + i);
+    largest = larger(absolute(v), largest);
+    poison += v - v;  // NaN if v is not finite
+  }
+  const float top = reduce(largest, [](F a, F b) { return larger(a, b); });
+  const float bad = reduce(poison, [](F a, F b) { return a + b; });
+  if (!(bad == 0 && top > 0)) return bad;
+  const int exponent = int(as<uint32_t>(top) >> 23) - 127;
+  const int shift = exponent > 126 ? -126 : exponent < -126 ? 126 : -exponent;
+  const float factor = as<float>(uint32_t(shift + 127) << 23);
+  for (int i = 0; i < dim; i += lanes) store(x + i, load<F>(x + i) * factor);
+  return as<float>(uint32_t(127 - shift) << 23);
+}
+
 template <class S>
 void encode_rows(const EncodeRows& p) {
   using F = Vec<float, S::bytes>;
@@ -83,33 +120,23 @@ void encode_rows(const EncodeRows& p) {
   const int64_t row_bytes = p.stride * (p.dtype == Dtype::float32 ? 4 : 2);
   for (int t = 0; t < p.count; ++t, row += row_bytes) {
     alignas(64) float x[256];
-    F largest = {}, poison = {};
     for (int i = 0; i < p.dim; i += lanes) {
       F v = load_floats<F>(row, p.dtype, i);
       if (p.centre) v -= load<F>(p.centre + i);
-      largest = larger(absolute(v), largest);
-      poison += v - v;  // NaN if v is not finite
       store(x + i, v * load<F>(p.signs + i));
     }
     uint32_t* const codes = p.codes + int64_t(t) * words;
-    const float top = reduce(largest, [](F a, F b) { return larger(a, b); });
-    const float bad = reduce(poison, [](F a, F b) { return a + b; });
-    if (!(bad == 0 && top > 0)) {
-      for (int w = 0; w < words; ++w) codes[w] = 0;
-      p.scales[t] = bad == 0 ? 0 : 0x7e00;
-      continue;
+    float square = sum_of_squares<F>(x, p.dim), back = 1;
+    if (!(square > 1e-20f && square < 1e30f)) {
+      back = normalize_range<F>(x, p.dim);
+      if (!(back > 0)) {
+        for (int w = 0; w < words; ++w) codes[w] = 0;
+        p.scales[t] = back == 0 ? 0 : 0x7e00;
+        continue;
+      }
+      square = sum_of_squares<F>(x, p.dim);
     }
-    // A power of two brings the largest number near 1, so that no square over- or underflows.
-    const int exponent = int(as<uint32_t>(top) >> 23) - 127;
-    const int shift = exponent < -126 ? 126 : -exponent < -126 ? -126 : -exponent;
-    const float factor = as<float>(uint32_t(shift + 127) << 23), back = as<float>(uint32_t(127 - shift) << 23);
-    F square = {};
-    for (int i = 0; i < p.dim; i += lanes) {
-      const F v = load<F>(x + i) * factor;
-      square += v * v;
-      store(x + i, v);
-    }
-    const float norm = __builtin_sqrtf(reduce(square, [](F a, F b) { return a + b; }));
+    const float norm = __builtin_sqrtf(square);
     hadamard<F>(x, p.dim);
     const float doubled = 2 * unit(p.bits) * __builtin_sqrtf(float(p.dim)) / norm;
     const uint32_t levels = (p.bits == 2   ? quantize<2, F>
