@@ -22,9 +22,21 @@ void require_cuda(const char* op) {
 }  // namespace
 
 bool gpu_supported(std::string* why) {
-  const bool cuda = mx::cu::is_available();
-  if (why) *why = cuda ? "CUDA" : "MLX finds no NVIDIA GPU, and other GPUs have no kernels in this build";
-  return cuda;
+  if (!mx::cu::is_available()) {
+    if (why) *why = "MLX finds no NVIDIA GPU, and other GPUs have no kernels in this build";
+    return false;
+  }
+  const auto& info = mx::device_info(mx::Device::gpu);
+  const auto major = info.find("compute_capability_major");
+  if (major != info.end() && std::get<size_t>(major->second) < 8) {
+    if (why) {
+      *why = "the CUDA kernels need compute capability 8.0 or newer; this GPU has " +
+             std::to_string(std::get<size_t>(major->second)) + ".x";
+    }
+    return false;
+  }
+  if (why) *why = "CUDA";
+  return true;
 }
 
 std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
