@@ -25,6 +25,13 @@ void fill_table(Table table, ushort thread_index) {
   }
 }
 
+/// Byte j of a word, in one instruction.
+inline int byte_of(uint word, int j) {
+  if (j == 0) return int(word & 255u);
+  if (j == 3) return int(word >> 24);
+  return int(extract_bits(word, 8u * j, 8u));
+}
+
 /// The four words of nibbles that hold a group's 32 codes in order, from its B words.
 template <int B>
 uint nibbles(const thread uint* words, int part) {

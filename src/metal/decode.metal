@@ -9,14 +9,24 @@ namespace turboquant {
 /// Lanes that share a token: the groups of a vector, rounded up to a power of two.
 constexpr int lanes_per_token(int dim) { return dim <= 32 ? 1 : dim <= 64 ? 2 : dim <= 128 ? 4 : 8; }
 
+/// A number for each of R rows, as one access to memory.
+template <int R>
+struct Rows {
+  typedef float2 type;
+};
+template <>
+struct Rows<4> {
+  typedef float4 type;
+};
+
 /// Threadgroup memory.
 template <int D, int R>
 struct DecodeShared {
   half2 key_table[256];
   half2 value_table[256];
   half q[R][D];
-  float factor[R];                                                    // of a dot product with levels
-  float weights[metal_layout::kSimdgroups][metal_layout::kBlock][R];  // scores, then weights
+  float factor[R];                                                                  // of a dot product with levels
+  typename Rows<R>::type weights[metal_layout::kSimdgroups][metal_layout::kBlock];  // scores, then weights
   float m[metal_layout::kSimdgroups][R];
   float sum[metal_layout::kSimdgroups][R];
   float x[R][D];
@@ -32,7 +42,7 @@ int fold(thread float* sums, ushort lane) {
     if (rows > 1) {
       rows /= 2;
       for (int i = 0; i < rows; ++i) {
-        const float send = upper ? sums[i] : sums[i + rows], keep = upper ? sums[i + rows] : sums[i];
+        const float send = select(sums[i + rows], sums[i], upper), keep = select(sums[i], sums[i + rows], upper);
         sums[i] = keep + simd_shuffle_xor(send, step);
       }
       row += upper ? rows : 0;
@@ -58,7 +68,7 @@ void score_block(Shared shared, Codes codes, int block, int last, const thread h
     for (int part = 0; part < 4; ++part) {
       const uint word = nibbles<B>(packed, part);
       for (int j = 0; j < 4; ++j) {
-        const half2 levels = shared->key_table[word >> (8 * j) & 255u];
+        const half2 levels = shared->key_table[byte_of(word, j)];
         for (int r = 0; r < R; ++r) {
           const half2 pair = q[16 * r + 4 * part + j];
           sums[r] = fma(float(pair.x), float(levels.x), fma(float(pair.y), float(levels.y), sums[r]));
@@ -84,19 +94,19 @@ void add_values(Shared shared, Codes codes, int block, int count, thread float* 
     if (B == 4) {
       word = codes[at + part];
     } else if (B == 2) {
-      word = codes[at + (part & 1)] >> (part & 2);
+      word = codes[at + (part & 1)];
+      word = word >> (part & 2);
     } else {
       // The fourth lane of a quad gathers its codes from the spare bits of the words the other three hold.
       word = codes[at + min(part, 2)];
       uint spare = word >> (3 - part) & spare_mask;
       spare |= simd_shuffle_xor(spare, 1);
       spare |= simd_shuffle_xor(spare, 2);
-      word = part == 3 ? spare : word;
+      word = select(word, spare, part == 3);
     }
-    float weights[R];
-    for (int r = 0; r < R; ++r) weights[r] = shared->weights[simdgroup][t][r];
+    const typename Rows<R>::type weights = shared->weights[simdgroup][t];
     for (int j = 0; j < 4; ++j) {
-      const half2 levels = shared->value_table[word >> (8 * j) & 255u];
+      const half2 levels = shared->value_table[byte_of(word, j)];
       for (int r = 0; r < R; ++r) {
         x[8 * r + 2 * j] = fma(weights[r], float(levels.x), x[8 * r + 2 * j]);
         x[8 * r + 2 * j + 1] = fma(weights[r], float(levels.y), x[8 * r + 2 * j + 1]);

@@ -17,9 +17,9 @@ using Kind = TemplateArg::Kind;
 // so with fewer most of its work would be wasted.
 constexpr int kDecodeRows = 8;
 
-// Enough threadgroups to fill the largest GPU (40 cores) several times over, while a split keeps at least two blocks
-// for each of its SIMD-groups.
-constexpr int kThreadgroupsWanted = 256, kTokensOfSplit = 2 * kBlock * kSimdgroups, kMostSplits = 128;
+// Four threadgroups for each of the 40 cores of the largest GPUs, while a split keeps at least two blocks for each of
+// its SIMD-groups.  Fewer, longer splits write fewer partial results.
+constexpr int kThreadgroupsWanted = 160, kTokensOfSplit = 2 * kBlock * kSimdgroups, kMostSplits = 128;
 
 int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
@@ -129,7 +129,7 @@ AttentionPlan plan_attention(const AttentionShape& s) {
   const int tiles = ceil_div(rows, of_tile);
   const int64_t threadgroups = std::max<int64_t>(1, int64_t(tiles) * s.kv_heads * s.batch);
   const int most = std::clamp(ceil_div(s.kv_len, kTokensOfSplit), 1, kMostSplits);
-  plan.splits = int(std::clamp<int64_t>(kThreadgroupsWanted / threadgroups, 1, most));
+  plan.splits = s.splits > 0 ? s.splits : int(std::clamp<int64_t>(kThreadgroupsWanted / threadgroups, 1, most));
   plan.merged = plan.decode || plan.splits > 1;
 
   Params& p = plan.params = base_params(s.seed);

@@ -63,6 +63,7 @@ struct AttentionShape {
   int window = 0;
   MaskKind mask = MaskKind::none;
   bool starts = false, sinks = false, key_centre = false, value_centre = false;
+  int splits = 0;  // of the keys; 0: chosen
 };
 
 /// How attention is launched: `attend`, and `merge` after it when there are partial results.

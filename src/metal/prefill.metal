@@ -37,7 +37,7 @@ void unpack_tile(Table table, Tile tile, Codes codes, int block, int last, ushor
     for (int part = 0; part < 4; ++part) {
       const uint word = nibbles<B>(packed, part);
       for (int j = 0; j < 4; ++j) {
-        const half2 levels = table[word >> (8 * j) & 255u];
+        const half2 levels = table[byte_of(word, j)];
         row[8 * part + 2 * j] = levels.x;
         row[8 * part + 2 * j + 1] = levels.y;
       }

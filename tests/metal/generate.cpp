@@ -1,5 +1,6 @@
 // Writes the kernels that the tests launch as C++ files: the text MLX would hand to Metal, with a line before it that
 // includes the emulator and lines after it that call the kernel.     generate OUTPUT_DIRECTORY FILES
+// With `cost` after that: those that the cost model counts, in one file.
 #include <fstream>
 #include <iostream>
 #include <set>
@@ -36,14 +37,15 @@ std::string call(const Recorded& r) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 3) {
-    std::cerr << "usage: generate OUTPUT_DIRECTORY FILES\n";
+  if (argc < 3) {
+    std::cerr << "usage: generate OUTPUT_DIRECTORY FILES [cost]\n";
     return 1;
   }
   const int files = std::stoi(argv[2]);
   std::vector<Recorded> launches;
   recorder = &launches;
-  record_launches();
+  const bool cost = argc > 3;
+  cost ? record_cost_launches() : record_launches();
   // Each file holds one header text: two files for the codec, half of the others for each kind of attention.
   std::vector<std::string> texts(files);
   std::set<std::string> seen;
@@ -53,7 +55,7 @@ int main(int argc, char** argv) {
     const int source = int(r.kernel.header);
     const int first = source == 0 ? 0 : source == 1 ? 2 : 2 + (files - 2) / 2;
     const int last = source == 0 ? 2 : source == 1 ? 2 + (files - 2) / 2 : files;
-    std::string& text = texts[first + next[source]++ % (last - first)];
+    std::string& text = texts[cost ? 0 : first + next[source]++ % (last - first)];
     if (text.empty())
       text = "#include <metal_stdlib>\n" + std::string(metal::source_text(r.kernel.header)) + "namespace {\n";
     text += kernel_text(r.kernel, r.inputs, r.outputs) + call(r);

@@ -5,6 +5,8 @@
 
 #include <stdexcept>
 
+#include "emulator/counts.h"
+
 namespace emulator {
 
 namespace metal = turboquant::metal;
@@ -65,7 +67,7 @@ Array view(const std::string& type, std::vector<int> shape, std::vector<int64_t>
   return {type, std::move(shape), std::move(strides), Guarded(from, bytes)};
 }
 
-Array params_array(const metal::Params& p) { return dense("int", {int(p.size())}, p.data()); }
+Array params_array(const metal::Params& p) { return dense("int32_t", {int(p.size())}, p.data()); }
 
 template <class P>
 std::pair<Array, Array> packed(const P& p, int batch, int heads, int tokens, int dim) {
@@ -111,6 +113,8 @@ void launch(const metal::Kernel& kernel, const std::vector<Array>& inputs, const
     recorder->push_back({kernel, infos, types});
     return;
   }
+  for (const auto& a : inputs) watch(a.memory.data(), a.memory.size());
+  for (const auto& a : outputs) watch(a.memory.data(), a.memory.size());
   std::vector<void*> buffers;
   for (const auto& b : buffers_of(kernel, infos, types)) {
     const auto& a = b.kind == BufferInfo::output ? outputs[b.array] : inputs[b.array];
@@ -159,16 +163,16 @@ void decode(const turboquant::DecodeParams& p) {
   copy_rows(out, static_cast<char*>(p.out.data), p.out.batch_stride, p.out.head_stride, p.out.token_stride);
 }
 
-void attend(const turboquant::AttendParams& p) {
+void attend(const turboquant::AttendParams& p, int splits) {
   const auto plan = metal::plan_attention({p.batch, p.query_heads, p.kv_heads, p.query_len, p.kv_len, p.head_dim,
                                            p.keys.bits, p.values.bits, p.q.dtype, p.scale, p.seed, p.causal, p.window,
                                            p.mask_kind, p.starts != nullptr, p.sinks != nullptr,
-                                           p.key_centre != nullptr, p.value_centre != nullptr});
+                                           p.key_centre != nullptr, p.value_centre != nullptr, splits});
   const Array params = params_array(plan.params);
   const Array q = tensor(p.q, p.batch, p.query_heads, p.query_len, p.head_dim);
   const auto [key_codes, key_scales] = packed(p.keys, p.batch, p.kv_heads, p.kv_len, p.head_dim);
   const auto [value_codes, value_scales] = packed(p.values, p.batch, p.kv_heads, p.kv_len, p.head_dim);
-  const Array starts = p.starts ? dense("int", {p.batch}, p.starts) : params;
+  const Array starts = p.starts ? dense("int32_t", {p.batch}, p.starts) : params;
   const std::vector<int64_t> mask_strides(p.mask_strides, p.mask_strides + 4);
   const std::string mask_type = p.mask_kind == MaskKind::boolean ? "bool" : type_name(p.mask_dtype);
   const Array mask = p.mask_kind == MaskKind::none

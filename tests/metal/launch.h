@@ -57,6 +57,7 @@ extern std::vector<Recorded>* recorder;
 /// The operations of the library, on the emulator.  Only rows that exist are bound: reading beyond them is caught.
 void encode(const std::vector<turboquant::EncodeParams>& sides);
 void decode(const turboquant::DecodeParams& params);
-void attend(const turboquant::AttendParams& params);
+/// splits 0: as the plan chooses.
+void attend(const turboquant::AttendParams& params, int splits = 0);
 
 }  // namespace emulator

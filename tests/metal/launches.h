@@ -80,4 +80,12 @@ inline void record_launches() {
   }
 }
 
+/// The flagship's decode: 4 query heads to a KV head of 256, one token.
+inline Case cost_case(int bits) {
+  return {.key_bits = bits, .value_bits = bits, .query_heads = 4, .kv_len = 4096, .dtype = Dtype::float16};
+}
+inline void record_cost_launches() {
+  for (int bits : {2, 3, 4}) emulator::attend(shape_of(cost_case(bits)));
+}
+
 }  // namespace emulator

@@ -14,7 +14,7 @@ class MetalTable : public testing::TestWithParam<cases::Case> {};
 
 TEST_P(MetalTable, AttentionMatchesTheOracle) {
   const auto& c = GetParam();
-  const auto d = cases::compare(c, emulator::attend);
+  const auto d = cases::compare(c, [](const AttendParams& p) { emulator::attend(p); });
   RecordProperty("overall", std::to_string(d.overall));
   EXPECT_LE(d.overall, kTolerance + cases::rounding(c.dtype));
   EXPECT_LE(d.worst_row, kTolerance + cases::rounding(c.dtype));

@@ -13,7 +13,7 @@ namespace emulator {
 
 /// An input array as far as a signature depends on it.
 struct InputInfo {
-  std::string type;  // as MLX writes it: float, float16_t, bfloat16_t, uint32_t, int, bool
+  std::string type;  // as MLX writes it: float, float16_t, bfloat16_t, uint32_t, int32_t, bool
   int ndim = 1;
   size_t size = 8;
 };

@@ -58,6 +58,15 @@ struct bfloat {
   explicit operator float() const { return as_type<float>(uint32_t(bits) << 16); }
 };
 
+/// A vector of N, with the components by index.
+template <class T, int N>
+struct Vector {
+  T at[N];
+  T& operator[](int i) { return at[i]; }
+  const T& operator[](int i) const { return at[i]; }
+};
+using float2 = Vector<float, 2>;
+using float4 = Vector<float, 4>;
 struct half2 {
   half x, y;
   half2() = default;
@@ -82,6 +91,11 @@ inline float sqrt(float a) { return std::sqrt(a); }
 inline float exp2(float a) { return std::exp2(a); }
 inline float log2(float a) { return std::log2(a); }
 inline bool isfinite(float a) { return std::isfinite(a); }
+template <class T>
+inline T select(T a, T b, bool c) {
+  return c ? b : a;
+}
+inline uint extract_bits(uint x, uint offset, uint bits) { return x >> offset & ((1u << bits) - 1u); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline uint min(uint a, uint b) { return a < b ? a : b; }
