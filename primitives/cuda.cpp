@@ -4,7 +4,6 @@
 #include <dlfcn.h>
 #include <mlx/fast.h>
 
-
 #include "cuda/kernels.h"
 
 namespace turboquant::ops::cuda_backend {
@@ -31,12 +30,22 @@ cuda::Device device() {
   return found;
 }
 
+std::string& kernel_directory() {
+  static std::string directory;
+  return directory;
+}
+
+/// MLX copies and hashes a kernel's whole text at every launch: an include of a file keeps it short.
+std::string header_of(const cuda::Kernel& k) {
+  if (kernel_directory().empty()) return std::string(cuda::source_text(k.header));
+  return "#include \"" + kernel_directory() + "/" + std::string(cuda::source_name(k.header)) + ".cuh\"\n";
+}
+
 std::vector<mx::array> launch(const cuda::Kernel& k, const std::vector<mx::array>& inputs,
                               const std::vector<mx::Shape>& shapes, const std::vector<mx::Dtype>& dtypes,
                               mx::Stream stream) {
-  const auto run =
-      mx::fast::cuda_kernel(k.name, k.inputs, k.outputs, k.source, std::string(cuda::source_text(k.header)),
-                            /*ensure_row_contiguous=*/false, k.shared_bytes);
+  const auto run = mx::fast::cuda_kernel(k.name, k.inputs, k.outputs, k.source, header_of(k),
+                                         /*ensure_row_contiguous=*/false, k.shared_bytes);
   return run(inputs, shapes, dtypes, {k.grid[0], k.grid[1], k.grid[2]}, {k.block[0], k.block[1], k.block[2]}, {},
              std::nullopt, false, stream);
 }
@@ -57,6 +66,8 @@ cuda::AttentionShape shape_of(const mx::array& q, const PackedArrays& keys, cons
 }
 
 }  // namespace
+
+void set_kernel_directory(const std::string& directory) { kernel_directory() = directory; }
 
 std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
                                  const std::vector<std::optional<mx::array>>& centres, mx::Stream stream) {

@@ -5,6 +5,10 @@
 
 namespace turboquant::ops::cuda_backend {
 
+/// Where the kernels' sources lie as files (src/cuda/kernels of the build, or where they are installed).  Optional:
+/// with it, launches cost less time on the host.  Not thread-safe: set it before the first operation.
+void set_kernel_directory(const std::string& directory);
+
 std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
                                  const std::vector<std::optional<mx::array>>& centres, mx::Stream stream);
 

@@ -1,5 +1,6 @@
 // turboquant_mlx._core: the primitives and the caches (bindings_cache.cpp) for Python.  Docstrings live in
 // turboquant_mlx/*.py and in the stubs; this file only translates.
+#include "primitives/cuda.h"
 #include "primitives/gpu.h"
 #include "primitives/ops.h"
 #include "python/convert.h"
@@ -62,6 +63,7 @@ NB_MODULE(_core, m) {
     const bool ok = ops::gpu_supported(&why);
     return std::pair{ok, why};
   });
+  m.def("set_kernel_directory", &ops::cuda_backend::set_kernel_directory, "directory"_a);
   m.def("available_isas", &tq::available_isas);
   m.def("current_isa", &tq::current_isa);
   m.def("force_isa", &tq::force_isa, "name"_a);

@@ -10,9 +10,17 @@ or slot by slot, as in the model card this package reimplements:
 The algorithm is TurboQuant's MSE quantizer (arXiv 2504.19874, section 3): see docs/algorithm.md.
 """
 
+from pathlib import Path
+
 from . import _checks
 
 _checks.before_loading()
+
+from . import _core  # noqa: E402
+
+_kernels = Path(_core.__file__).parent / "kernels"
+if _kernels.is_dir():
+    _core.set_kernel_directory(str(_kernels))
 
 from .batch import BatchTurboQuantKVCache  # noqa: E402
 from .cache import TurboQuantKVCache  # noqa: E402

@@ -15,6 +15,8 @@ namespace turboquant::cuda {
 /// with the file that a kernel needs.
 enum class Source { codec, attention, decode, prefill };
 std::string_view source_text(Source source);
+/// The file of that text, without ".cuh", among those that the build leaves in src/cuda/kernels.
+std::string_view source_name(Source source);
 
 /// A kernel: `source` is the body of a __global__ function whose parameters are the inputs (const pointers, with
 /// NAME_shape and NAME_strides after each whose name appears so in the body), then the outputs.
