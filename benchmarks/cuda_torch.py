@@ -57,8 +57,11 @@ def main():
     for tokens in args.tokens:
         for name, backend in backends.items():
             try:
-                print(f"torch {name} fp16, {args.queries} queries, {tokens:6d} tokens: "
-                      f"{attention(backend, tokens, args.queries):9.2f} us", flush=True)
+                print(
+                    f"torch {name} fp16, {args.queries} queries, {tokens:6d} tokens: "
+                    f"{attention(backend, tokens, args.queries):9.2f} us",
+                    flush=True,
+                )
             except RuntimeError as error:
                 print(f"torch {name} fp16, {args.queries} queries, {tokens:6d} tokens: {str(error).splitlines()[0]}")
 

@@ -130,8 +130,20 @@ def attend_recent(queries, q_keys, q_values, scale, mask, group_size, bits):
     return mx.where(near, weights, 0) @ values[0] + mx.where(near, 0, weights) @ values[1]
 
 
-def study_modes(name, c):
-    """{row name: slot -> cache} of a study; `c` are the centres."""
+def calibration_texts(windows):
+    """Windows that no study measures among its first four, in several numbers."""
+    return {
+        "1 window, number 35": windows[[35]],
+        "1 window, number 71": windows[[71]],
+        "4 windows": windows[[17, 35, 53, 71]],
+        "8 windows": windows[8::9],
+        "the same, their first 256 tokens": windows[8::9, :256],
+        "32 windows": windows[40:],
+    }
+
+
+def study_modes(name, c, others):
+    """{row name: slot -> cache} of a study; `c` are the centres, `others` those of other calibration texts."""
 
     def simple(key_bits, value_bits=None, centred=True, **how):
         value_bits = value_bits or key_bits
@@ -162,6 +174,12 @@ def study_modes(name, c):
 
         kinds = ("same length", "unbiased")
         return {f"{b} bits, K {k}, V {v}": mixed(b, k, v) for b in (3, 2) for k in kinds for v in kinds}
+    if name == "calibration":
+
+        def centred(c):
+            return lambda slot: modes.FloatCache(coder(3, c[slot][0]), coder(3, c[slot][1]))
+
+        return {"no centres": simple(3, centred=False)} | {text: centred(c) for text, c in others.items()}
     if name == "search":
         return {
             f"3 bits, {w}": simple(3, search=s) for w, s in (("nearest code", False), ("searched code and scale", True))
@@ -199,7 +217,7 @@ def main(argv=None):
     parser.add_argument(
         "--study",
         required=True,
-        choices=("scale", "centres", "mixed", "search", "sides", "sinks", "recent", "layers"),
+        choices=("scale", "centres", "calibration", "mixed", "search", "sides", "sinks", "recent", "layers"),
     )
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--first-window", type=int, default=0)
@@ -212,12 +230,15 @@ def main(argv=None):
     windows = tokens[: len(tokens) // LENGTH * LENGTH].reshape(-1, LENGTH)
     measured = [i for i in range(len(windows)) if i % 9 != 8][args.first_window :][: args.windows]
     centres = calibrate(model, spread_windows(tokens, LENGTH, len(windows) // 9))
+    others = {}
+    if args.study == "calibration":
+        others = {name: calibrate(model, text) for name, text in calibration_texts(windows).items()}
     apply_patch()
     hook = base.quantized_scaled_dot_product_attention
     if args.study == "recent":
         base.quantized_scaled_dot_product_attention = attend_recent
     makers = {"float16": lambda slot: modes.FloatCache(modes.to_half)} | {
-        k: v for k, v in study_modes(args.study, centres).items() if args.only in k
+        k: v for k, v in study_modes(args.study, centres, others).items() if args.only in k
     }
     caches = {k: _replace(_float_caches(model), lambda path, make=make: make(path[0])) for k, make in makers.items()}
     with tqdm(total=len(measured) * LENGTH * len(caches), unit="tok", disable=None) as bar:
