@@ -114,6 +114,7 @@ def _peek(command, rest):
     """Those of mlx-lm's options that concern us."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--max-kv-size", type=int)
+    parser.add_argument("--draft-model")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
     for flag in ("--kv-bits", "--kv-group-size", "--quantized-kv-start"):
@@ -143,6 +144,11 @@ def _run_program(command, argv):
     if {"-h", "--help"} & set(rest):
         print(options.format_help().split("\n\n", 1)[1])
     seen = _peek(command, rest)
+    if command == "server" and seen.draft_model:
+        # mlx-lm 0.32.2 files such caches one token short of their key, and the next request to share the prefix
+        # answers from the wrong place, with float caches too.
+        print("[tq] no prompt cache: beside a draft model, mlx-lm's server reuses prefixes wrongly", file=sys.stderr)
+        rest += ["--prompt-cache-size", "0"]
     module = importlib.import_module(PROGRAMS[command])
     from . import saving
 

@@ -1,10 +1,12 @@
 """The command line: mlx-lm's programs with packed caches, our own commands, and what is refused."""
 
+import http.client
 import json
 import shutil
 import socket
 import subprocess
 import sys
+import time
 
 import mlx.core as mx
 import pytest
@@ -184,6 +186,36 @@ def test_chat_keeps_the_conversation_in_packed_caches(run, monkeypatch):
     monkeypatch.setattr("mlx_lm.cli_ui.ChatUI.prompt", lambda self: next(turns))
     out, err = run("chat", *BUNDLED, "--max-tokens", 24)
     assert out.count(ANSWER) == 2 and "2 x TurboQuantKVCache K3 V3" in err
+
+
+def test_a_server_with_a_draft_model_reuses_no_prefix(tmp_path):
+    """The same question twice gets the same answer, that of the server without a draft model."""
+    main, draft = (save_model(qwen3, tmp_path / name, seed=i) for i, name in enumerate(("main", "draft")))
+    answers = []
+    for extra in ((), ("--draft-model", str(draft))):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "turboquant_mlx", "server", "--model", str(main), "--port", str(port), *extra]
+        server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        try:
+            for _ in range(2):
+                answers.append(ask(port, {"prompt": "hello there", "max_tokens": 12, "temperature": 0.0}))
+        finally:
+            server.terminate()
+            server.wait(timeout=30)
+    assert answers[0] and answers == answers[:1] * 4
+
+
+def ask(port, body):
+    """The answer of a server that may still be starting."""
+    for _ in range(240):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        try:
+            connection.request("POST", "/v1/completions", json.dumps(body))
+            return json.loads(connection.getresponse().read())["choices"][0]["text"]
+        except ConnectionRefusedError:
+            time.sleep(0.25)
+    raise AssertionError("the server did not start")
 
 
 def module_run(*arguments, timeout=120):
