@@ -98,7 +98,7 @@ const char* mask_name(MaskKind kind) {
 Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t vectors) {
   Kernel k;
   k.name = "tq_encode";
-  k.header = Source::codec;
+  k.header = Source::encode;
   for (size_t i = 0; i < sides.size(); ++i) {
     const std::string n = std::to_string(i);
     k.inputs.insert(k.inputs.end(), {"x" + n, "centre" + n});
@@ -120,7 +120,7 @@ Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_
 Kernel decode_kernel(int bits, bool centred, int head_dim, uint64_t seed, int64_t vectors) {
   Kernel k;
   k.name = "tq_expand_" + std::to_string(bits);
-  k.header = Source::codec;
+  k.header = Source::encode;
   k.inputs = {"codes", "scales", "centre"};
   k.outputs = {"x"};
   k.source =
@@ -195,7 +195,7 @@ Kernel whole_kernel(const AttentionShape& shape, const AttentionSettings& settin
 Kernel merge_kernel(const AttentionShape& shape, const AttentionSettings& settings, const AttentionPlan& plan) {
   Kernel k;
   k.name = "tq_merge";
-  k.header = Source::attention;
+  k.header = Source::merge;
   k.inputs = {"q", "key_scales", "partial", "partial_sums", "starts", "sinks", "key_centre", "value_centre"};
   k.outputs = {"out"};
   std::ostringstream o;

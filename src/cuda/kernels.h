@@ -11,9 +11,8 @@
 
 namespace turboquant::cuda {
 
-/// The device sources (format.h, codec.cu.h, attention.cu.h, ...) in one text without includes and comments, up to and
-/// with the file that a kernel needs.
-enum class Source { codec, attention, decode, prefill };
+/// The device sources that a kernel needs (format.h, codec.cu.h, ...) as one text without includes and comments.
+enum class Source { encode, merge, decode, prefill };
 std::string_view source_text(Source source);
 /// The file of that text, without ".cuh", among those that the build leaves in src/cuda/kernels.
 std::string_view source_name(Source source);

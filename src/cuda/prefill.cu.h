@@ -6,7 +6,7 @@
 // output.
 #pragma once
 
-#include "cuda/attention.cu.h"
+#include "cuda/merge.cu.h"
 
 namespace turboquant::cuda {
 

@@ -1,0 +1,133 @@
+// The end of an attention: partial results become output rows.
+#pragma once
+
+#include "cuda/attention.cu.h"
+
+namespace turboquant::cuda {
+
+/// Ends a query row in one warp: v is the sum of weighted values (eight rotated coordinates a lane) and `sum` that of
+/// the weights, both relative to 2^top.  Adds the sink, normalises, rotates back, adds the centre and writes.
+template <int D, class T>
+__device__ void finish_row(const AttentionArgs& a, int b, int head, int query, float (&v)[8], float sum, float top) {
+  const int lane = threadIdx.x & 31, kv_head = head / a.group();
+  const bool has = lane < D / 8;
+  const float seen = sum;
+  float factor = 1;
+  if (a.sinks) {
+    float shift = 0;  // the keys' centre moves every score but the sink's
+    if (a.key_centre) {
+      if (has) {
+        float q[8];
+        a.load_query<T>(b, head, query, 8 * lane).to_floats(q);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) shift += q[j] * a.key_centre[kv_head * D + 8 * lane + j];
+      }
+      for (int step = 16; step; step /= 2) shift += __shfl_xor_sync(~0u, shift, step);
+    }
+    const float sink = (a.sinks[head] - shift * a.scale) * kLog2E, most = fmaxf(top, sink);
+    factor = exp2_fast(top - most);
+    sum = sum * factor + exp2_fast(sink - most);
+  }
+  const float norm = sum == 0 ? 0.f : factor / sum;
+  hadamard<D>(v);
+  apply_signs(v, a.seed, has ? lane : 0, norm * rsqrtf(float(Lanes<D>::power)));
+  if (!has) return;
+  if (a.value_centre) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] += seen * norm * a.value_centre[kv_head * D + 8 * lane + j];
+  }
+  const long long row = ((long long)b * a.query_heads + head) * a.query_len + query;
+  store8(static_cast<T*>(a.out) + row * D + 8 * lane, v);
+}
+
+/// Shared memory of `merge`: [8 warps][D], an exponent and a sum per warp.
+template <int D>
+__host__ __device__ constexpr int merge_shared_floats() {
+  return 8 * D + 16;
+}
+
+/// Merges the partial results of one query row, adds the sink, rotates back and writes.  256 threads; `row` counts
+/// [batch, query_heads, query_len], `slots` the partial results there are room for.
+template <int D, int ROWS, int TILE, class T>
+__device__ void merge(const AttentionArgs& a, int row, int slots, float* shared) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  const int query = row % a.query_len, head = row / a.query_len % a.query_heads, b = row / a.query_len / a.query_heads;
+  const int kv_head = head / a.group(), in_group = query * a.group() + head % a.group();
+  const bool has = lane < D / 8;
+
+  const int row_blocks = (a.rows() + ROWS - 1) / ROWS;
+  const Schedule<TILE> schedule(a, ROWS, slots - a.batch * a.kv_heads * row_blocks);
+  const int segment = (b * a.kv_heads + kv_head) * row_blocks + in_group / ROWS;
+  unsigned begin = 0, tiles = 0;
+  for (int i = 0; i <= b; ++i) {
+    begin += tiles * (i ? schedule.segments_per_row : 0);
+    const Range r = schedule.tiles(a, i);
+    tiles = r.last - r.first;
+  }
+  begin += tiles * (segment - b * schedule.segments_per_row);
+  const int first = tiles ? schedule.block_of(begin) : 0;
+  const int last = tiles ? schedule.block_of(begin + tiles - 1) + 1 : 0;
+
+  // Each warp merges every eighth partial result, five at a time so that their loads overlap.
+  float top = kNothing, sum = 0, v[8] = {};
+#pragma unroll 1
+  for (int i = first + warp; i < last; i += 40) {
+    float2 sums[5];
+    float x[5][8] = {};
+#pragma unroll
+    for (int k = 0; k < 5; ++k) {
+      sums[k] = make_float2(kNothing, 0);
+      if (i + 8 * k >= last) continue;
+      const long long slot = (long long)(i + 8 * k + segment) * ROWS + in_group % ROWS;
+      sums[k] = a.partial_sums[slot];
+      if (has) load8(a.partial + slot * D + 8 * lane, x[k]);
+    }
+    const float old = top;
+#pragma unroll
+    for (int k = 0; k < 5; ++k) top = fmaxf(top, sums[k].x);
+    const float keep = exp2_fast(old - top);
+    sum *= keep;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] *= keep;
+#pragma unroll
+    for (int k = 0; k < 5; ++k) {
+      const float weight = exp2_fast(sums[k].x - top);
+      sum += weight * sums[k].y;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[j] += weight * x[k][j];
+    }
+  }
+  if (has) store8(shared + warp * D + 8 * lane, v);
+  if (lane == 0) shared[8 * D + warp] = top, shared[8 * D + 8 + warp] = sum;
+  __syncthreads();
+  if (warp) return;
+  // One lane a warp for the exponents, then all lanes for the coordinates.
+  float factor = lane < 8 ? shared[8 * D + lane] : kNothing;
+  sum = lane < 8 ? shared[8 * D + 8 + lane] : 0;
+  top = factor;
+  for (int step = 4; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+  top = __shfl_sync(~0u, top, 0);
+  factor = exp2_fast(factor - top);
+  sum *= factor;
+  for (int step = 4; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  sum = __shfl_sync(~0u, sum, 0);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) v[j] = 0;
+#pragma unroll
+  for (int w = 0; w < 8; ++w) {
+    const float weight = __shfl_sync(~0u, factor, w);
+    float x[8];
+    load8(shared + w * D + (has ? 8 * lane : 0), x);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] += has ? weight * x[j] : 0.f;
+  }
+  finish_row<D, T>(a, b, head, query, v, sum, top);
+}
+
+/// The same with T from a pointer, for generated code.
+template <int D, int ROWS, int TILE, class T>
+__device__ void merge_as(const AttentionArgs& a, const T*, int row, int slots, float* shared) {
+  merge<D, ROWS, TILE, T>(a, row, slots, shared);
+}
+
+}  // namespace turboquant::cuda
