@@ -430,10 +430,12 @@ struct Decode {
   }
 };
 
-/// Entry for generated code: types from pointers, shared memory as bytes.
-template <int D, int KEY_BITS, int VALUE_BITS, MaskType MASK, int WARPS, int STAGES, class T, class MaskT>
+/// Entry for generated code: types from pointers, shared memory as the bytes that were planned.
+template <int D, int KEY_BITS, int VALUE_BITS, MaskType MASK, int SHARED_BYTES, int WARPS, int STAGES, class T,
+          class MaskT>
 __device__ void run_decode(const AttentionArgs& a, const T*, const MaskT*, unsigned char* shared) {
   using Kernel = Decode<D, KEY_BITS, VALUE_BITS, T, MASK, MaskT, WARPS, STAGES>;
+  static_assert(sizeof(typename Kernel::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
   Kernel kernel(a, *reinterpret_cast<typename Kernel::Shared*>(shared));
   kernel.run(blockIdx.x, gridDim.x);
 }

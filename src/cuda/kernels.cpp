@@ -149,7 +149,8 @@ std::string attention_call(const AttentionShape& shape, const AttentionSettings&
   const bool decode = plan.method == AttentionPlan::decode;
   o << "  extern __shared__ __align__(16) unsigned char tq_shared[];\n"
     << "  turboquant::cuda::" << (decode ? "run_decode" : "run_prefill") << "<" << shape.head_dim << ", "
-    << shape.key_bits << ", " << shape.value_bits << ", " << mask_name(settings.mask) << ", ";
+    << shape.key_bits << ", " << shape.value_bits << ", " << mask_name(settings.mask) << ", " << plan.shared_bytes
+    << ", ";
   if (decode) {
     o << plan.warps << ", " << plan.stages;
   } else {

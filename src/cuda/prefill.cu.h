@@ -429,10 +429,12 @@ struct Prefill {
   }
 };
 
-/// Entry for generated code: types from pointers, shared memory as bytes.
-template <int D, int KEY_BITS, int VALUE_BITS, MaskType MASK, int WM, int WN, bool SPLIT, class T, class MaskT>
+/// Entry for generated code: types from pointers, shared memory as the bytes that were planned.
+template <int D, int KEY_BITS, int VALUE_BITS, MaskType MASK, int SHARED_BYTES, int WM, int WN, bool SPLIT, class T,
+          class MaskT>
 __device__ void run_prefill(const AttentionArgs& a, const T*, const MaskT*, unsigned char* shared) {
   using Kernel = Prefill<D, KEY_BITS, VALUE_BITS, T, MASK, MaskT, WM, WN>;
+  static_assert(sizeof(typename Kernel::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
   Kernel kernel(a, *reinterpret_cast<typename Kernel::Shared*>(shared));
   if constexpr (SPLIT) {
     kernel.run_split(blockIdx.x, gridDim.x);

@@ -7,6 +7,37 @@
 namespace turboquant {
 namespace {
 
+TEST(Plan, FitsTheDeviceAndCoversTheCache) {
+  const std::vector<cuda::Device> devices{{132, 232448}, {108, 166912}, {84, 101376}, {16, 101376}};
+  for (const auto& device : devices) {
+    for (int dim : {32, 64, 96, 128, 160, 192, 224, 256}) {
+      for (int bits : {2, 3, 4}) {
+        for (int len : {1, 2, 4, 5, 8, 40, 2048}) {
+          for (int batch : {1, 7, 300}) {
+            const cuda::AttentionShape shape{batch, 16, 4, len, 131072, dim, bits, bits, batch == 7};
+            const auto plan = cuda::plan_attention(shape, device);
+            SCOPED_TRACE(testing::Message() << plan.name() << " dim " << dim << " bits " << bits << " queries " << len
+                                            << " batch " << batch << " shared " << device.shared_bytes);
+            EXPECT_LE(plan.shared_bytes, device.shared_bytes);
+            const int64_t segments = int64_t(batch) * 4 * ((shape.rows() + plan.rows - 1) / plan.rows);
+            if (plan.method == cuda::AttentionPlan::whole) {
+              EXPECT_EQ(plan.blocks, segments);
+              continue;
+            }
+            EXPECT_EQ(plan.slots, plan.blocks + segments);
+            const int64_t workspace = int64_t(plan.slots) * plan.rows * (dim + 2) * 4;
+            if (plan.method == cuda::AttentionPlan::split) {
+              EXPECT_LE(workspace, 64 << 20);
+            } else {  // 32-bit sums of weights up to 255 times bytes up to 232
+              EXPECT_LE((segments * 131072 / plan.blocks + 32 * plan.warps) / plan.warps * 255 * 232, INT64_C(1) << 31);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 class Compile : public testing::TestWithParam<std::string> {
  protected:
   void attention(const cases::Case& c, const cuda::Device& device = {}) {
