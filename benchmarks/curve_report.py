@@ -23,6 +23,7 @@ def summarise(rows):
             row[name] = statistics.median(values) if values else ""
             if name.endswith("_tps"):
                 row[name + "_min"], row[name + "_max"] = (min(values), max(values)) if values else ("", "")
+        row["load_max"] = max((float(r["load"]) for r in good), default="")
         for name in ("fp16_equivalent_bytes", "linear_bytes", "kernel"):
             row[name] = good[0][name] if good else ""
         row["error"] = next((r["error"] for r in own if r["status"] != "ok"), "")
@@ -70,11 +71,13 @@ def _number(value, unit=1.0, digits=1):
 def markdown(summary, metadata):
     """The table for people."""
     about = metadata["identity"]
+    runs, load = (max((r[k] for r in summary if r[k] != ""), default=0) for k in ("runs", "load_max"))
     lines = [
         f"{about['model']}; {metadata['processor']}, {metadata['cores']} cores, {about['device']}; activations "
         f"{metadata['activations']}; MLX {metadata['versions']['mlx']}; BLAS: {metadata['blas']}; linear attention: "
-        f"{about['linear_attention']}. Medians of {metadata['repetitions']} runs in rotated order; "
-        f"prompt read {about['step']} tokens at a time, then {about['decode_tokens']} tokens decoded.",
+        f"{about['linear_attention']}. Medians of up to {runs} runs in rotated order; prompt read "
+        f"{about['step']} tokens at a time, then {about['decode_tokens']} tokens decoded. The machine's load average "
+        f"went up to {load}.",
         "",
         "| context | cache | prompt tok/s | decode tok/s | first token s | attention MiB | of float16 | peak MiB "
         "| kernel |",

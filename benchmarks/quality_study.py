@@ -198,7 +198,7 @@ def study_modes(name, c, others):
         def recent(count):
             return lambda slot: Recent(count, coder(3, c[slot][0]), coder(3, c[slot][1]))
 
-        return {f"{n} last tokens as float16": recent(n) for n in (0, 16, 128)}
+        return {f"{n} last tokens as float16": recent(n) for n in (0, 1, 16, 64, 128)}
     if name == "layers":
         slots = sorted(c)
 

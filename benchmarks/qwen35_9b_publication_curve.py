@@ -36,7 +36,7 @@ from turboquant_mlx.gated_delta import disable_chunked_recurrence, enable_chunke
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (
     "scale prompt_tokens mode key_bits value_bits repetition status prompt_tps decode_tps first_token_s "
-    "attention_bytes fp16_equivalent_bytes linear_bytes resident_bytes peak_bytes kernel synthetic error"
+    "attention_bytes fp16_equivalent_bytes linear_bytes resident_bytes peak_bytes kernel load synthetic error"
 ).split()
 WIDTHS = {"fp16": (16, 16), "affine4": (4, 4), "tq4": (4, 4), "tq3": (3, 3), "tq2": (2, 2)}
 LONG = (32768, 65536, 131072)
@@ -216,6 +216,7 @@ def measure(model, args, mode, prompt, tokens, synthetic):
         "linear_bytes": sum(v.nbytes for c in caches if c not in attention for v in arrays(c)),
         "resident_bytes": resident_bytes(),
         "peak_bytes": mx.get_peak_memory(),
+        "load": f"{os.getloadavg()[0]:.1f}",  # of the last minute: a busy machine shows in the table
         "kernel": route or ("mlx quantized_matmul" if mode.startswith("affine") else "mlx fast attention"),
     }
 
