@@ -4,7 +4,8 @@
         [--llama DIR] [--torch PYTHON] [--mlx-half] [--threads N] [TOKENS ...]
 
 Ours is the C++ kernel benchmark; MLX is this interpreter's; torch is another interpreter's, if given; llama.cpp's ggml
-is built by llama_cpp.py under DIR, if given.  Prints microseconds (medians) and how many times faster ours is.
+is built by llama_cpp.py under DIR, if given.  Prints microseconds (medians) and how many times faster ours is.  With
+one thread all times are CPU time, which other programs on the machine disturb least; with more, wall-clock time.
 """
 
 import argparse
@@ -20,21 +21,22 @@ HEADS, KV_HEADS, DIM = 16, 4, 256
 HERE = Path(__file__).resolve().parent
 
 
-def micros(call, budget=2.0, most=15):
+def micros(call, threads, budget=2.0, most=15):
     """Median over as many calls as the budget of seconds allows, after one warm-up if that was short."""
+    clock = time.process_time if threads == 1 else time.perf_counter
     times = []
     start = time.perf_counter()
     while not times or (time.perf_counter() - start < budget and len(times) < most):
-        t = time.perf_counter()
+        t = clock()
         call()
-        times.append(1e6 * (time.perf_counter() - t))
+        times.append(1e6 * (clock() - t))
     return median(times[1:] or times)
 
 
 def ours(program: str, tokens: list[int], threads: int) -> dict:
     """{(name, tokens): (microseconds, times faster than reading fp16)}"""
     lengths = "|".join(map(str, tokens))
-    command = [program, f"--benchmark_filter=(attend/[34]/({lengths})/1/|prefill)", "--benchmark_format=json"]
+    command = [program, f"--benchmark_filter=(attend/[34]/({lengths})/1/|attend/3/8192/512)", "--benchmark_format=json"]
     command += ["--benchmark_repetitions=5", "--benchmark_min_time=0.1", "--benchmark_report_aggregates_only=true"]
     env = os.environ | {"TURBOQUANT_NUM_THREADS": str(threads)}
     report = json.loads(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
@@ -42,8 +44,8 @@ def ours(program: str, tokens: list[int], threads: int) -> dict:
     for run in report["benchmarks"]:
         if run["aggregate_name"] != "median":
             continue
-        _, bits, length, _, isa = run["run_name"].split("/")[:5]
-        found[f"TQ{bits} {isa}", int(length)] = run["real_time"], run["x_fp16_read"]
+        _, bits, length, queries, isa = run["run_name"].split("/")[:5]
+        found[f"TQ{bits} {isa}" + (", 512 queries" if queries == "512" else ""), int(length)] = run["real_time"], run["x_fp16_read"]
     return found
 
 
@@ -62,7 +64,7 @@ for n in map(int, sys.argv[3:]):
     forms = [lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
              lambda: F.scaled_dot_product_attention(rows, k, v), products]
     with torch.no_grad():
-        print(n, min(micros(f, 1.0) for f in forms), flush=True)
+        print(n, min(micros(f, int(sys.argv[2]), 1.0) for f in forms), flush=True)
 """
 
 
@@ -72,7 +74,7 @@ def torch_bf16(python: str, tokens: list[int], threads: int) -> dict:
     return {("torch bf16", int(n)): float(t) for n, t in (line.split() for line in lines)}
 
 
-def mlx(tokens: list[int], half: bool) -> dict:
+def mlx(tokens: list[int], threads: int, half: bool) -> dict:
     import mlx.core as mx
 
     mx.set_default_device(mx.cpu)
@@ -83,13 +85,13 @@ def mlx(tokens: list[int], half: bool) -> dict:
             k, v = (mx.random.normal((1, KV_HEADS, n, DIM)).astype(dtype) for _ in range(2))
             mx.eval(q, k, v)
             sdpa = mx.fast.scaled_dot_product_attention
-            found[name, n] = micros(lambda: mx.eval(sdpa(q, k, v, scale=DIM**-0.5)))  # noqa: B023
+            found[name, n] = micros(lambda: mx.eval(sdpa(q, k, v, scale=DIM**-0.5)), threads)  # noqa: B023
     n = 8192
     q = mx.random.normal((1, HEADS, 512, DIM))
     k, v = (mx.random.normal((1, KV_HEADS, n, DIM)) for _ in range(2))
     mx.eval(q, k, v)
     run = lambda: mx.eval(mx.fast.scaled_dot_product_attention(q, k, v, scale=DIM**-0.5, mask="causal"))  # noqa: E731
-    found["MLX float32, 512 queries", n] = micros(run, 1.0, 3)
+    found["MLX float32, 512 queries", n] = micros(run, threads, 1.0, 3)
     return found
 
 
@@ -109,8 +111,8 @@ def main():
     parser.add_argument("tokens", type=int, nargs="*", default=[1024, 32768, 131072])
     args = parser.parse_args()
     tq = ours(args.kernels, args.tokens, args.threads)
-    best = {n: tq[next(key for key in tq if key[1] == n and key[0].startswith("TQ3"))][0] for n in args.tokens}
-    best_prefill = next(t for (name, _), (t, _) in tq.items() if "prefill" in name)
+    best = {n: tq[next(key for key in tq if key[1] == n and key[0].startswith("TQ3") and "queries" not in key[0])][0] for n in args.tokens}
+    best_prefill = next(t for (name, _), (t, _) in tq.items() if "queries" in name)
     print(f"{args.threads} threads, microseconds")
     for (name, n), (t, ratio) in tq.items():
         print(f"{name:28} {n:7} {t:12.1f}   {ratio:.2f}x faster than reading fp16")
@@ -119,7 +121,7 @@ def main():
         others |= llama(args.llama, args.tokens, args.threads)
     if args.torch:
         others |= torch_bf16(args.torch, args.tokens, args.threads)
-    others |= mlx(args.tokens, args.mlx_half)
+    others |= mlx(args.tokens, args.threads, args.mlx_half)
     for (name, n), t in others.items():
         print(f"{name:28} {n:7} {t:12.1f}   ours {t / (best_prefill if 'queries' in name else best[n]):.1f}x faster")
 

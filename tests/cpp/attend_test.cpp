@@ -1,8 +1,11 @@
 // What the table does not vary: threads, hidden NaN, strides, edge shapes, wrong arguments, instruction sets.
 #include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 #include <thread>
 
@@ -117,14 +120,16 @@ TEST_P(Attend, HiddenKeysHaveNoInfluence) {
 
 TEST_P(Attend, NanReachesOnlyTheQueriesThatSeeIt) {
   const Case c{.head_dim = 64, .query_heads = 4, .kv_heads = 2, .query_len = 6, .kv_len = 100, .causal = true};
-  enum { key, value, query };
-  for (int where : {key, value, query}) {
+  enum { key, infinite_key, value, query };
+  for (int where : {key, infinite_key, value, query}) {
     SCOPED_TRACE(where);
     Inputs inputs(c);
     run_cpu(inputs.params());
     const Buffer want = inputs.out;
-    const int position = 97;                                       // queries 3, 4 and 5 stand at 97, 98 and 99
-    if (where == key) inputs.keys.view.scales[position] = 0x7e00;  // KV head 0: query heads 0 and 1
+    const int position = 97;  // queries 3, 4 and 5 stand at 97, 98 and 99
+    // KV head 0: query heads 0 and 1.  An infinite key scale counts as NaN whatever the sign of its dot product.
+    if (where == key) inputs.keys.view.scales[position] = 0x7e00;
+    if (where == infinite_key) inputs.keys.view.scales[position] = 0x7c00;
     if (where == value) inputs.values.view.scales[position] = 0x7c00;
     if (where == query) inputs.q.set(size_t(1 * c.query_len + 4) * c.head_dim + 7, NAN);
     run_cpu(inputs.params());
@@ -161,6 +166,51 @@ TEST_P(Attend, QueriesThatSeeNothingGetZero) {
     std::fill(inputs.out.bytes.begin(), inputs.out.bytes.end(), 0xff);
     run_cpu(p);
     for (size_t i = 0; i < 2 * half; ++i) EXPECT_EQ(inputs.out.get(i), 0);
+  }
+}
+
+/// Memory whose last byte is followed by a page that may not be touched.
+class GuardedBytes {
+ public:
+  explicit GuardedBytes(size_t size)
+      : page_(size_t(sysconf(_SC_PAGESIZE))), mapped_((size + page_ - 1) / page_ * page_) {
+    base_ = static_cast<uint8_t*>(
+        mmap(nullptr, mapped_ + page_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED || mprotect(base_ + mapped_, page_, PROT_NONE) != 0) throw std::bad_alloc();
+    data = base_ + mapped_ - size;
+  }
+  ~GuardedBytes() { munmap(base_, mapped_ + page_); }
+  GuardedBytes(const GuardedBytes&) = delete;
+  uint8_t* data;
+
+ private:
+  size_t page_, mapped_;
+  uint8_t* base_;
+};
+
+// A cache filled to its capacity ends where its memory may end.
+TEST_P(Attend, NothingIsReadBeyondTheLastRow) {
+  for (int bits : {2, 3, 4}) {
+    for (int dim : {32, 96, 160, 256}) {
+      for (int n : {1, 4, 63, 64, 65, 131}) {
+        Inputs inputs({.key_bits = bits, .value_bits = bits, .head_dim = dim, .query_heads = 2, .kv_len = n});
+        run_cpu(inputs.params());
+        const auto want = inputs.out.bytes;
+        const size_t code_bytes = size_t(n) * 4 * words_per_vector(bits, dim), scale_bytes = size_t(n) * 2;
+        GuardedBytes codes[2] = {GuardedBytes(code_bytes), GuardedBytes(code_bytes)};
+        GuardedBytes scales[2] = {GuardedBytes(scale_bytes), GuardedBytes(scale_bytes)};
+        AttendParams p = inputs.params();
+        for (int i = 0; i < 2; ++i) {
+          Packed& packed = i ? p.values : p.keys;
+          std::memcpy(codes[i].data, packed.codes, code_bytes);
+          std::memcpy(scales[i].data, packed.scales, scale_bytes);
+          packed.codes = reinterpret_cast<const uint32_t*>(codes[i].data);
+          packed.scales = reinterpret_cast<const uint16_t*>(scales[i].data);
+        }
+        run_cpu(p);
+        EXPECT_EQ(inputs.out.bytes, want);
+      }
+    }
   }
 }
 
