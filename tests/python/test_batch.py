@@ -1,5 +1,6 @@
 """Batches of requests give each request the tokens that it gets alone."""
 
+import copy
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -7,7 +8,7 @@ import pytest
 from mlx_lm import batch_generate
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache, trim_prompt_cache
-from needles import ANSWER, question
+from needles import ANSWER, question, read_page
 from small_models import FAMILIES, greedy, prompt, small_llama, sure
 from turboquant_mlx import BatchTurboQuantKVCache, disable, enable
 
@@ -89,17 +90,28 @@ def test_prompts_with_caches_of_their_own_form_a_batch():
 
 
 def test_the_bundled_model_answers_a_ragged_batch_as_it_answers_one(bundled):
-    """With the hybrid model's ArraysCache beside packed slots; a needle lies at a different depth of each prompt."""
+    """With the hybrid model's ArraysCache beside packed slots.  One row comes with a prefix of 4K tokens in its cache;
+    the others are read in the batch, a needle at another depth of each but the last."""
     model, tokenizer = bundled
-    prompts = [question(tokenizer, *where) for where in ((4200, 0.3), (300, 0.8), (0, 0))]
-    assert len(prompts[0]) > 4096
+    prompts = [question(tokenizer, *where) for where in ((300, 0.8), (700, 0.1), (0, 0))]
+    long, prefix = read_page(model, tokenizer)
     enable(model, bits=3)
     try:
-        assert sum(type(c) is ArraysCache for c in model.make_cache()) == 6
-        alone = [sure(model, p, 16, prefill_step_size=512) for p in prompts]
-        got = batch_generate(model, NO_END, prompts, max_tokens=16, return_token_ids=True, prefill_step_size=512)
+        fresh = [make_prompt_cache(model) for _ in prompts]
+        assert sum(type(c) is ArraysCache for c in prefix) == 6
+        alone = [sure(model, long[-1:], 16, copy.deepcopy(prefix))]
+        alone += [sure(model, p, 16, prefill_step_size=512) for p in prompts]
+        got = batch_generate(
+            model,
+            NO_END,
+            [long[-1:], *prompts],
+            [prefix, *fresh],
+            max_tokens=16,
+            return_token_ids=True,
+            prefill_step_size=512,
+        )
     finally:
         disable(model)
-    assert sum(map(len, alone)) > 36
+    assert sum(map(len, alone)) > 48
     assert [tokens[: len(want)] for tokens, want in zip(got.token_ids, alone, strict=True)] == alone
-    assert all(ANSWER in tokenizer.decode(tokens) for tokens in got.token_ids[:2])
+    assert all(ANSWER in tokenizer.decode(tokens) for tokens in got.token_ids[:3])

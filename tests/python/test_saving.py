@@ -14,7 +14,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
     trim_prompt_cache,
 )
-from needles import ANSWER, question
+from needles import ANSWER, read_page
 from small_models import FAMILIES, greedy, prompt, small_gpt_oss, small_llama, sure
 from turboquant_mlx import (
     BatchTurboQuantKVCache,
@@ -319,13 +319,9 @@ def test_a_needle_of_4k_tokens_survives_saving_and_trimming(bundled, tmp_path):
     """The hybrid model's caches from a file; its recurrent layers cannot go back, so the packed slots are trimmed and
     the recurrent state is that of a copy."""
     model, tokenizer = bundled
-    tokens = question(tokenizer, 4200, 0.3)
+    tokens, cache = read_page(model, tokenizer)
     enable(model, bits=3)
     try:
-        cache = make_prompt_cache(model)
-        for at in range(0, len(tokens) - 1, 512):
-            model(mx.array(tokens[at : min(at + 512, len(tokens) - 1)])[None], cache=cache)
-            mx.eval([c.state for c in cache])
         want = sure(model, tokens[-1:], 16, copy.deepcopy(cache))
         assert ANSWER in tokenizer.decode(want)
         file = tmp_path / "cache.safetensors"
