@@ -2,16 +2,21 @@
 #include "primitives/gpu.h"
 
 #include <mlx/backend/cuda/cuda.h>
+#include <mlx/backend/metal/metal.h>
 
 #include <stdexcept>
 
 #include "primitives/cuda.h"
+#include "primitives/metal.h"
 
 namespace turboquant::ops {
 namespace {
 
-/// Throws unless the CUDA backend can run; it is the only one so far.
-void require_cuda(const char* op) {
+/// MLX has one GPU backend at most.
+bool on_metal() { return mx::metal::is_available(); }
+
+/// Throws unless a backend can run.
+void require_gpu(const char* op) {
   std::string why;
   if (!gpu_supported(&why)) {
     throw std::runtime_error(std::string("[") + op + "] no kernels for this GPU (" + why +
@@ -22,8 +27,12 @@ void require_cuda(const char* op) {
 }  // namespace
 
 bool gpu_supported(std::string* why) {
+  if (on_metal()) {
+    if (why) *why = "Metal";
+    return true;
+  }
   if (!mx::cu::is_available()) {
-    if (why) *why = "MLX finds no NVIDIA GPU, and other GPUs have no kernels in this build";
+    if (why) *why = "MLX finds neither an Apple nor an NVIDIA GPU";
     return false;
   }
   const auto& info = mx::device_info(mx::Device::gpu);
@@ -41,23 +50,28 @@ bool gpu_supported(std::string* why) {
 
 std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
                                      const std::vector<std::optional<mx::array>>& centres, mx::Stream stream) {
-  require_cuda("encode");
+  require_gpu("encode");
+  if (on_metal()) return metal_backend::encode(sides, bits, seed, centres, stream);
   return cuda_backend::encode(sides, bits, seed, centres, stream);
 }
 
 mx::array decode_gpu(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,
                      const std::optional<mx::array>& centre, mx::Stream stream) {
-  require_cuda("decode");
+  require_gpu("decode");
+  if (on_metal()) return metal_backend::decode(packed, bits, seed, dtype, centre, stream);
   return cuda_backend::decode(packed, bits, seed, dtype, centre, stream);
 }
 
 mx::array attention_gpu(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,
                         const AttentionOptions& options, mx::Stream stream) {
-  require_cuda("attention");
+  require_gpu("attention");
+  if (on_metal()) return metal_backend::attention(q, keys, values, options, stream);
   return cuda_backend::attention(q, keys, values, options, stream);
 }
 
 std::string attention_route_gpu(int query_len, int) {
+  // Metal's choice depends on the rows of a KV head, queries times the heads that share it.
+  if (on_metal()) return query_len == 1 ? "metal decode" : "metal decode up to 8 rows, prefill beyond";
   return gpu_supported() ? cuda_backend::route(query_len) : "none";
 }
 

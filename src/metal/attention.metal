@@ -92,6 +92,7 @@ float masked(float score, Row row, int key, int b, Params params, Mask mask, Str
 template <int D, class Q, class Strides, class Params>
 void load_query(thread float* x, Q q, Strides strides, Row row, int b, Params params, ushort lane) {
   const long at = b * strides[0] + row.head * strides[1] + row.query * strides[2];
+  TQ_UNROLL
   for (int r = 0; r < D / 32; ++r) x[r] = float(q[at + (32 * r + lane) * strides[3]]);
   rotate_vector<D>(x, params, lane);
 }
@@ -101,9 +102,11 @@ void load_query(thread float* x, Q q, Strides strides, Row row, int b, Params pa
 template <int B, int D, class Params>
 float normalise_query(thread float* x, Params params) {
   float largest = 0.0f;
+  TQ_UNROLL
   for (int r = 0; r < D / 32; ++r) largest = fmax(largest, fabs(x[r]));
   largest = simd_max(largest);
   const float inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
+  TQ_UNROLL
   for (int r = 0; r < D / 32; ++r) x[r] *= inverse;
   return largest * as_type<float>(int(params[metal_layout::kScale])) * (log2_e() * level_step(B));
 }
@@ -122,6 +125,7 @@ void finish_row(float m, float sum, thread float* x, Row row, int b, Q q, Stride
     float shift = 0.0f;
     if (flags & metal_layout::kKeyCentre) {
       const long at = b * strides[0] + row.head * strides[1] + row.query * strides[2];
+      TQ_UNROLL
       for (int r = 0; r < D / 32; ++r) {
         const int i = 32 * r + lane;
         shift = fma(float(q[at + i * strides[3]]), float(key_centre[centre + i]), shift);
@@ -137,6 +141,7 @@ void finish_row(float m, float sum, thread float* x, Row row, int b, Q q, Stride
   unrotate_vector<D>(x, params, lane);
   const ulong at =
       (ulong(b * params[metal_layout::kQueryHeads] + row.head) * params[metal_layout::kQueryLen] + row.query) * D;
+  TQ_UNROLL
   for (int r = 0; r < D / 32; ++r) {
     const int i = 32 * r + lane;
     const float mean = (flags & metal_layout::kValueCentre) ? float(value_centre[centre + i]) * sum : 0.0f;
@@ -157,6 +162,7 @@ template <int D, class Partial, class Stats, class Params>
 void write_partial(float m, float sum, const thread float* x, Row row, int b, int split, Partial partial, Stats stats,
                    Params params, ushort lane) {
   const ulong at = partial_index(params, split, b, row);
+  TQ_UNROLL
   for (int r = 0; r < D / 32; ++r) partial[at * D + 32 * r + lane] = x[r];
   if (lane == 0) {
     stats[2 * at] = m;
@@ -187,6 +193,7 @@ void merge_splits(Q q, Strides strides, Partial partial, Stats stats, Sinks sink
     // A split whose scores are all NaN has m = -infinity and a sum that is NaN.
     const float its_sum = stats[2 * (first + s) + 1];
     sum += factor == 0.0f ? its_sum * 0.0f : its_sum * factor;
+    TQ_UNROLL
     for (int r = 0; r < D / 32; ++r) x[r] = fma(factor, float(partial[(first + s) * D + 32 * r + lane]), x[r]);
   }
   finish_row<T, D>(m, sum, x, row, b, q, strides, sinks, key_centre, value_centre, out, params, lane);

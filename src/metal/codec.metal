@@ -13,6 +13,7 @@ void encode_vector(X x, Strides strides, Centre centre, bool centred, Codes code
   float y[registers];
   float largest = 0.0f;
   bool finite = true;
+  TQ_UNROLL
   for (int r = 0; r < registers; ++r) {
     const int i = 32 * r + lane;
     y[r] = float(x[row + i * strides[3]]) - (centred ? float(centre[h * D + i]) : 0.0f);
@@ -25,17 +26,20 @@ void encode_vector(X x, Strides strides, Centre centre, bool centred, Codes code
   const uint exponent = min(as_type<uint>(largest) >> 23, 253u);
   const float shrink = as_type<float>((254u - exponent) << 23), grow = exponent ? as_type<float>(exponent << 23) : 0.0f;
   float square = 0.0f;
+  TQ_UNROLL
   for (int r = 0; r < registers; ++r) {
     y[r] *= shrink;
     square = fma(y[r], y[r], square);
   }
   square = simd_sum(square);
   const bool empty = !finite || !(square > 0.0f);
+  TQ_UNROLL
   for (int r = 0; r < registers; ++r) y[r] = with_sign(y[r], uint(params[metal_layout::kSigns + r]), lane);
   hadamard<D>(y, lane);
   // |H u| = 1, so coordinates times sqrt(D) are compared; sqrt(D) times H's own factor is sqrt of the odd part.
   const float doubled = 2.0f * unit(B) * sqrt(float(odd_part(D)) / square);
   int level_square = 0;
+  TQ_UNROLL
   for (int r = 0; r < registers; ++r) {
     int m = 0;
     for (int k = 0; k + 1 < magnitudes(B); ++k) m += fabs(y[r]) * doubled >= float(double_threshold(B, k)) ? 1 : 0;
@@ -64,6 +68,7 @@ void decode_vector(Codes codes, Scales scales, Centre centre, Out out, Params pa
   const bool centred = params[metal_layout::kFlags] & metal_layout::kCentre;
   const float step = float(scales[v]) * level_step(B);
   float y[registers];
+  TQ_UNROLL
   for (int r = 0; r < registers; ++r) {
     uint code = 0;
     for (int bit = 0; bit < B; ++bit) {
@@ -73,6 +78,7 @@ void decode_vector(Codes codes, Scales scales, Centre centre, Out out, Params pa
     y[r] = step * float(level(B, int(code)));
   }
   unrotate_vector<D>(y, params, lane);
+  TQ_UNROLL
   for (int r = 0; r < registers; ++r) {
     const int i = 32 * r + lane;
     const float value = y[r] + (centred ? float(centre[h * D + i]) : 0.0f);

@@ -8,21 +8,32 @@
 #include <metal_stdlib>
 using namespace metal;
 
+// Arrays stay in registers only where loops over them are unrolled.
+#ifdef __METAL_VERSION__
+#define TQ_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define TQ_UNROLL
+#endif
+
 namespace turboquant {
 
-constexpr int odd_part(int dim) { return dim % 2 ? dim : odd_part(dim / 2); }
+/// The odd factor of a head dimension, a multiple of 32 up to 256 (a formula, since Metal has no recursion).
+constexpr int odd_part(int dim) { return dim % 96 == 0 ? 3 : dim % 160 == 0 ? 5 : dim % 224 == 0 ? 7 : 1; }
 
 /// H without its factor 1/sqrt(2^k): register r of lane l is coordinate 32 r + l.
 template <int D>
 void hadamard(thread float* x, ushort lane) {
   constexpr int registers = D / 32, blocks = odd_part(D), of_block = registers / blocks;
   for (ushort step = 1; step < 32; step = ushort(2 * step)) {
+    TQ_UNROLL
     for (int r = 0; r < registers; ++r) {
       const float other = simd_shuffle_xor(x[r], step);
       x[r] = (lane & step) ? other - x[r] : x[r] + other;
     }
   }
+  TQ_UNROLL
   for (int step = 1; step < of_block; step *= 2) {
+    TQ_UNROLL
     for (int r = 0; r < registers; ++r) {
       if (r & step) continue;
       if (r % of_block + step >= of_block) continue;
@@ -32,9 +43,12 @@ void hadamard(thread float* x, ushort lane) {
     }
   }
   if (blocks == 1) return;
+  TQ_UNROLL
   for (int j = 0; j < of_block; ++j) {
     float sum = 0.0f;
+    TQ_UNROLL
     for (int b = 0; b < blocks; ++b) sum += x[b * of_block + j];
+    TQ_UNROLL
     for (int b = 0; b < blocks; ++b) x[b * of_block + j] -= sum * (2.0f / float(blocks));
   }
 }
@@ -51,8 +65,10 @@ inline float with_sign(float x, uint signs, ushort lane) { return (signs >> lane
 /// r = H (s * x).
 template <int D, class Params>
 void rotate_vector(thread float* x, Params params, ushort lane) {
+  TQ_UNROLL
   for (int r = 0; r < D / 32; ++r) x[r] = with_sign(x[r], uint(params[metal_layout::kSigns + r]), lane);
   hadamard<D>(x, lane);
+  TQ_UNROLL
   for (int r = 0; r < D / 32; ++r) x[r] *= hadamard_scale<D>();
 }
 
@@ -60,6 +76,7 @@ void rotate_vector(thread float* x, Params params, ushort lane) {
 template <int D, class Params>
 void unrotate_vector(thread float* x, Params params, ushort lane) {
   hadamard<D>(x, lane);
+  TQ_UNROLL
   for (int r = 0; r < D / 32; ++r) {
     x[r] = with_sign(x[r] * hadamard_scale<D>(), uint(params[metal_layout::kSigns + r]), lane);
   }

@@ -37,10 +37,12 @@ struct DecodeShared {
 template <int R, int LANES>
 int fold(thread float* sums, ushort lane) {
   int rows = R, row = 0;
+  TQ_UNROLL
   for (ushort step = 1; step < LANES; step = ushort(2 * step)) {
     const bool upper = lane & step;
     if (rows > 1) {
       rows /= 2;
+      TQ_UNROLL
       for (int i = 0; i < rows; ++i) {
         const float send = select(sums[i + rows], sums[i], upper), keep = select(sums[i], sums[i + rows], upper);
         sums[i] = keep + simd_shuffle_xor(send, step);
@@ -63,12 +65,16 @@ void score_block(Shared shared, Codes codes, int block, int last, const thread h
   for (int t = lane / lanes; t < metal_layout::kBlock; t += tokens) {
     const long at = long(min(block + t, last - 1)) * words + group * B;
     uint packed[B];
+    TQ_UNROLL
     for (int w = 0; w < B; ++w) packed[w] = codes[at + w];
     float sums[R] = {};
+    TQ_UNROLL
     for (int part = 0; part < 4; ++part) {
       const uint word = nibbles<B>(packed, part);
+      TQ_UNROLL
       for (int j = 0; j < 4; ++j) {
         const half2 levels = shared->key_table[byte_of(word, j)];
+        TQ_UNROLL
         for (int r = 0; r < R; ++r) {
           const half2 pair = q[16 * r + 4 * part + j];
           sums[r] = fma(float(pair.x), float(levels.x), fma(float(pair.y), float(levels.y), sums[r]));
@@ -77,6 +83,7 @@ void score_block(Shared shared, Codes codes, int block, int last, const thread h
     }
     const int row = fold<R, lanes>(sums, lane);
     if (lane % lanes < R) {  // lanes beyond hold what these hold
+      TQ_UNROLL
       for (int i = 0; i < folded; ++i) shared->weights[simdgroup][t][row + i] = sums[i];
     }
   }
@@ -105,8 +112,10 @@ void add_values(Shared shared, Codes codes, int block, int count, thread float* 
       word = select(word, spare, part == 3);
     }
     const typename Rows<R>::type weights = shared->weights[simdgroup][t];
+    TQ_UNROLL
     for (int j = 0; j < 4; ++j) {
       const half2 levels = shared->value_table[byte_of(word, j)];
+      TQ_UNROLL
       for (int r = 0; r < R; ++r) {
         x[8 * r + 2 * j] = fma(weights[r], float(levels.x), x[8 * r + 2 * j]);
         x[8 * r + 2 * j + 1] = fma(weights[r], float(levels.y), x[8 * r + 2 * j + 1]);
@@ -134,16 +143,20 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
     float x[registers] = {};
     if (row.query < params[metal_layout::kQueryLen]) load_query<D>(x, q, q_strides, row, b, params, lane);
     const float factor = normalise_query<KB, D>(x, params);
+    TQ_UNROLL
     for (int i = 0; i < registers; ++i) shared->q[r][32 * i + lane] = half(x[i]);
     if (lane == 0) shared->factor[r] = factor;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   Row rows[R];
+  TQ_UNROLL
   for (int r = 0; r < R; ++r) rows[r] = find_row(params, starts, tile * R + r, kv, b);
   // Lanes without a group of their own have a query of zeros.
   half2 mine[16 * R];
+  TQ_UNROLL
   for (int r = 0; r < R; ++r) {
+    TQ_UNROLL
     for (int i = 0; i < 16; ++i) {
       const int group = lane % lanes;
       mine[16 * r + i] = group < groups ? half2(shared->q[r][32 * group + 2 * i], shared->q[r][32 * group + 2 * i + 1])
@@ -158,6 +171,7 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
 
   float m[R], sum[R];
   float x[8 * R] = {};
+  TQ_UNROLL
   for (int r = 0; r < R; ++r) {
     m[r] = -INFINITY;
     sum[r] = 0.0f;
@@ -168,6 +182,7 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
     const int t = min(block + lane, range.y - 1);
     const float scale_k = checked_scale(float(key_scales[key_scale + t]));
     const float scale_v = checked_scale(float(value_scales[value_scale + t]));
+    TQ_UNROLL
     for (int r = 0; r < R; ++r) {
       float score = shared->weights[simdgroup][lane][r] * (scale_k * shared->factor[r]);
       score = block + lane < range.y ? masked(score, rows[r], t, b, params, mask, mask_strides) : -INFINITY;
@@ -175,6 +190,7 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
       const float weight = exp2_difference(score, top), old = exp2_difference(m[r], top);
       m[r] = top;
       sum[r] = fma(sum[r], old, weight);
+      TQ_UNROLL
       for (int i = 0; i < 8; ++i) x[8 * r + i] *= old;
       // A hidden key may hold anything; 0 * NaN must not get through.
       shared->weights[simdgroup][lane][r] = score == -INFINITY ? 0.0f : weight * scale_v;
@@ -185,6 +201,7 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
 
+  TQ_UNROLL
   for (int r = 0; r < R; ++r) {
     sum[r] = simd_sum(sum[r]);
     if (lane == 0) {
@@ -192,24 +209,30 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
       shared->sum[simdgroup][r] = sum[r];
     }
     for (ushort step = ushort(4 * lanes); step < 32; step = ushort(2 * step)) {
+      TQ_UNROLL
       for (int i = 0; i < 8; ++i) x[8 * r + i] += simd_shuffle_xor(x[8 * r + i], step);
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (int s = 0; s < metal_layout::kSimdgroups; ++s) {  // one after another, in memory for one
-    for (int r = 0; r < R && s == simdgroup && lane < 4 * groups; ++r) {
-      float top = shared->m[0][r];
-      for (int o = 1; o < metal_layout::kSimdgroups; ++o) top = fmax(top, shared->m[o][r]);
-      const float factor = exp2_difference(m[r], top) * level_step(VB);
-      for (int i = 0; i < 8; ++i) {
-        const int d = 8 * lane + i;
-        shared->x[r][d] = (s == 0 ? 0.0f : shared->x[r][d]) + x[8 * r + i] * factor;
+    if (s == simdgroup && lane < 4 * groups) {
+      TQ_UNROLL
+      for (int r = 0; r < R; ++r) {
+        float top = shared->m[0][r];
+        for (int o = 1; o < metal_layout::kSimdgroups; ++o) top = fmax(top, shared->m[o][r]);
+        const float factor = exp2_difference(m[r], top) * level_step(VB);
+        TQ_UNROLL
+        for (int i = 0; i < 8; ++i) {
+          const int d = 8 * lane + i;
+          shared->x[r][d] = (s == 0 ? 0.0f : shared->x[r][d]) + x[8 * r + i] * factor;
+        }
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
   for (int r = simdgroup; r < R; r += metal_layout::kSimdgroups) {
-    if (rows[r].query >= params[metal_layout::kQueryLen]) continue;
+    const Row row = find_row(params, starts, tile * R + r, kv, b);
+    if (row.query >= params[metal_layout::kQueryLen]) continue;
     float top = shared->m[0][r], total = 0.0f;
     for (int o = 1; o < metal_layout::kSimdgroups; ++o) top = fmax(top, shared->m[o][r]);
     for (int o = 0; o < metal_layout::kSimdgroups; ++o) {
@@ -217,8 +240,9 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
       total += factor == 0.0f ? shared->sum[o][r] * 0.0f : shared->sum[o][r] * factor;
     }
     float y[registers];
+    TQ_UNROLL
     for (int i = 0; i < registers; ++i) y[i] = shared->x[r][32 * i + lane];
-    write_partial<D>(top, total, y, rows[r], b, split, partial, stats, params, lane);
+    write_partial<D>(top, total, y, row, b, split, partial, stats, params, lane);
   }
 }
 

@@ -32,10 +32,13 @@ void unpack_tile(Table table, Tile tile, Codes codes, int block, int last, ushor
     const int t = i / groups, group = i % groups;
     const long at = (long(min(block + t, last - 1)) * groups + group) * B;
     uint packed[B];
+    TQ_UNROLL
     for (int w = 0; w < B; ++w) packed[w] = codes[at + w];
     auto row = tile + (t * tile_pitch(D) + 32 * group);
+    TQ_UNROLL
     for (int part = 0; part < 4; ++part) {
       const uint word = nibbles<B>(packed, part);
+      TQ_UNROLL
       for (int j = 0; j < 4; ++j) {
         const half2 levels = table[byte_of(word, j)];
         row[8 * part + 2 * j] = levels.x;
@@ -98,25 +101,30 @@ void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, 
   constexpr int parts = sizeof(T) == 4 ? 2 : 1;
   float factor = 0.0f;
   simdgroup_half8x8 query[parts][fragments];
+  TQ_UNROLL
   for (int part = 0; part < parts; ++part) {
+    TQ_UNROLL
     for (int i = 0; i < 8; ++i) {
       const Row row = find_row(params, starts, its_row + i, kv, b);
       float x[registers] = {};
       if (row.query < queries) load_query<D>(x, q, q_strides, row, b, params, lane);
       const float its_factor = normalise_query<KB, D>(x, params);
       if (i == r) factor = its_factor;
+      TQ_UNROLL
       for (int k = 0; k < registers; ++k) {
         const half rounded = half(x[k]);
         tile[(8 * simdgroup + i) * pitch + 32 * k + lane] = part ? half(x[k] - float(rounded)) : rounded;
       }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
+    TQ_UNROLL
     for (int i = 0; i < fragments; ++i) {
       simdgroup_load(query[part][i], tile + (8 * simdgroup * pitch + 8 * i), pitch);
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
   simdgroup_float8x8 sums[fragments];
+  TQ_UNROLL
   for (int i = 0; i < fragments; ++i) sums[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   const Row row = find_row(params, starts, its_row + r, kv, b);
   const int2 range = split_range(params, starts, first_row, first_row + metal_layout::kTileRows, kv, b, split);
@@ -136,11 +144,14 @@ void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, 
       shared->log2_value_scale[thread_index] = log2(checked_scale(scale));
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
+    TQ_UNROLL
     for (int k = 0; k < 4; ++k) {
       simdgroup_float8x8 dots = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+      TQ_UNROLL
       for (int i = 0; i < fragments; ++i) {
         simdgroup_half8x8 keys;
         simdgroup_load(keys, tile + (8 * k * pitch + 8 * i), pitch, ulong2(0, 0), true);
+        TQ_UNROLL
         for (int part = 0; part < parts; ++part) simdgroup_multiply_accumulate(dots, query[part][i], keys, dots);
       }
       simdgroup_store(dots, scores + 8 * k, kScorePitch);
@@ -149,6 +160,7 @@ void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, 
 
     float s[8];
     float top = m, top_v = mv;
+    TQ_UNROLL
     for (int i = 0; i < 8; ++i) {
       const int key = block + column + i;
       const float dot = scores[r * kScorePitch + column + i] * (factor * shared->key_scale[column + i]);
@@ -161,6 +173,7 @@ void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, 
       top_v = fmax(top_v, simd_shuffle_xor(top_v, step));
     }
     sum *= exp2_difference(m, top);
+    TQ_UNROLL
     for (int i = 0; i < 8; ++i) {
       const float with_scale = s[i] == -INFINITY ? -INFINITY : s[i] + shared->log2_value_scale[column + i];
       sum += exp2_difference(s[i], top);
@@ -177,6 +190,7 @@ void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, 
     if (simd_any(old != 1.0f)) {
       simdgroup_float8x8 rescale;
       simdgroup_load(rescale, diagonal, 8);
+      TQ_UNROLL
       for (int i = 0; i < fragments; ++i) {
         simdgroup_float8x8 rescaled;
         simdgroup_multiply(rescaled, rescale, sums[i]);
@@ -186,9 +200,11 @@ void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, 
     threadgroup_barrier(mem_flags::mem_threadgroup);
     unpack_tile<VB, D>(&shared->value_table[0], tile, value_rows, block, range.y, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
+    TQ_UNROLL
     for (int k = 0; k < 4; ++k) {
       simdgroup_half8x8 part;
       simdgroup_load(part, weights + 8 * k, kWeightPitch);
+      TQ_UNROLL
       for (int i = 0; i < fragments; ++i) {
         simdgroup_half8x8 values;
         simdgroup_load(values, tile + (8 * k * pitch + 8 * i), pitch);
@@ -199,14 +215,19 @@ void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, 
 
   for (ushort step = 1; step < 4; step = ushort(2 * step)) sum += simd_shuffle_xor(sum, step);
   // Four rows at a time from fragments to registers, 32 columns after 32 columns.
+  TQ_UNROLL
   for (int half_tile = 0; half_tile < 2; ++half_tile) {
     float x[4][registers];
+    TQ_UNROLL
     for (int k = 0; k < registers; ++k) {
       simdgroup_barrier(mem_flags::mem_threadgroup);
+      TQ_UNROLL
       for (int i = 0; i < 4; ++i) simdgroup_store(sums[4 * k + i], scores + 8 * i, kScorePitch);
       simdgroup_barrier(mem_flags::mem_threadgroup);
+      TQ_UNROLL
       for (int i = 0; i < 4; ++i) x[i][k] = scores[(4 * half_tile + i) * kScorePitch + lane];
     }
+    TQ_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int index = 4 * half_tile + i;
       const float row_m = simd_shuffle(m, ushort(4 * index)), row_mv = simd_shuffle(mv, ushort(4 * index));
@@ -214,6 +235,7 @@ void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, 
       const Row its = find_row(params, starts, its_row + index, kv, b);
       if (its.query >= queries) continue;
       const float unit_of_sums = exp2_difference(row_mv, row_m) * level_step(VB);
+      TQ_UNROLL
       for (int k = 0; k < registers; ++k) x[i][k] *= unit_of_sums;
       PrefillEnd<T, FINISH>::template row<D>(row_m, row_sum, x[i], its, b, split, q, q_strides, sinks, key_centre,
                                              value_centre, out, stats, params, lane);
