@@ -104,6 +104,10 @@ class PackedCache(_BaseCache):
     def trim(self, n):
         return self._core.trim(n)
 
+    def to_quantized(self, *_, **__):
+        """What mlx-lm calls when `kv_bits` is given; without it, mlx-lm would ignore that argument in silence."""
+        raise ValueError(f"[to_quantized] {type(self).__name__} holds codes already; leave kv_bits out")
+
     def _arrays(self):
         """What is held, as four arrays, without spare room."""
         return [None] * 4 if self.empty() else self._core.view().arrays

@@ -185,12 +185,17 @@ def test_the_servers_cache_serves_prefixes_and_counts_packed_bytes(model):
 
 
 def test_a_limit_in_bytes_holds_four_times_the_prompts(model):
-    """A server's byte limit sees packed sizes: what a float16 cache fills with one prompt holds four packed ones and more."""
+    """A server's byte limit sees packed sizes: what one prompt fills as float16 holds four packed."""
     limit = 2 * 512 * 2 * 2 * 64 * 2  # 512 tokens of two layers as float16
     store = LRUPromptCache(max_size=100, max_bytes=limit)
     for seed in range(8):
         store.insert_cache("m", prompt(500, seed=seed), filled(model, prompt(500, seed=seed)))
     assert len(store) == 4 and store.nbytes <= limit  # head_dim 64: 128 bytes become 26, so 4.9
+
+
+def test_mlx_lms_own_quantisation_is_refused_not_ignored(model):
+    with pytest.raises(ValueError, match="TurboQuantKVCache holds codes already; leave kv_bits out"):
+        greedy(model, prompt(5), 3, kv_bits=4, quantized_kv_start=0)
 
 
 def test_a_packed_prompt_peaks_below_a_float16_one():

@@ -1,8 +1,8 @@
 """Our caches beside mlx-lm's: the same calls in the same order, and attention must see the same tokens.
 
 mlx-lm's float cache is fed the decoded vectors, ours the originals, so both stand for the same numbers.  What is left
-is the rounding inside one attention, at most 1e-3 of the output's norm; a token too many or too few moves it by 1e-2 and
-more, since each case holds at most a hundred tokens of equal size."""
+is the rounding inside one attention, at most 1e-3 of the output's norm; a token too many or too few moves it by 1e-2
+and more, since each case holds at most a hundred tokens of equal size."""
 
 import copy
 

@@ -5,7 +5,6 @@ import pytest
 from mlx_lm.generate import speculative_generate_step, stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 from small_models import FAMILIES, greedy, prompt, small_llama
-
 from turboquant_mlx import disable, enable
 
 

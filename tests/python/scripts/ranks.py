@@ -14,7 +14,6 @@ from mlx_lm import batch_generate  # noqa: E402
 from mlx_lm.models import llama, qwen3  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from small_models import build, greedy, prompt  # noqa: E402
-
 from turboquant_mlx import enable  # noqa: E402
 
 LENGTHS = (40, 9, 25)
