@@ -26,7 +26,9 @@ struct Simd : WordWeights<16> {
   using Acc = I32;
   static Levels load_levels(const uint8_t* p) { return {load<I16>(p), load<I16>(p + 16)}; }
   static Weights load_weights(const uint8_t* p) { return load_levels(p); }
-  static Weights broadcast_weights(uint32_t a, uint32_t b) { return {as<I16>(splat<I32>(a)), as<I16>(splat<I32>(b))}; }
+  static Weights broadcast_weights(uint32_t a, uint32_t b) {
+    return {as<I16>(splat<I32>(int32_t(a))), as<I16>(splat<I32>(int32_t(b)))};
+  }
   static void dot(Acc& acc, const Levels& l, const Weights& w) {
     for (int i = 0; i < 4; ++i) {
       acc[i] += l.a[2 * i] * w.a[2 * i] + l.a[2 * i + 1] * w.a[2 * i + 1] + l.b[2 * i] * w.b[2 * i] +

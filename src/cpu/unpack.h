@@ -66,6 +66,7 @@ void unpack_quad(const uint32_t* rows, int dim, uint8_t* out) {
   using U8 = Vec<uint8_t, S::bytes>;
   using U32 = Vec<uint32_t, S::bytes>;
   const int groups = dim / 32, row_words = bits * groups;
+  const auto& tables = kLevelTable<bits, S::level_offset>;
   for (int g = 0; g < groups; g += kChunks<S>) {
     const int count = groups - g < kChunks<S> ? groups - g : kChunks<S>;
     U32 row[4], plane[4];
@@ -78,7 +79,7 @@ void unpack_quad(const uint32_t* rows, int dim, uint8_t* out) {
     for (int w = 0; w < 4; ++w) {
       const bool upper = bits == 2 && w >= 2;
       const U8 nibbles = as<U8>(plane[bits == 2 ? w % 2 : w]);
-      const int8_t* table = upper ? kLevelTable<bits, S::level_offset>.high : kLevelTable<bits, S::level_offset>.low;
+      const int8_t* table = upper ? tables.high : tables.low;
       S::put_levels(out, S::lookup(table, nibbles & 0x0f));
       S::put_levels(out + kLevelBytes<S>, S::lookup(table, as<U8>(as<U32>(nibbles) >> 4) & 0x0f));
       out += 2 * kLevelBytes<S>;
