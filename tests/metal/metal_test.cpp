@@ -234,6 +234,16 @@ TEST(MetalRules, RowsThatSeeNothingAreZero) {
   }
 }
 
+TEST(MetalRules, ALaterBlockMayBeHiddenOrFarSmaller) {
+  for (auto c : {kDecodeCase, kPrefillCase}) {
+    c.kv_len = 161;  // the sixth block holds one key, which the last query alone sees
+    const auto [got, want] = run_changed(c, [&](cases::Inputs& in) {
+      in.keys.scales[3] = float_to_half(300.0f);  // a score that leaves nothing to the others, or the reverse
+    });
+    expect_same_poison(got, want, c.head_dim);
+  }
+}
+
 TEST(MetalPlan, FitsTheLimits) {
   for (const auto& c : emulator::attention_cases(true)) {
     const auto plan = metal::plan_attention(

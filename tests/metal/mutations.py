@@ -26,7 +26,7 @@ MUTATIONS = {
         "block, range.y, mine, lane, simdgroup);\n    simdgroup_barrier(mem_flags::mem_threadgroup);",
         "block, range.y, mine, lane, simdgroup);"),
     "reads one row beyond the last": (
-        "decode.metal", "min(block + t, last - 1)", "(block + t)"),
+        "decode.metal", "min(block + t, last - 1)", "min(block + t, last)"),
     "a barrier that only some SIMD-groups reach": (
         "prefill.metal", "threadgroup_barrier(mem_flags::mem_threadgroup);\n    unpack_tile<VB, D>",
         "if (simdgroup) threadgroup_barrier(mem_flags::mem_threadgroup);\n    unpack_tile<VB, D>"),
