@@ -137,12 +137,12 @@ AttentionOptions checked_options(const mx::array& q, const PackedArrays& keys, c
           query_heads, " and ", kv_heads);
   require(std::isfinite(o.scale), "[attention] scale must be finite; got ", o.scale);
   require(o.window >= 0, "[attention] window must be at least 0; got ", o.window);
-  if (o.kv_len < 0) o.kv_len = capacity;
-  require(o.kv_len <= capacity, "[attention] kv_len must be at most the ", capacity, " tokens held; got ", o.kv_len);
+  const int kv_len = o.kv_len < 0 ? capacity : o.kv_len;
+  require(kv_len <= capacity, "[attention] kv_len must be at most the ", capacity, " tokens held; got ", kv_len);
   if (o.mask) {
     require(o.mask->dtype() == mx::bool_ || is_float(o.mask->dtype()),
             "[attention] mask must be bool, float16, bfloat16 or float32; got ", o.mask->dtype());
-    const mx::Shape full{batch, query_heads, q.shape(2), o.kv_len};
+    const mx::Shape full{batch, query_heads, q.shape(2), kv_len};
     bool fits = o.mask->ndim() <= 4;
     for (int i = 1; fits && i <= int(o.mask->ndim()); ++i) {
       fits = o.mask->shape(-i) == 1 || o.mask->shape(-i) == full[4 - i];
@@ -175,8 +175,10 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
   const auto stream = mx::to_stream(s);
   const auto o = checked_options(q, keys, values, options, stream);
   if (on_gpu(stream)) {
+    auto gpu = o;  // kernels are built for these shapes
+    if (gpu.kv_len < 0) gpu.kv_len = keys.codes.shape(2);
     const auto dense = [&](const mx::array& x) { return o.dense_rows ? x : mx::contiguous(x, false, stream); };
-    return attention_gpu(q, {dense(keys.codes), dense(keys.scales)}, {dense(values.codes), dense(values.scales)}, o,
+    return attention_gpu(q, {dense(keys.codes), dense(keys.scales)}, {dense(values.codes), dense(values.scales)}, gpu,
                          stream);
   }
   const Attention::Settings settings{o.scale,

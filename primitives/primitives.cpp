@@ -7,6 +7,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "primitives/checks.h"
 #include "turboquant/turboquant.h"
 
 namespace turboquant::ops {
@@ -158,7 +159,7 @@ void Attention::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::a
   allocate(out);
   AttendParams p;
   p.batch = q.shape(0), p.query_heads = q.shape(1), p.query_len = q.shape(2), p.head_dim = q.shape(3);
-  p.kv_heads = key_codes.shape(1), p.kv_len = settings_.kv_len;
+  p.kv_heads = key_codes.shape(1), p.kv_len = settings_.kv_len < 0 ? key_codes.shape(2) : settings_.kv_len;
   p.scale = settings_.scale;
   p.seed = settings_.seed;
   p.q = tensor(q);
@@ -180,6 +181,31 @@ void Attention::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::a
   if (settings_.value_centre) p.value_centre = inputs[next++].data<float>();
   p.out = tensor<void*>(out, out.data<void>());
   encoder.dispatch([p] { turboquant::attend(p); });
+}
+
+std::vector<mx::Shape> Attention::output_shapes(const std::vector<mx::array>& inputs) {
+  const auto &q = inputs[0], &keys = inputs[1], &values = inputs[3];
+  const int batch = q.shape(0), dim = q.shape(3), held = keys.shape(2);
+  const int kv_len = settings_.kv_len < 0 ? held : settings_.kv_len;
+  const mx::Shape scales{batch, keys.shape(1), held};
+  require(keys.shape(0) == batch && values.shape(0) == batch && values.shape(1) == keys.shape(1) &&
+              values.shape(2) == held && inputs[2].shape() == scales && inputs[4].shape() == scales &&
+              keys.shape(3) == words_per_vector(settings_.key_bits, dim) &&
+              values.shape(3) == words_per_vector(settings_.value_bits, dim) && q.shape(1) % keys.shape(1) == 0,
+          "[attention] q, keys and values must fit together; got q ", q.shape(), ", keys ", keys.shape(),
+          " and values ", values.shape());
+  require(kv_len <= held, "[attention] kv_len must be at most the ", held, " tokens held; got ", kv_len);
+  size_t next = 5;
+  if (settings_.mask) {
+    const mx::Shape full{batch, q.shape(1), q.shape(2), kv_len};
+    require(inputs[next].shape() == full, "[attention] mask must have shape ", full, "; got ", inputs[next].shape());
+    ++next;
+  }
+  if (settings_.starts) {
+    require(inputs[next].shape() == mx::Shape{batch}, "[attention] starts must have shape (", batch, "); got ",
+            inputs[next].shape());
+  }
+  return {q.shape()};
 }
 
 bool Attention::is_equivalent(const mx::Primitive& other) const {

@@ -59,14 +59,16 @@ class Attention : public CorePrimitive {
     float scale;
     int key_bits, value_bits;
     uint64_t seed;
-    int kv_len, window;
+    int kv_len;  // -1: as many as the keys hold, whatever their number when it runs (shapeless compilation)
+    int window;
     bool causal, mask, starts, sinks, key_centre, value_centre;
     bool operator==(const Settings&) const = default;
   };
   Attention(mx::Stream stream, const Settings& settings) : CorePrimitive(stream), settings_(settings) {}
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   bool is_equivalent(const mx::Primitive& other) const override;
-  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override { return {inputs[0].shape()}; }
+  /// Also checks that the inputs fit together: a graph compiled without shapes meets others than it was built with.
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
   const char* name() const override { return "turboquant.attention"; }
 
  private:

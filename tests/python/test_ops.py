@@ -114,6 +114,18 @@ def test_compile_async_and_streams_give_the_same_numbers():
     assert mx.array_equal(got, want)
 
 
+def test_compiled_without_shapes_reads_as_many_tokens_as_there_are():
+    long, short = packed_kv(1, 2, 3000, 64), packed_kv(1, 2, 7, 64)
+    q = mx.random.normal((1, 4, 1, 64))
+    compiled = mx.compile(
+        lambda q, kc, ks, vc, vs: attention(q, (kc, ks), (vc, vs), scale=0.1), shapeless=True
+    )
+    for keys, values in (long, short, long):
+        assert mx.array_equal(compiled(q, *keys, *values), attention(q, keys, values, scale=0.1))
+    with pytest.raises(ValueError, match="must fit together"):
+        compiled(q, *long[0], *short[1])
+
+
 def test_two_compiled_settings_do_not_share_a_result():
     keys, values = packed_kv(1, 1, 20, 64)
     q = mx.random.normal((1, 1, 1, 64))
