@@ -83,12 +83,10 @@ def calibrate(model, tokens, *, step=512):
 
 def _float_caches(model):
     """The model's own caches, whether or not `enable` was called."""
-    if not hasattr(model, "make_cache"):
-        return [KVCache() for _ in model.layers]
-    make_cache = model.make_cache
-    if hasattr(make_cache, "replaced"):  # set by enable()
-        make_cache = make_cache.replaced or type(model).make_cache.__get__(model)
-    return make_cache()
+    from .slots import _own_make_cache
+
+    make_cache = _own_make_cache(model)
+    return make_cache() if make_cache else [KVCache() for _ in model.layers]
 
 
 def fingerprint(directory):

@@ -105,6 +105,21 @@ def _probe(model, original, coding):
         problems |= more
 
 
+def _own_make_cache(model):
+    """The model's own make_cache, whether or not enable() was called; None when it has none."""
+    ours = vars(model).get("make_cache")
+    if not hasattr(ours, "replaced"):
+        return getattr(model, "make_cache", None)
+    if ours.replaced is not None:
+        return ours.replaced
+    return type(model).make_cache.__get__(model) if hasattr(type(model), "make_cache") else None
+
+
+def _slot(path):
+    """How `centres` and calibration name a slot."""
+    return path[0] if len(path) == 1 else path
+
+
 def enable(model, bits=3, *, key_bits=None, value_bits=None, seed=0, centres=None, start=None):
     """Makes `model.make_cache()` give packed caches in its `KVCache` and `RotatingKVCache` slots; other slots stay.
 
@@ -122,21 +137,25 @@ def enable(model, bits=3, *, key_bits=None, value_bits=None, seed=0, centres=Non
         The number of slots that were replaced.
 
     Raises:
-        ValueError: the model has no such slot, or layers cannot be packed: the message gives each one's reason.
-            The model is left as it was.
+        ValueError: the model has no such slot, or layers cannot be packed: the message gives each one's reason;
+            a setting is out of range, or `centres` names a slot that the model does not have.  The model is left as
+            it was, with the caches of an earlier enable() if there was one.
     """
-    disable(model)
     TurboQuantKVCache(bits, key_bits=key_bits, value_bits=value_bits, seed=seed)  # refuses wrong widths first
     if start is not None and start < 0:
         raise ValueError(f"[enable] start must be at least 0; got {start}")
-    own = hasattr(model, "make_cache")
+    own = _own_make_cache(model)
     layers = len(model.layers)
-    original = model.make_cache if own else lambda: [KVCache() for _ in range(layers)]
+    original = own or (lambda: [KVCache() for _ in range(layers)])
 
     slots = [(path, c) for path, c in leaves(original()) if type(c) in REPLACED]
     if not slots:
         kinds = sorted({type(c).__name__ for _, c in leaves(original())})
         raise ValueError(f"[enable] the model has no KVCache slot, so there is nothing to compress; it has {kinds}")
+    names = [_slot(path) for path, _ in slots]
+    unknown = [slot for slot in centres or {} if slot not in names]
+    if unknown:
+        raise ValueError(f"[enable] centres must belong to slots that are packed, {names}; got {unknown}")
     windows = [layer_name(path) for path, c in slots if start and type(c) is RotatingKVCache]
     if windows:
         raise ValueError(
@@ -150,7 +169,7 @@ def enable(model, bits=3, *, key_bits=None, value_bits=None, seed=0, centres=Non
             "key_bits": key_bits,
             "value_bits": value_bits,
             "seed": seed,
-            "centres": centres.get(path[0] if len(path) == 1 else path) if centres else None,
+            "centres": centres.get(_slot(path)) if centres else None,
         }
 
     apply_patch()
@@ -174,8 +193,9 @@ def enable(model, bits=3, *, key_bits=None, value_bits=None, seed=0, centres=Non
             raise ValueError(f"[enable] start = {start} and max_kv_size = {max_kv_size} exclude each other")
         return replace_slots([RotatingKVCache(max_size=max_kv_size, keep=4) for _ in range(layers)], packed)
 
-    make_cache.replaced = vars(model).get("make_cache")
-    if not own:  # mlx-lm gives max_kv_size to such models only
+    before = vars(model).get("make_cache")
+    make_cache.replaced = getattr(before, "replaced", before)
+    if own is None:  # mlx-lm gives max_kv_size to such models only
         make_cache.sized = sized
     model.make_cache = make_cache
     return len(slots)

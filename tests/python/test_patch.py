@@ -162,6 +162,28 @@ def test_enable_refuses_with_the_reason_per_layer():
         enable(small_llama(), bits=7)
 
 
+@pytest.mark.parametrize("build", [small_llama, small_qwen3])
+@pytest.mark.parametrize("owner", ["class", "instance"])
+def test_a_refused_enable_leaves_the_model_as_it_was(build, owner):
+    model = build()
+    if owner == "instance":
+        model.make_cache = lambda: [KVCache() for _ in model.layers]
+    before = vars(model).get("make_cache")
+    enable(model, 3, seed=5)
+    for wrong, message in [
+        ({"bits": 7}, "must be 2, 3 or 4; got 7"),
+        ({"start": -1}, "start must be at least 0; got -1"),
+        ({"centres": {99: (None, None)}}, r"slots that are packed, \[0, 1\]; got \[99\]"),
+        ({"centres": {0: (mx.zeros((3, 64)),) * 2}}, "2 of 2|1 of 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            enable(model, **wrong)
+        assert [(type(c), c.bits, c.seed) for c in make_prompt_cache(model)] == [(TurboQuantKVCache, 3, 5)] * 2
+    assert enable(model, 4) == 2 and make_prompt_cache(model)[0].bits == 4
+    disable(model)
+    assert vars(model).get("make_cache") is before and type(make_prompt_cache(model)[0]) is KVCache
+
+
 def test_a_folder_without_weights_is_refused(tmp_path):
     for file in MODEL.glob("*.json"):
         shutil.copy(file, tmp_path)
