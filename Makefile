@@ -12,15 +12,19 @@ BLAS = $(shell ldconfig -p 2>/dev/null | sed -n 's/.*=> \(.*libopenblas\.so\.0\)
 WITH_BLAS = $(if $(BLAS),LD_PRELOAD=$(BLAS))
 DEBIAN := g++ make python3-venv python3-dev libopenblas0-pthread libgtest-dev libbenchmark-dev
 
-.PHONY: demo test test-cpp test-python install system bench clean format
+.PHONY: demo test test-cpp test-python install system clean format
 
 demo: install
 	$(WITH_BLAS) $(BIN)/python examples/run_qwen35_tq3.py
 
 test: install test-cpp test-python
 
-# Debian's packages, only when one is missing; macOS brings a compiler and a BLAS.
+# Debian's packages, only when one is missing; macOS brings a compiler and a BLAS, Homebrew the test library.
 system:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; this is " + sys.version.split()[0] + ": make PYTHON=...")'
+ifeq ($(OS),Darwin)
+	@command -v brew >/dev/null && (brew list googletest >/dev/null 2>&1 || brew install -q googletest google-benchmark) || true
+endif
 ifeq ($(OS),Linux)
 	@if command -v dpkg-query >/dev/null && ! dpkg-query -W $(DEBIAN) >/dev/null 2>&1; then \
 	  $(SUDO) apt-get update -q && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(DEBIAN); fi

@@ -59,7 +59,7 @@ struct AttentionOptions {
 mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,
                     const AttentionOptions& options, mx::StreamOrDevice s = {});
 
-/// Which kernel `attention` uses for these sizes on this device, for people: "cpu avx512vbmi decode".
+/// Which kernel `attention` uses for these sizes on this device, for people: "cpu avx512_vbmi decode".
 std::string attention_route(int query_len, int head_dim, const mx::Device& device);
 
 }  // namespace turboquant::ops

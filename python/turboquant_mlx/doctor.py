@@ -4,13 +4,14 @@ import argparse
 import copy
 import math
 import platform
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
 
-from . import _checks, _core
+from . import _checks, _core, gpu_report
 from ._build_info import MLX_VERSION, NANOBIND_VERSION
 from .batch import BatchTurboQuantKVCache
 from .cache import TurboQuantKVCache
@@ -94,14 +95,42 @@ def self_test():
     yield "caches", *_caches()
 
 
+def _use_gpu(kind):
+    """Makes the GPU asked for the default device; exits with the reason when there is none."""
+    found = {"metal": mx.metal, "cuda": mx.cuda}[kind].is_available()
+    supported, why = _core.gpu_supported()
+    if not found or not supported:
+        sys.exit(f"[doctor] --{kind}: MLX finds no such GPU here ({why})")
+    mx.set_default_device(mx.gpu)
+
+
+def _test_suite():
+    """Runs the GPU tests of a source checkout, if this is one; returns their exit code."""
+    tests = Path.cwd() / "tests" / "python" / "test_gpu.py"
+    if not tests.is_file():
+        print("tests/python/test_gpu.py is not here: run this in a checkout to have the whole table tested")
+        return 0
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", str(tests)], check=False).returncode
+
+
 def main(argv=None):
     """Prints the findings and runs the self-test; returns 1 when a test failed."""
-    argparse.ArgumentParser(prog="python -m turboquant_mlx doctor", description=__doc__).parse_args(argv)
+    parser = argparse.ArgumentParser(prog="python -m turboquant_mlx doctor", description=__doc__)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--metal", action="store_true", help="test and time the kernels on this Mac's GPU")
+    which.add_argument("--cuda", action="store_true", help="test and time the kernels on this NVIDIA GPU")
+    args = parser.parse_args(argv)
+    on_gpu = args.metal or args.cuda
+    if on_gpu:
+        _use_gpu("metal" if args.metal else "cuda")
     for name, found in findings():
         print(f"{name:18} {found}")
     passed = True
     for name, ok, found in self_test():
         passed &= bool(ok)
         print(f"{'ok' if ok else 'FAILED':6} {name}: {found}")
+    if on_gpu:
+        passed &= _test_suite() == 0
+        gpu_report.report()
     print("all is well" if passed else "the self-test failed: rebuild with make install, or report this output")
     return 0 if passed else 1

@@ -26,7 +26,7 @@ CACHE_CLASSES = (
     BatchTurboQuantRotatingKVCache,
     DelayedTurboQuantKVCache,
 )
-_quantized = base.quantized_scaled_dot_product_attention
+original_quantized_attention = base.quantized_scaled_dot_product_attention
 _outer = base.scaled_dot_product_attention
 _make_prompt_cache = mlx_lm_cache.make_prompt_cache
 _seen = None  # while a model is probed: ids of the histories that attention read
@@ -43,7 +43,7 @@ def _patched_quantized(queries, q_keys, q_values, scale, mask, group_size=64, bi
         return _attend(q_keys, queries, scale, mask)
     if isinstance(q_keys, mx.array):  # a cache that has not begun to pack
         return mx.fast.scaled_dot_product_attention(queries, q_keys, q_values, scale=scale, mask=mask)
-    return _quantized(queries, q_keys, q_values, scale=scale, mask=mask, group_size=group_size, bits=bits)
+    return original_quantized_attention(queries, q_keys, q_values, scale=scale, mask=mask, group_size=group_size, bits=bits)
 
 
 def _patched_outer(queries, keys, values, cache, scale, mask, sinks=None):
@@ -76,7 +76,7 @@ def apply_patch():
 
 def remove_patch():
     """Undoes apply_patch()."""
-    base.quantized_scaled_dot_product_attention = _quantized
+    base.quantized_scaled_dot_product_attention = original_quantized_attention
     _rebind("scaled_dot_product_attention", _patched_outer, _outer)
     _rebind("make_prompt_cache", _patched_make_prompt_cache, _make_prompt_cache)
     for cls in CACHE_CLASSES:

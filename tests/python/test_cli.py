@@ -247,3 +247,20 @@ def test_doctor_finds_all_well():
     assert "all is well" in done.stdout and "FAILED" not in done.stdout
     for name in ("MLX", "nanobind", "CPU kernels", "import name", "device"):
         assert name in done.stdout
+
+
+def test_doctor_says_when_the_gpu_asked_for_is_not_here():
+    for flag, available in (("--metal", mx.metal.is_available()), ("--cuda", mx.cuda.is_available())):
+        if not available:
+            done = module_run("doctor", flag)
+            assert done.returncode != 0 and f"[doctor] {flag}: MLX finds no such GPU here" in done.stderr
+
+
+def test_the_speed_table_of_doctor():
+    from turboquant_mlx import gpu_report
+
+    found = list(gpu_report.rows((64, 96), queries=2, repeats=2))
+    assert [row["tokens"] for row in found] == [64, 96]
+    assert all(isinstance(row[kind], float) and row[kind] > 0 for row in found for kind in ("float16", "tq4", "tq3"))
+    text = gpu_report.table("two queries", found)
+    assert text.count("\n| ") == 3 and "x)" in text

@@ -40,8 +40,8 @@ def tq3(bundled, tokens):
     return logits_of(bundled[0], tokens[:LENGTH], TurboQuantKVCache, [LENGTH])
 
 
-# Measured on this text: 0.00280 and 0.01070 (docs/quality.md has the table over more windows).
-@pytest.mark.parametrize("bits, bound", [(4, 0.0030), (3, 0.0115)])
+# Measured on this text: 0.00260 and 0.00992 (docs/quality.md has the table over more windows).
+@pytest.mark.parametrize("bits, bound", [(4, 0.0028), (3, 0.0106)])
 def test_divergence_from_float_caches_is_bounded(patched, bundled, tokens, exact, bits, bound):
     got = logits_of(bundled[0], tokens[:LENGTH], lambda: TurboQuantKVCache(bits), [LENGTH])
     kld = divergence(exact, got)
