@@ -1,6 +1,7 @@
 """Why the package cannot work here, said plainly and before anything is loaded."""
 
 import importlib.metadata
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -9,31 +10,40 @@ DISTRIBUTION = "turboquant-kv-mlx"
 _REBUILD = "rebuild it in this environment: pip install --no-build-isolation -e . (in the repository's root)"
 
 
-def _installed(distribution):
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _normal(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def other_folders():
+    """What a look at sys.path finds: folders, and distributions with turboquant in their name, that are imported as
+    turboquant_mlx and are not ours.  Takes about a millisecond, so every import does it."""
+    ours = Path(__file__).resolve().parent
+    found = set()
+    for entry in sys.path:
+        root = Path(entry or ".")
+        folder = root / "turboquant_mlx"
+        if (folder / "__init__.py").is_file() and folder.resolve() != ours:
+            found.add(str(folder.resolve()))
+        for info in root.glob("*turboquant*.dist-info"):
+            other = importlib.metadata.Distribution.at(info)
+            name = other.metadata["Name"] or info.name
+            files = (str(file) for file in other.files or [])
+            if _normal(name) != DISTRIBUTION and any(file.startswith("turboquant_mlx/") for file in files):
+                found.add(f"{name} {other.version}")
+    return sorted(found)
 
 
 def other_packages():
-    """Folders and distributions, other than ours, that are imported as turboquant_mlx."""
-    ours = Path(__file__).resolve().parent
-    found = []
-    for entry in sys.path:
-        folder = Path(entry or ".") / "turboquant_mlx"
-        if (folder / "__init__.py").is_file() and folder.resolve() != ours:
-            found.append(str(folder.resolve()))
-    for name in ("turboquant-mlx", "turboquant_mlx", "mlx-turboquant"):
-        version = _installed(name)
-        if version and any(str(f).startswith("turboquant_mlx/") for f in importlib.metadata.files(name) or []):
-            found.append(f"{name} {version}")
-    return sorted(set(found))
+    """Folders and all installed distributions, other than ours, that are imported as turboquant_mlx.  Reads every
+    distribution's list of files: about 0.1 s for 60 of them."""
+    names = importlib.metadata.packages_distributions().get("turboquant_mlx", [])
+    others = {f"{name} {importlib.metadata.version(name)}" for name in names if _normal(name) != DISTRIBUTION}
+    return sorted(others.union(other_folders()))
 
 
 def before_loading():
     """Raises ImportError when the extension does not fit this environment; warns when the import name is shared."""
-    clash = other_packages()
+    clash = other_folders()
     if clash:
         warnings.warn(
             f"[turboquant_mlx] another package uses this import name ({', '.join(clash)}); this is {DISTRIBUTION} in "
