@@ -62,6 +62,7 @@ class BatchTurboQuantKVCache(PackedCache):
         return {"length": self.size(), "left_padding": self.left_padding.tolist()}
 
     def _restore(self, coding, position, arrays):
-        self._core = _core.BatchKVCache(position["left_padding"], *coding)
+        core = _core.BatchKVCache(position["left_padding"], *coding)
         if arrays:
-            self._core.restore(arrays, **position)
+            core.restore(arrays, **position)
+        self._core = core

@@ -35,11 +35,15 @@ class PackedCache(_BaseCache):
         self.fingerprint = fingerprint
         return self
 
-    def __deepcopy__(self, memo):
+    def __copy__(self):
         """A copy that shares no later write; the buffers are shared until one of the two writes."""
-        other = copy.copy(self)
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
         other._core = copy.deepcopy(self._core)
         return other
+
+    def __deepcopy__(self, memo):
+        return copy.copy(self)
 
     @property
     def bits(self):
@@ -117,7 +121,7 @@ class PackedCache(_BaseCache):
         raise NotImplementedError
 
     def _restore(self, coding, position, arrays):
-        """Sets `_core`; `arrays` are four, or None when nothing was appended."""
+        """Sets `_core` once all else went well; `arrays` are four, or None when nothing was appended."""
         raise NotImplementedError
 
     @property
@@ -143,6 +147,8 @@ class PackedCache(_BaseCache):
         except (TypeError, ValueError) as error:
             raise ValueError(f"[load] this is not the state of a {type(self).__name__}") from error
         fields = read(identity, arrays, type(self).__name__)
+        if len(arrays) != 6:
+            raise ValueError(f"[load] a {type(self).__name__} has six arrays; got {len(arrays)}")
         coding = (fields["key_bits"], fields["value_bits"], fields["seed"], *arrays[4:])
         self._restore(coding, fields["position"], None if arrays[0] is None else arrays[:4])
         self._query = None
@@ -199,9 +205,10 @@ class TurboQuantKVCache(PackedCache):
         return {"offset": self.offset}
 
     def _restore(self, coding, position, arrays):
-        self._core = _core.KVCache(*coding)
+        core = _core.KVCache(*coding)
         if arrays:
-            self._core.restore(arrays, position["offset"])
+            core.restore(arrays, position["offset"])
+        self._core = core
 
     @classmethod
     def merge(cls, caches):

@@ -58,9 +58,9 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
         """Whether the cache holds codes by now."""
         return self._floats is None
 
-    def __deepcopy__(self, memo):
-        other = super().__deepcopy__(memo)
-        other._floats = copy.deepcopy(self._floats, memo)
+    def __copy__(self):
+        other = super().__copy__()
+        other._floats = copy.deepcopy(self._floats)  # mlx-lm's cache writes into its arrays
         return other
 
     def update_and_fetch(self, keys, values):
@@ -109,9 +109,12 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
         return {"start": self.start, "packed": self.packed, "offset": self.offset}
 
     def _restore(self, coding, position, arrays):
-        packed = position["packed"]
-        super()._restore(coding, position, arrays if packed else None)
-        self.start = position["start"]
-        self._floats = None if packed else KVCache()
+        packed, start, offset = position["packed"], position["start"], position["offset"]
+        held = arrays[0].shape[2] if arrays else 0
+        if not isinstance(packed, bool) or (not packed and offset != held):
+            raise ValueError(f"[load] a cache of {held} tokens cannot stand at {position}")
+        floats = None if packed else KVCache()
         if arrays and not packed:
-            self._floats.state = (*arrays[:2], position["offset"])
+            floats.state = (*arrays[:2], offset)
+        super()._restore(coding, position, arrays if packed else None)
+        self.start, self._floats = start, floats

@@ -63,9 +63,10 @@ class TurboQuantRotatingKVCache(PackedCache):
         }
 
     def _restore(self, coding, position, arrays):
-        self._core = _core.RotatingKVCache(position["max_size"], position["keep"], *coding)
+        core = _core.RotatingKVCache(position["max_size"], position["keep"], *coding)
         if arrays:
-            self._core.restore(arrays, position["offset"], position["index"])
+            core.restore(arrays, position["offset"], position["index"])
+        self._core = core
 
 
 class BatchTurboQuantRotatingKVCache(PackedCache):
@@ -122,6 +123,7 @@ class BatchTurboQuantRotatingKVCache(PackedCache):
         position = dict(position)
         max_size, padding = position.pop("max_size"), position["left_padding"]
         # Padding counts down as the window moves on, below zero at last; a fresh batch takes none of that.
-        self._core = _core.BatchRotatingKVCache(max_size, [0] * len(padding) if arrays else padding, *coding)
+        core = _core.BatchRotatingKVCache(max_size, [0] * len(padding) if arrays else padding, *coding)
         if arrays:
-            self._core.restore(arrays, **position)
+            core.restore(arrays, **position)
+        self._core = core

@@ -64,11 +64,12 @@ def test_trimming_a_prompt_cache():
 def test_a_copy_goes_its_own_way():
     for cache in (TurboQuantKVCache(), TurboQuantRotatingKVCache(8), DelayedTurboQuantKVCache(100)):
         fill(cache, 10)
-        old = copy.deepcopy(cache)
-        before = old.state
-        fill(cache, 1)
-        assert (cache.offset, old.offset) == (11, 10)
-        assert str(old.state[-1]) == str(before[-1]) != str(cache.state[-1])
+        for duplicate in (copy.copy, copy.deepcopy):
+            now, old = cache.offset, duplicate(cache)
+            before = old.state
+            fill(cache, 1)
+            assert type(old) is type(cache) and (cache.offset, old.offset) == (now + 1, now)
+            assert str(old.state[-1]) == str(before[-1]) != str(cache.state[-1])
 
 
 def test_a_list_of_caches_trims_and_counts_as_one():

@@ -27,6 +27,7 @@ from turboquant_mlx import (
     load_prompt_cache,
     to_turboquant,
 )
+from turboquant_mlx.identity import Identity
 from turboquant_mlx.saving import check_fits
 
 
@@ -99,6 +100,30 @@ def test_a_state_can_be_set_and_evaluated():
         assert same(cache, other)
         cache.state = other.state
         assert same(cache, other)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name not in ("empty", "list")])
+@pytest.mark.parametrize("damage", ["position", "key_bits", "arrays"])
+def test_a_bad_state_changes_nothing(case, damage):
+    cache = CASES[case]()
+    if damage == "key_bits" and case == "not packed yet":
+        damage = "position"  # floats have no width
+    *arrays, identity = cache.state
+    fields = dict(identity.fields, model="another model")
+    if damage == "position":  # a right checksum over numbers that do not fit the arrays
+        fields["position"] = {
+            key: [0] * 9 if isinstance(value, list) else None for key, value in fields["position"].items()
+        }
+    elif damage == "key_bits":
+        fields["key_bits"] = 4 if fields["key_bits"] == 3 else 3  # the codes have another length
+    else:
+        arrays = arrays[:-1]
+    before, codes = str(cache.state[-1]), cache._core
+    with pytest.raises((ValueError, TypeError, KeyError)):
+        cache.state = (*arrays, Identity(fields, arrays))
+    assert cache._core is codes and str(cache.state[-1]) == before and cache.fingerprint == ""
+    if not case.startswith("batch"):
+        fill(cache, 1)
 
 
 @pytest.fixture
