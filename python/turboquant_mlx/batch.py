@@ -1,14 +1,12 @@
 """The packed cache of a batch of sequences.  The logic is C++ (primitives/batch.h)."""
 
+from __future__ import annotations
+
+import mlx.core as mx
+
 from . import _core
-from .cache import PackedCache, TurboQuantKVCache, coding
-
-
-def as_list(numbers):
-    """Padding, lengths and rows come as lists, tuples or arrays."""
-    if numbers is None:
-        return []
-    return numbers.tolist() if hasattr(numbers, "tolist") else list(numbers)
+from .arguments import Centres, as_list, coding, padding
+from .cache import PackedCache, TurboQuantKVCache
 
 
 class BatchTurboQuantKVCache(PackedCache):
@@ -22,12 +20,23 @@ class BatchTurboQuantKVCache(PackedCache):
 
     step = 256
 
-    def __init__(self, left_padding, bits=3, **settings):
-        self._core = _core.BatchKVCache(as_list(left_padding), *coding(bits, **settings))
+    def __init__(
+        self,
+        left_padding: list[int] | mx.array,
+        bits: int = 3,
+        *,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        seed: int = 0,
+        centres: Centres | None = None,
+    ) -> None:
+        owner = type(self).__name__
+        settings = coding(owner, bits, key_bits, value_bits, seed, centres)
+        self._core = _core.BatchKVCache(padding(owner, left_padding), *settings)
         self._query = None
 
     @classmethod
-    def merge(cls, caches):
+    def merge(cls, caches: list[TurboQuantKVCache]) -> BatchTurboQuantKVCache:
         """The batch of these TurboQuantKVCaches; ValueError when their bits, seeds, centres or shapes differ."""
         strange = {type(c).__name__ for c in caches if not isinstance(c, TurboQuantKVCache)}
         if strange:
@@ -35,26 +44,40 @@ class BatchTurboQuantKVCache(PackedCache):
         return cls._wrap(_core.BatchKVCache.merge([c._core for c in caches]), caches[0].fingerprint)
 
     @property
-    def left_padding(self):
-        """(B,) pads in front of each row."""
+    def left_padding(self) -> mx.array:
+        """(B,) int32: pads in front of each row."""
         return self._core.left_padding
 
-    def size(self):
+    def size(self) -> int:
+        """Tokens held of each row, its pads included."""
         return self._core.length
 
-    def prepare(self, *, left_padding=None, lengths=None, right_padding=None):
+    def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
+        """Before a padded prompt is appended.
+
+        Args:
+            left_padding: pads in front of each row, only while the batch is empty.
+            lengths: real tokens of each row of the prompt (not needed here).
+            right_padding: pads after each row; `finalize` moves them to the front.
+
+        Raises:
+            ValueError: numbers below 0, or not one a row; left padding when tokens are held.
+        """
         self._core.prepare(as_list(left_padding), as_list(right_padding))
 
-    def finalize(self):
+    def finalize(self) -> None:
+        """After a right-padded prompt: moves each row's pads to its front."""
         self._core.finalize()
 
-    def filter(self, batch_indices):
+    def filter(self, batch_indices) -> None:
+        """Keeps these rows, in this order; ValueError for rows that do not exist."""
         self._core.filter(as_list(batch_indices))
 
-    def extend(self, other):
+    def extend(self, other: BatchTurboQuantKVCache) -> None:
+        """Appends the rows of another batch; ValueError when bits, seeds, centres or shapes differ."""
         self._core.extend(other._core)
 
-    def extract(self, idx):
+    def extract(self, idx: int) -> TurboQuantKVCache:
         """Row `idx` as a TurboQuantKVCache."""
         return TurboQuantKVCache._wrap(self._core.extract(idx), self.fingerprint)
 

@@ -1,24 +1,15 @@
 """The packed cache of one attention layer, in mlx-lm's cache protocol.  The logic is C++ (primitives/cache.h)."""
 
+from __future__ import annotations
+
 import copy
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, _BaseCache, create_attention_mask
 
 from . import _core
+from .arguments import Centres, coding
 from .identity import CODEBOOK, Identity, read
-
-
-def coding(bits=3, *, key_bits=None, value_bits=None, seed=0, centres=None):
-    """The arguments that every cache takes, as the extension's; see TurboQuantKVCache."""
-    key_centre, value_centre = centres or (None, None)
-    return (
-        bits if key_bits is None else key_bits,
-        bits if value_bits is None else value_bits,
-        seed,
-        key_centre,
-        value_centre,
-    )
 
 
 class PackedCache(_BaseCache):
@@ -46,66 +37,93 @@ class PackedCache(_BaseCache):
         return copy.copy(self)
 
     @property
-    def bits(self):
+    def bits(self) -> int:
         """Width of the keys; its presence makes mlx-lm send attention to the hook that apply_patch() installs."""
         return self._core.key_bits
 
     @property
-    def key_bits(self):
+    def key_bits(self) -> int:
+        """Bits of a coordinate of the keys: 2, 3 or 4."""
         return self._core.key_bits
 
     @property
-    def value_bits(self):
+    def value_bits(self) -> int:
+        """Bits of a coordinate of the values: 2, 3 or 4."""
         return self._core.value_bits
 
     @property
-    def seed(self):
+    def seed(self) -> int:
+        """The seed of the random signs, from 0 to 2^64 - 1."""
         return self._core.seed
 
     @property
-    def centres(self):
-        """(keys, values) as given, or None."""
+    def centres(self) -> Centres | None:
+        """(keys, values) as given, each (H_kv, D), or None."""
         pair = self._core.centres
         return None if pair == (None, None) else pair
 
     @property
-    def offset(self):
+    def offset(self) -> int | mx.array:
         """Tokens seen: an int, or one number a row (B,) of a batch."""
         return self._core.offset
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Resident bytes of codes and scales, the spare room of the buffers included."""
         return self._core.nbytes
 
     @property
-    def route(self):
+    def route(self) -> str | None:
         """Which kernel attention used last, as words; None before it ran."""
         return self._query and _core.attention_route(*self._query, mx.default_device())
 
-    def update_and_fetch(self, keys, values):
-        """Appends (B, H_kv, N, D) keys and values; returns the packed history twice, as keys and as values."""
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[_core.View, _core.View]:
+        """Appends keys and values.
+
+        Args:
+            keys, values (mx.array): (B, H_kv, N, D) float16, bfloat16 or float32, of one shape; keys after RoPE; D a
+                multiple of 32 from 32 to 256.
+
+        Returns:
+            The packed history twice, as keys and as values, for the attention that apply_patch() installs.
+
+        Raises:
+            ValueError: a wrong dtype or shape, or B, H_kv or D other than before.  The cache stays as it was.
+        """
         self._core.append(keys, values)
         self._query = keys.shape[2:]
         view, _ = self.keys_and_values()
         view.dtype = values.dtype
         return view, view
 
-    def keys_and_values(self):
+    def keys_and_values(self) -> tuple[_core.View, _core.View]:
         """The packed history twice, for layers that read the cache of another."""
         view = self._core.view()
         return view, view
 
-    def make_mask(self, N, return_array=False, window_size=None):
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
+        """The mask of the next N tokens, to be asked for before they are appended.
+
+        Args:
+            N (int): tokens about to be appended.
+            return_array (bool): an array even where None or "causal" says the same.
+            window_size (int): hides keys `window_size` or more positions before the query.
+
+        Returns:
+            None (all is visible), "causal", or a bool array that broadcasts to (B, H, N, tokens held after appending).
+        """
         return self._core.mask(N, window_size, return_array)
 
-    def empty(self):
+    def empty(self) -> bool:
+        """Whether nothing was appended yet."""
         return self._core.empty
 
-    def is_trimmable(self):
+    def is_trimmable(self) -> bool:
+        """Whether the latest tokens can be taken back."""
         return True
 
-    def trim(self, n):
+    def trim(self, n: int) -> int:
+        """Drops the latest `n` tokens, or all there are; returns how many that were."""
         return self._core.trim(n)
 
     def to_quantized(self, *_, **__):
@@ -126,7 +144,15 @@ class PackedCache(_BaseCache):
 
     @property
     def state(self):
-        """Codes and scales of keys and values, the centres, and the Identity: all that from_state needs."""
+        """All that from_state needs, as mlx-lm saves it.
+
+        A tuple of key codes (B, H_kv, N, key_bits * D / 32) uint32, key scales (B, H_kv, N) float16, value codes and
+        value scales likewise (these four None when nothing was appended), key centre and value centre (H_kv, D) or
+        None, and the Identity: JSON with the settings, the position and a checksum.
+
+        Setting it raises ValueError when it is no such tuple, was saved by another kind of cache or format, or does
+        not match its checksum; the cache then stays as it was.
+        """
         arrays = (*self._arrays(), *self._core.centres)
         fields = {
             "format": _core.FORMAT_VERSION,
@@ -158,7 +184,7 @@ class PackedCache(_BaseCache):
         """(B, H_kv, tokens held, D)."""
         return self._core.view().shape
 
-    def inspect(self):
+    def inspect(self) -> dict:
         """What the cache holds, for people: bits, tokens, resident bytes, what float16 would take, last kernel."""
         shape = None if self.empty() else self._shape()
         return {
@@ -181,24 +207,35 @@ class TurboQuantKVCache(PackedCache):
     Args:
         bits (int): 2, 3 or 4, for keys and values.
         key_bits, value_bits (int): instead of `bits`, each side's own width.
-        seed (int): of the random signs.
+        seed (int): of the random signs, from 0 to 2^64 - 1.
         centres: a pair (keys, values) of (H_kv, D) arrays, taken from every vector before coding; see calibration.
 
     Raises:
-        ValueError: a width out of range; from `update_and_fetch`, a wrong dtype, rank or head_dim, or a batch that
-            changes size.  A failed call leaves the cache as it was.
+        ValueError: a width or seed that is no whole number or out of range, centres that are no pair; from
+            `update_and_fetch`, a wrong dtype, rank or head_dim, or a batch that changes size.  A failed call leaves
+            the cache as it was.
     """
 
     step = 256
 
-    def __init__(self, bits=3, **settings):
-        self._core = _core.KVCache(*coding(bits, **settings))
+    def __init__(
+        self,
+        bits: int = 3,
+        *,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        seed: int = 0,
+        centres: Centres | None = None,
+    ) -> None:
+        self._core = _core.KVCache(*coding(type(self).__name__, bits, key_bits, value_bits, seed, centres))
         self._query = None
 
-    def make_mask(self, N, return_array=False, window_size=None):
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
+        """As for PackedCache: None, "causal", or a bool array (N, tokens held after appending)."""
         return create_attention_mask(N, offset=self.offset, return_array=return_array, window_size=window_size)
 
-    def size(self):
+    def size(self) -> int:
+        """Tokens held."""
         return self.offset
 
     def _position(self):
@@ -211,14 +248,14 @@ class TurboQuantKVCache(PackedCache):
         self._core = core
 
     @classmethod
-    def merge(cls, caches):
+    def merge(cls, caches: list[TurboQuantKVCache]):
         """A BatchTurboQuantKVCache of these sequences."""
         from .batch import BatchTurboQuantKVCache
 
         return BatchTurboQuantKVCache.merge(caches)
 
-    def to_float(self, dtype=mx.float16):
-        """A `KVCache` with the decoded history: materialises all of it."""
+    def to_float(self, dtype: mx.Dtype = mx.float16) -> KVCache:
+        """A `KVCache` with the decoded history in `dtype`: materialises all of it."""
         cache = KVCache()
         if not self.empty():
             cache.keys, cache.values = self._core.view().decode(dtype)

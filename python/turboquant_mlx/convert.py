@@ -1,15 +1,26 @@
 """From float caches to packed ones: a filled cache at once, or a cache that packs itself at a given length."""
 
+from __future__ import annotations
+
 import copy
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
+from .arguments import Centres, whole
 from .cache import TurboQuantKVCache
 from .rotating import TurboQuantRotatingKVCache
 
 
-def to_turboquant(cache, bits=3, **settings):
+def to_turboquant(
+    cache: KVCache | RotatingKVCache,
+    bits: int = 3,
+    *,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+    seed: int = 0,
+    centres: Centres | None = None,
+) -> TurboQuantKVCache | TurboQuantRotatingKVCache:
     """The packed copy of a filled float cache, which stays as it is; `to_float()` of the result goes back.
 
     Args:
@@ -21,6 +32,7 @@ def to_turboquant(cache, bits=3, **settings):
     """
     if type(cache) not in (KVCache, RotatingKVCache):
         raise ValueError(f"[to_turboquant] cache must be a KVCache or a RotatingKVCache; got {type(cache).__name__}")
+    settings = {"key_bits": key_bits, "value_bits": value_bits, "seed": seed, "centres": centres}
     packed = TurboQuantKVCache(bits, **settings)
     if not cache.empty() and cache.offset > 0:
         packed.update_and_fetch(*cache.keys_and_values())
@@ -42,19 +54,26 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
         bits and the rest: as for TurboQuantKVCache.
     """
 
-    def __init__(self, start, bits=3, **settings):
-        if start < 0:
-            raise ValueError(f"[cache] start must be at least 0; got {start}")
-        self.start = start
+    def __init__(
+        self,
+        start: int,
+        bits: int = 3,
+        *,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        seed: int = 0,
+        centres: Centres | None = None,
+    ) -> None:
+        self.start = whole(type(self).__name__, "start", start)
         self._floats = KVCache()
-        super().__init__(bits, **settings)
+        super().__init__(bits, key_bits=key_bits, value_bits=value_bits, seed=seed, centres=centres)
 
     @property
     def merge(self):
         raise AttributeError("[merge] a cache that is packed later cannot be batched")
 
     @property
-    def packed(self):
+    def packed(self) -> bool:
         """Whether the cache holds codes by now."""
         return self._floats is None
 
@@ -64,6 +83,7 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
         return other
 
     def update_and_fetch(self, keys, values):
+        """As for TurboQuantKVCache; returns arrays (B, H_kv, tokens, D) until the cache packs itself."""
         if self.packed:
             return super().update_and_fetch(keys, values)
         if self._floats.offset + keys.shape[2] <= self.start:
@@ -74,26 +94,33 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
         return super().update_and_fetch(keys, values)
 
     def keys_and_values(self):
+        """What update_and_fetch returned last."""
         return super().keys_and_values() if self.packed else self._floats.keys_and_values()
 
     @property
-    def offset(self):
+    def offset(self) -> int:
+        """Tokens held."""
         return self._core.offset if self.packed else self._floats.offset
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
+        """Resident bytes of the floats or of the codes, the spare room of the buffers included."""
         return self._core.nbytes if self.packed else self._floats.nbytes
 
-    def empty(self):
+    def empty(self) -> bool:
+        """Whether nothing was appended yet."""
         return self._core.empty if self.packed else self._floats.empty()
 
-    def trim(self, n):
+    def trim(self, n: int) -> int:
+        """Drops the latest `n` tokens, or all there are; returns how many that were.  Codes stay codes."""
         return self._core.trim(n) if self.packed else self._floats.trim(n)
 
-    def to_float(self, dtype=mx.float16):
+    def to_float(self, dtype: mx.Dtype = mx.float16) -> KVCache:
+        """A `KVCache` with the history: decoded to `dtype`, or a copy of the floats in their own dtype."""
         return super().to_float(dtype) if self.packed else copy.deepcopy(self._floats)
 
-    def inspect(self):
+    def inspect(self) -> dict:
+        """As for TurboQuantKVCache, with 16 bits while the cache holds floats."""
         note = super().inspect()
         return note if self.packed else note | {"key_bits": 16, "value_bits": 16, "kernel": "mlx (not packed yet)"}
 

@@ -44,7 +44,21 @@ def decode(
     dtype: mx.Dtype = mx.float32,
     stream: mx.Stream | mx.Device | None = None,
 ) -> mx.array:
-    """Vectors (..., D) of `dtype` from the (codes, scales) of `encode` with the same bits, seed and centre."""
+    """Vectors from their codes: the levels times the scale, rotated back, plus the centre.
+
+    Args:
+        codes (mx.array): (..., bits * D / 32) uint32, as `encode` gave them.
+        scales (mx.array): (...) float16.
+        bits, seed, centre: as given to `encode`; with a centre, codes are (B, H, N, bits * D / 32).
+        dtype (mx.Dtype): float16, bfloat16 or float32.
+        stream: an MLX stream or device.
+
+    Returns:
+        (..., D) of `dtype`; NaN where the scale is NaN.
+
+    Raises:
+        ValueError: bits, a dtype or a shape out of range; the message gives the value found.
+    """
     return _core.decode(codes, scales, bits, seed=seed, centre=centre, dtype=dtype, stream=stream)
 
 
@@ -69,7 +83,8 @@ def attention(
 
     Args:
         q (mx.array): (B, H_q, L, D) float16, bfloat16 or float32.  Query i stands at position N - L + i.
-        keys, values: pairs (codes (B, H_kv, N, bits * D / 32), scales (B, H_kv, N)) of `encode`; H_q a multiple of H_kv.
+        keys, values: pairs (codes (B, H_kv, N, bits * D / 32), scales (B, H_kv, N)) of `encode`;
+            H_q a multiple of H_kv.
         scale (float): of the scores; finite.
         mask: None, "causal", or an array that broadcasts to (B, H_q, L, N): bool (False hides) or a float to add.
         key_bits, value_bits (int): widths of the two sides, each 2, 3 or 4.

@@ -1,11 +1,13 @@
 """Packed caches of a sliding window.  The logic is C++ (primitives/rotating.h)."""
 
+from __future__ import annotations
+
 import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
 
 from . import _core
-from .batch import as_list
-from .cache import PackedCache, coding
+from .arguments import Centres, as_list, coding, padding, whole
+from .cache import PackedCache
 
 
 class TurboQuantRotatingKVCache(PackedCache):
@@ -19,22 +21,38 @@ class TurboQuantRotatingKVCache(PackedCache):
 
     step = 256
 
-    def __init__(self, max_size, keep=0, bits=3, **settings):
-        self._core = _core.RotatingKVCache(max_size, keep, *coding(bits, **settings))
+    def __init__(
+        self,
+        max_size: int,
+        keep: int = 0,
+        bits: int = 3,
+        *,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        seed: int = 0,
+        centres: Centres | None = None,
+    ) -> None:
+        owner = type(self).__name__
+        sizes = whole(owner, "max_size", max_size, 1), whole(owner, "keep", keep)
+        self._core = _core.RotatingKVCache(*sizes, *coding(owner, bits, key_bits, value_bits, seed, centres))
         self._query = None
 
     @property
-    def max_size(self):
+    def max_size(self) -> int:
+        """Tokens held of a row at most."""
         return self._core.max_size
 
     @property
-    def keep(self):
+    def keep(self) -> int:
+        """First tokens that are never dropped."""
         return self._core.keep
 
-    def size(self):
+    def size(self) -> int:
+        """Tokens that the window holds now."""
         return self._core.size
 
-    def is_trimmable(self):
+    def is_trimmable(self) -> bool:
+        """Whether the latest tokens can be taken back: only until the window has moved on."""
         return self._core.can_trim
 
     @classmethod
@@ -46,8 +64,8 @@ class TurboQuantRotatingKVCache(PackedCache):
         core = _core.BatchRotatingKVCache.merge([c._core for c in caches])
         return BatchTurboQuantRotatingKVCache._wrap(core, caches[0].fingerprint)
 
-    def to_float(self, dtype=mx.float16):
-        """A `RotatingKVCache` with the decoded window."""
+    def to_float(self, dtype: mx.Dtype = mx.float16) -> RotatingKVCache:
+        """A `RotatingKVCache` with the decoded window in `dtype`."""
         cache = RotatingKVCache(self.max_size, self.keep)
         if not self.empty():
             cache.keys, cache.values = self._core.view().decode(dtype)
@@ -80,39 +98,68 @@ class BatchTurboQuantRotatingKVCache(PackedCache):
 
     step = 256
 
-    def __init__(self, max_size, left_padding, bits=3, **settings):
-        self._core = _core.BatchRotatingKVCache(max_size, as_list(left_padding), *coding(bits, **settings))
+    def __init__(
+        self,
+        max_size: int,
+        left_padding: list[int] | mx.array,
+        bits: int = 3,
+        *,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        seed: int = 0,
+        centres: Centres | None = None,
+    ) -> None:
+        owner = type(self).__name__
+        sizes = whole(owner, "max_size", max_size, 1), padding(owner, left_padding)
+        self._core = _core.BatchRotatingKVCache(*sizes, *coding(owner, bits, key_bits, value_bits, seed, centres))
         self._query = None
 
     merge = TurboQuantRotatingKVCache.merge
 
     @property
-    def max_size(self):
+    def max_size(self) -> int:
+        """Tokens held of a row at most."""
         return self._core.max_size
 
     @property
-    def left_padding(self):
+    def left_padding(self) -> mx.array:
+        """(B,) int32: pads still held in front of each row; counts down below 0 as the window moves on."""
         return self._core.left_padding
 
-    def size(self):
+    def size(self) -> int:
+        """Tokens that the window holds now."""
         return self._core.size
 
-    def is_trimmable(self):
+    def is_trimmable(self) -> bool:
+        """Whether the latest tokens can be taken back: only until the window has moved on."""
         return self._core.can_trim
 
-    def prepare(self, *, left_padding=None, lengths=None, right_padding=None):
+    def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
+        """Before a padded prompt is appended.
+
+        Args:
+            left_padding: pads in front of each row, only while the batch is empty.
+            lengths: real tokens of each row of the prompt, needed with right_padding.
+            right_padding: pads after each row; `finalize` moves them to the front.
+
+        Raises:
+            ValueError: numbers below 0, or not one a row; left padding when tokens are held.
+        """
         self._core.prepare(as_list(left_padding), as_list(lengths), as_list(right_padding))
 
-    def finalize(self):
+    def finalize(self) -> None:
+        """After a right-padded prompt: moves each row's pads to its front."""
         self._core.finalize()
 
-    def filter(self, batch_indices):
+    def filter(self, batch_indices) -> None:
+        """Keeps these rows, in this order; ValueError for rows that do not exist."""
         self._core.filter(as_list(batch_indices))
 
-    def extend(self, other):
+    def extend(self, other: BatchTurboQuantRotatingKVCache) -> None:
+        """Appends the rows of another batch; ValueError when bits, seeds, centres, shapes or max_size differ."""
         self._core.extend(other._core)
 
-    def extract(self, idx):
+    def extract(self, idx: int) -> TurboQuantRotatingKVCache:
         """Row `idx` as a TurboQuantRotatingKVCache."""
         return TurboQuantRotatingKVCache._wrap(self._core.extract(idx), self.fingerprint)
 

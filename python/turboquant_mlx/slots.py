@@ -4,6 +4,7 @@ packed codes."""
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
+from .arguments import whole
 from .cache import TurboQuantKVCache
 from .convert import DelayedTurboQuantKVCache
 from .identity import fingerprint
@@ -142,8 +143,8 @@ def enable(model, bits=3, *, key_bits=None, value_bits=None, seed=0, centres=Non
             it was, with the caches of an earlier enable() if there was one.
     """
     TurboQuantKVCache(bits, key_bits=key_bits, value_bits=value_bits, seed=seed)  # refuses wrong widths first
-    if start is not None and start < 0:
-        raise ValueError(f"[enable] start must be at least 0; got {start}")
+    if start is not None:
+        whole("enable", "start", start)
     own = _own_make_cache(model)
     layers = len(model.layers)
     original = own or (lambda: [KVCache() for _ in range(layers)])

@@ -1,12 +1,19 @@
 """The cache of one layer: growth, trimming, memory, and that failure changes nothing."""
 
 import copy
+import inspect
 
 import mlx.core as mx
 import pytest
 from conftest import relative_error
 
-from turboquant_mlx import TurboQuantKVCache
+from turboquant_mlx import (
+    BatchTurboQuantKVCache,
+    BatchTurboQuantRotatingKVCache,
+    DelayedTurboQuantKVCache,
+    TurboQuantKVCache,
+    TurboQuantRotatingKVCache,
+)
 
 
 def kv(tokens, batch=1, heads=4, dim=256, dtype=mx.float16):
@@ -102,6 +109,71 @@ def test_a_failed_append_changes_nothing(bad, message):
 def test_wrong_widths_are_refused(arguments):
     with pytest.raises(ValueError, match="must be 2, 3 or 4; got"):
         TurboQuantKVCache(**arguments)
+
+
+KINDS = {
+    TurboQuantKVCache: (),
+    TurboQuantRotatingKVCache: (16,),
+    BatchTurboQuantKVCache: ([0],),
+    BatchTurboQuantRotatingKVCache: (16, [0]),
+    DelayedTurboQuantKVCache: (8,),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_settings_of_a_wrong_kind_are_named(kind):
+    for setting, value, message in [
+        ("bits", "3", "bits must be 2, 3 or 4; got '3'"),
+        ("bits", 3.0, "bits must be 2, 3 or 4; got 3.0"),
+        ("bits", None, "bits must be 2, 3 or 4; got None"),
+        ("key_bits", "4", "key_bits must be 2, 3 or 4; got '4'"),
+        ("value_bits", 9, "value_bits must be 2, 3 or 4; got 9"),
+        ("seed", -1, "seed must be at least 0; got -1"),
+        ("seed", 2**64, f"seed must be less than {2**64}; got {2**64}"),
+        ("seed", "a", "seed must be a whole number; got 'a'"),
+        ("seed", None, "seed must be a whole number; got None"),
+        ("centres", 7, "centres must be a pair (keys, values) of arrays (H_kv, D); got 7"),
+        ("centres", (1, 2), "centres must be a pair (keys, values) of arrays (H_kv, D); got (1, 2)"),
+    ]:
+        with pytest.raises(ValueError) as raised:
+            kind(*KINDS[kind], **{setting: value})
+        assert str(raised.value) == f"[{kind.__name__}] {message}"
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bit'"):
+        kind(*KINDS[kind], bit=3)
+    made = kind(*KINDS[kind], key_bits=2, value_bits=4, seed=2**64 - 1)
+    assert (made.key_bits, made.value_bits, made.seed, made.centres) == (2, 4, 2**64 - 1, None)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: TurboQuantRotatingKVCache("8"), "max_size must be a whole number; got '8'"),
+        (lambda: TurboQuantRotatingKVCache(0), "max_size must be at least 1; got 0"),
+        (lambda: TurboQuantRotatingKVCache(8, keep=8), "keep must be from 0 to max_size - 1 = 7; got 8"),
+        (lambda: TurboQuantRotatingKVCache(8, keep=0.5), "keep must be a whole number; got 0.5"),
+        (lambda: BatchTurboQuantKVCache(3), "left_padding must be a list of numbers, one a row; got 3"),
+        (lambda: BatchTurboQuantKVCache([0, -1]), "left_padding must be at least 0; got -1"),
+        (lambda: BatchTurboQuantRotatingKVCache(8, ["1"]), "left_padding must be a whole number; got '1'"),
+        (lambda: DelayedTurboQuantKVCache(-1), "start must be at least 0; got -1"),
+        (lambda: DelayedTurboQuantKVCache("9"), "start must be a whole number; got '9'"),
+    ],
+)
+def test_wrong_sizes_are_named(make, message):
+    with pytest.raises(ValueError) as raised:
+        make()
+    assert str(raised.value).endswith(f"] {message}")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_settings_stand_in_the_signature_and_members_explain_themselves(kind):
+    settings = inspect.signature(kind).parameters
+    assert {"bits", "key_bits", "value_bits", "seed", "centres"} <= settings.keys()
+    assert all(p.kind is not p.VAR_KEYWORD and p.annotation is not p.empty for p in settings.values())
+    for name in dir(kind):
+        if not name.startswith("_") and any(name in vars(c) for c in kind.__mro__ if c.__module__.startswith("turbo")):
+            member = inspect.getattr_static(kind, name)
+            if callable(member) or isinstance(member, (property, classmethod)):
+                assert inspect.getdoc(getattr(member, "__func__", member)), name
 
 
 def test_no_float_copy_of_the_history_exists():

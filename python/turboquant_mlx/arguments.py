@@ -1,0 +1,63 @@
+"""Checks of what callers pass to the caches, so that an error names the class, the rule and the value found."""
+
+from __future__ import annotations
+
+import operator
+from typing import TypeAlias
+
+import mlx.core as mx
+
+Centres: TypeAlias = "tuple[mx.array | None, mx.array | None]"
+
+
+def whole(owner: str, name: str, number: int, least: int = 0, below: int = 2**31) -> int:
+    """`number` as an int; ValueError unless it is a whole number with least <= number < below."""
+    try:
+        found = operator.index(number)
+    except TypeError:
+        raise ValueError(f"[{owner}] {name} must be a whole number; got {number!r}") from None
+    if found < least:
+        raise ValueError(f"[{owner}] {name} must be at least {least}; got {found}")
+    if found >= below:
+        raise ValueError(f"[{owner}] {name} must be less than {below}; got {found}")
+    return found
+
+
+def _width(owner, name, bits):
+    try:
+        found = operator.index(bits)
+    except TypeError:
+        found = None
+    if found not in (2, 3, 4):
+        raise ValueError(f"[{owner}] {name} must be 2, 3 or 4; got {bits!r}")
+    return found
+
+
+def coding(owner, bits, key_bits, value_bits, seed, centres):
+    """(key bits, value bits, seed, key centre, value centre): the arguments that every cache takes, checked, as the
+    extension's; see TurboQuantKVCache."""
+    bits = _width(owner, "bits", bits)
+    key_bits = bits if key_bits is None else _width(owner, "key_bits", key_bits)
+    value_bits = bits if value_bits is None else _width(owner, "value_bits", value_bits)
+    pair = (None, None) if centres is None else centres
+    if not (
+        isinstance(pair, (tuple, list)) and len(pair) == 2 and all(c is None or isinstance(c, mx.array) for c in pair)
+    ):
+        raise ValueError(f"[{owner}] centres must be a pair (keys, values) of arrays (H_kv, D); got {centres!r}")
+    return (key_bits, value_bits, whole(owner, "seed", seed, below=2**64), *pair)
+
+
+def as_list(numbers) -> list[int]:
+    """Padding, lengths and rows come as lists, tuples or arrays of whole numbers, or None for none."""
+    if numbers is None:
+        return []
+    return numbers.tolist() if hasattr(numbers, "tolist") else list(numbers)
+
+
+def padding(owner: str, numbers) -> list[int]:
+    """Pads of each row; ValueError unless they are a list of whole numbers of at least 0."""
+    try:
+        listed = list(as_list(numbers))
+    except TypeError:
+        raise ValueError(f"[{owner}] left_padding must be a list of numbers, one a row; got {numbers!r}") from None
+    return [whole(owner, "left_padding", n) for n in listed]
