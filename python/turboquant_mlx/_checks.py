@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 DISTRIBUTION = "turboquant-kv-mlx"
+API = 1  # of the extension: raise it here and in bindings.cpp when a binding changes
 _REBUILD = "rebuild it in this environment: pip install --no-build-isolation -e . (in the repository's root)"
 
 
@@ -72,10 +73,16 @@ def before_loading():
         from . import _core
     except ImportError as error:
         raise ImportError(f"[turboquant_mlx] the extension cannot be loaded ({error}); {_REBUILD}") from error
+    api = getattr(_core, "API", 0)
+    if api != API:
+        raise ImportError(
+            f"[turboquant_mlx] the extension was built from other sources (its API is {api}, these need {API}); "
+            f"{_REBUILD}"
+        )
     try:
         _core.accepts(mx.array(0))
     except TypeError as error:
         raise ImportError(
-            f"[turboquant_mlx] the extension does not recognise mx.array: it was built with nanobind {NANOBIND_VERSION}, "
-            f"whose ABI is not that of MLX {mx.__version__}'s own module; {_REBUILD}"
+            f"[turboquant_mlx] the extension does not recognise mx.array: it was built with nanobind "
+            f"{NANOBIND_VERSION}, whose ABI is not that of MLX {mx.__version__}'s own module; {_REBUILD}"
         ) from error

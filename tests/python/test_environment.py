@@ -33,6 +33,10 @@ def run(code):
             "import mlx.core as mx; mx.array = lambda x: object()",
             r"does not recognise mx\.array",
         ),
+        (
+            "import sys, types; sys.modules['turboquant_mlx._core'] = types.ModuleType('_core')",
+            r"built from other sources \(its API is 0, these need \d+\); rebuild it",
+        ),
     ],
 )
 def test_import_fails_with_the_reason(setup, message):
