@@ -14,7 +14,6 @@ import mlx.core as mx
 from mlx_lm import load
 from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import dequantize_model
-
 from turboquant_mlx import TurboQuantKVCache, apply_patch
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "qwen35-tiny-4bit"

@@ -15,7 +15,6 @@ from mlx_lm import load, stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import dequantize_model
 from tqdm import tqdm
-
 from turboquant_mlx import TurboQuantKVCache, TurboQuantRotatingKVCache, enable
 from turboquant_mlx.gated_delta import enable_chunked_recurrence
 

@@ -6,7 +6,6 @@ import inspect
 import mlx.core as mx
 import pytest
 from conftest import relative_error
-
 from turboquant_mlx import (
     BatchTurboQuantKVCache,
     BatchTurboQuantRotatingKVCache,

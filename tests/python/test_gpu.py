@@ -6,7 +6,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import relative_error
-
 from turboquant_mlx import TurboQuantKVCache, _core, attention, decode, encode
 
 pytestmark = [pytest.mark.gpu, pytest.mark.metal]

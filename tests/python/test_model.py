@@ -3,7 +3,6 @@
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache
-
 from turboquant_mlx import TurboQuantKVCache
 
 LENGTH = 2048

@@ -6,7 +6,6 @@ import pytest
 from conftest import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from turboquant_mlx import attention, decode, encode
 
 # q and the softmax weights are kept to 15 bits on the CPU; see tests/cpp/table_test.cpp.

@@ -9,7 +9,6 @@ import pytest
 from conftest import MODEL
 from mlx_lm.models import base, llama, qwen3
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
-
 from turboquant_mlx import TurboQuantKVCache, apply_patch, disable, enable, remove_patch
 
 SMOKE = (
