@@ -55,7 +55,10 @@ def tq_options():
 
 
 def _tokens(text):
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number of tokens; got {text!r}") from None
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0; got {value}")
     return value
@@ -129,7 +132,9 @@ def _peek(command, rest):
 
 
 def _check_port(host, port):
-    """Fails now, before a model is loaded, when the server could not listen."""
+    """Fails now, before a model is loaded, when the server could not listen.  The range first: getaddrinfo wraps."""
+    if not 0 <= port <= 65535:
+        raise OSError("a port is from 0 to 65535")
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
