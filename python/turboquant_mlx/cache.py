@@ -5,11 +5,24 @@ from __future__ import annotations
 import copy
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, _BaseCache, create_attention_mask
+from mlx_lm.models.cache import CacheList, KVCache, _BaseCache, create_attention_mask
 
 from . import _core
 from .arguments import Centres, coding
 from .identity import CODEBOOK, Identity, read
+
+
+def leaves(caches, path=()):
+    """(path, cache) of every slot; a CacheList holds further slots."""
+    for i, c in enumerate(caches):
+        if isinstance(c, CacheList):
+            yield from leaves(c.caches, (*path, i))
+        else:
+            yield (*path, i), c
+
+
+def layer_name(path):
+    return "layer " + ".".join(map(str, path))
 
 
 class PackedCache(_BaseCache):

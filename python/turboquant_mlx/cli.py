@@ -156,6 +156,9 @@ def _run_program(command, argv):
         rest += ["--prompt-cache-size", "0"]
     module = importlib.import_module(PROGRAMS[command])
     from . import saving
+    from .patch import apply_patch
+
+    apply_patch()  # before the module's names are noted below, so that they are put back as the patch left them
 
     loaded = []
 

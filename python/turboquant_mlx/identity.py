@@ -13,11 +13,12 @@ CODEBOOK = "lloyd-max-int8-1"  # the levels of include/turboquant/format.h
 
 
 def checksum(fields, arrays):
-    """CRC-32 of the fields and of the arrays' bytes, in order."""
-    crc = zlib.crc32(json.dumps(fields, sort_keys=True).encode())
+    """CRC-32 of the fields and of the arrays' shapes, dtypes and bytes, in order."""
+    kinds = [None if array is None else [array.shape, str(array.dtype)] for array in arrays]
+    crc = zlib.crc32(json.dumps([fields, kinds], sort_keys=True).encode())
     for array in arrays:
         if array is not None and array.size:
-            crc = zlib.crc32(memoryview(mx.contiguous(array).view(mx.uint8)), crc)
+            crc = zlib.crc32(memoryview(mx.contiguous(array.reshape(-1)).view(mx.uint8)), crc)
     return f"{crc:08x}"
 
 

@@ -4,7 +4,7 @@ mlx-lm's `scaled_dot_product_attention` hands every cache that has `.bits` to
 `base.quantized_scaled_dot_product_attention`, looked up when called: replacing that one global reaches every model.  It
 refuses attention sinks before it gets there, so the outer function is replaced too, in `base` and in the modules that
 imported it by name.  `make_prompt_cache` is replaced likewise: with a `make_cache` on the model, mlx-lm would ignore
-`max_kv_size` without a word.
+`max_kv_size` without a word; `save_prompt_cache` and `load_prompt_cache`, to check the slots beside packed ones.
 """
 
 import sys
@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_lm_cache
 
-from . import _core
+from . import _core, other_slots
 from .batch import BatchTurboQuantKVCache
 from .cache import TurboQuantKVCache
 from .convert import DelayedTurboQuantKVCache
@@ -43,7 +43,9 @@ def _patched_quantized(queries, q_keys, q_values, scale, mask, group_size=64, bi
         return _attend(q_keys, queries, scale, mask)
     if isinstance(q_keys, mx.array):  # a cache that has not begun to pack
         return mx.fast.scaled_dot_product_attention(queries, q_keys, q_values, scale=scale, mask=mask)
-    return original_quantized_attention(queries, q_keys, q_values, scale=scale, mask=mask, group_size=group_size, bits=bits)
+    return original_quantized_attention(
+        queries, q_keys, q_values, scale=scale, mask=mask, group_size=group_size, bits=bits
+    )
 
 
 def _patched_outer(queries, keys, values, cache, scale, mask, sinks=None):
@@ -59,17 +61,25 @@ def _patched_make_prompt_cache(model, max_kv_size=None):
     return sized(max_kv_size) if sized and max_kv_size is not None else _make_prompt_cache(model, max_kv_size)
 
 
+_REPLACED = {  # name: (mlx-lm's, ours)
+    "scaled_dot_product_attention": (_outer, _patched_outer),
+    "make_prompt_cache": (_make_prompt_cache, _patched_make_prompt_cache),
+    "save_prompt_cache": (other_slots.save_original, other_slots.save_prompt_cache),
+    "load_prompt_cache": (other_slots.load_original, other_slots.load_prompt_cache),
+}
+
+
 def _rebind(name, old, new):
-    for module in list(sys.modules.values()):
-        if getattr(module, "__dict__", {}).get(name) is old:
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] != __package__ and getattr(module, "__dict__", {}).get(name) is old:
             setattr(module, name, new)
 
 
 def apply_patch():
     """Makes mlx-lm's attention read packed caches.  Idempotent; before or after loading a model."""
     base.quantized_scaled_dot_product_attention = _patched_quantized
-    _rebind("scaled_dot_product_attention", _outer, _patched_outer)
-    _rebind("make_prompt_cache", _make_prompt_cache, _patched_make_prompt_cache)
+    for name, (original, ours) in _REPLACED.items():
+        _rebind(name, original, ours)
     for cls in CACHE_CLASSES:  # load_prompt_cache looks classes up there
         setattr(mlx_lm_cache, cls.__name__, cls)
 
@@ -77,8 +87,8 @@ def apply_patch():
 def remove_patch():
     """Undoes apply_patch()."""
     base.quantized_scaled_dot_product_attention = original_quantized_attention
-    _rebind("scaled_dot_product_attention", _patched_outer, _outer)
-    _rebind("make_prompt_cache", _patched_make_prompt_cache, _make_prompt_cache)
+    for name, (original, ours) in _REPLACED.items():
+        _rebind(name, ours, original)
     for cls in CACHE_CLASSES:
         if getattr(mlx_lm_cache, cls.__name__, None) is cls:
             delattr(mlx_lm_cache, cls.__name__)

@@ -1,7 +1,6 @@
 """What a model's caches hold, as a table for people."""
 
-from .cache import PackedCache
-from .saving import leaves
+from .cache import PackedCache, leaves
 
 _COLUMNS = ("layer", "cache", "bits", "tokens", "bytes", "float16", "ratio", "kernel")
 

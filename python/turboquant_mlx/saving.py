@@ -9,25 +9,12 @@ from pathlib import Path
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import CacheList, save_prompt_cache
 
-from .cache import PackedCache
+from .cache import PackedCache, layer_name, leaves
+from .other_slots import save_prompt_cache
 from .patch import apply_patch
 
-__all__ = ["check_fits", "leaves", "load_prompt_cache", "save_prompt_cache"]
-
-
-def leaves(caches, path=()):
-    """(path, cache) of every slot; a CacheList holds further slots."""
-    for i, c in enumerate(caches):
-        if isinstance(c, CacheList):
-            yield from leaves(c.caches, (*path, i))
-        else:
-            yield (*path, i), c
-
-
-def layer_name(path):
-    return "layer " + ".".join(map(str, path))
+__all__ = ["check_fits", "load_prompt_cache", "save_prompt_cache"]
 
 
 def _check_complete(file_name):
@@ -38,9 +25,10 @@ def _check_complete(file_name):
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         try:
             header = json.loads(file.read(length) if length < size else b"")
-        except ValueError as error:
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+            end = 8 + length + max(ends, default=0)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise ValueError(f"[load_prompt_cache] {file_name} is no complete safetensors file") from error
-    end = 8 + length + max((x["data_offsets"][1] for name, x in header.items() if name != "__metadata__"), default=0)
     if size < end:
         raise ValueError(f"[load_prompt_cache] {file_name} is truncated: it has {size} of {end} bytes")
 

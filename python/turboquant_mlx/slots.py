@@ -5,12 +5,11 @@ import mlx.core as mx
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
 from .arguments import whole
-from .cache import TurboQuantKVCache
+from .cache import TurboQuantKVCache, layer_name, leaves
 from .convert import DelayedTurboQuantKVCache
 from .identity import fingerprint
 from .patch import apply_patch, record_reads
 from .rotating import TurboQuantRotatingKVCache
-from .saving import layer_name, leaves
 
 REPLACED = (KVCache, RotatingKVCache)
 
