@@ -80,6 +80,10 @@ std::string replace(std::string text, const std::string& from, const std::string
 
 }  // namespace
 
+Type type_of(Dtype dtype) {
+  return dtype == Dtype::float16 ? Type::float16 : dtype == Dtype::bfloat16 ? Type::bfloat16 : Type::float32;
+}
+
 Params encode_params(const EncodeShape& s) {
   Params p = base_params(s.seed);
   p[kVectors] = s.batch * s.heads * s.tokens;
@@ -93,15 +97,19 @@ Params encode_params(const EncodeShape& s) {
 
 Kernel encode_kernel(const EncodeShape& s) {
   const bool two = s.bits.size() == 2;
+  const auto codes = [&](const char* name, int side) {
+    return Output{name, Type::uint32, {s.batch, s.heads, s.tokens, words_per_vector(s.bits[side], s.head_dim)}};
+  };
+  const auto scales = [&](const char* name) { return Output{name, Type::float16, {s.batch, s.heads, s.tokens}}; };
   Kernel k{.name = two ? "turboquant_encode_two" : "turboquant_encode",
            .header = Source::codec,
            .inputs = {"x", "x_centre"},
-           .outputs = {"x_codes", "x_scales"},
+           .outputs = {codes("x_codes", 0), scales("x_scales")},
            .source = two ? kEncodeTwo : kEncodeOne,
            .template_args = {{"D", Kind::integer, s.head_dim}, {"XB", Kind::integer, s.bits[0]}}};
   if (two) {
     k.inputs.insert(k.inputs.end(), {"y", "y_centre"});
-    k.outputs.insert(k.outputs.end(), {"y_codes", "y_scales"});
+    k.outputs.insert(k.outputs.end(), {codes("y_codes", 1), scales("y_scales")});
     k.template_args.push_back({"YB", Kind::integer, s.bits[1]});
   }
   k.inputs.push_back("params");
@@ -113,7 +121,7 @@ Kernel decode_kernel(const EncodeShape& s, Dtype dtype) {
   return {.name = "turboquant_decode",
           .header = Source::codec,
           .inputs = {"codes", "scales", "centre", "params"},
-          .outputs = {"out"},
+          .outputs = {{"out", type_of(dtype), {s.batch, s.heads, s.tokens, s.head_dim}}},
           .source = kDecode,
           .template_args = {{"T", Kind::dtype, int(dtype)},
                             {"B", Kind::integer, s.bits[0]},
@@ -152,10 +160,12 @@ AttentionPlan plan_attention(const AttentionShape& s) {
   k.inputs = {"q", "key_codes", "key_scales", "value_codes", "value_scales", "starts", "mask"};
   if (!plan.decode) k.inputs.insert(k.inputs.end(), {"sinks", "key_centre", "value_centre"});
   k.inputs.push_back("params");
+  const Output out{"out", type_of(s.dtype), {s.batch, s.query_heads, s.query_len, s.head_dim}};
   if (plan.merged) {
-    k.outputs = {"partial", "stats"};
+    k.outputs = {{"partial", Type::float32, {s.batch, s.query_heads, s.query_len, plan.splits, s.head_dim}},
+                 {"stats", Type::float32, {s.batch, s.query_heads, s.query_len, plan.splits, 2}}};
   } else {
-    k.outputs = {"out"};
+    k.outputs = {out};
   }
   if (plan.decode) {
     k.name = "turboquant_attend_decode";
@@ -180,7 +190,7 @@ AttentionPlan plan_attention(const AttentionShape& s) {
   plan.merge = {.name = "turboquant_merge",
                 .header = Source::decode,
                 .inputs = {"q", "partial", "stats", "sinks", "key_centre", "value_centre", "params"},
-                .outputs = {"out"},
+                .outputs = {out},
                 .source = kMerge,
                 .template_args = {type, dim},
                 .grid = {ceil_div(p[kVectors], kSimdgroups) * kThreads, 1, 1}};

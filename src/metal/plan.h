@@ -1,5 +1,5 @@
 // The Metal kernels as MLX's metal_kernel launches them: text, names of inputs and outputs, template arguments, grid.
-// Used by the MLX layer and by the tests, which run the same text in an emulator.
+// launch.h binds arrays to them, for the MLX layer and for the tests, which run the same text in an emulator.
 #pragma once
 
 #include <array>
@@ -25,12 +25,24 @@ struct TemplateArg {
   int value;  // of Dtype, if it is one
 };
 
+/// Element types of outputs.
+enum class Type { float32, float16, bfloat16, uint32 };
+Type type_of(Dtype dtype);
+
+/// An output, row-contiguous.
+struct Output {
+  std::string name;
+  Type type;
+  std::vector<int> shape;
+};
+
 /// Arguments of metal_kernel and of the function it returns.  ensure_row_contiguous is false for all.
 struct Kernel {
   std::string name;
   Source header;
-  std::vector<std::string> inputs, outputs;  // in order
-  std::string source;                        // the body
+  std::vector<std::string> inputs;  // in order
+  std::vector<Output> outputs;      // in order
+  std::string source;               // the body
   std::vector<TemplateArg> template_args;
   std::array<int, 3> grid{1, 1, 1};  // in threads, multiples of the threadgroup
   std::array<int, 3> threadgroup{metal_layout::kThreads, 1, 1};
@@ -40,7 +52,7 @@ struct Kernel {
 using Params = std::array<int32_t, metal_layout::kParamCount>;
 
 /// Encoding of one or two sides [batch, heads, tokens, head_dim].
-/// Inputs: x, x_centre (, y, y_centre), params.  Outputs: x_codes, x_scales (, y_codes, y_scales), dense.
+/// Inputs: x, x_centre (, y, y_centre), params.  Outputs: x_codes, x_scales (, y_codes, y_scales).
 struct EncodeShape {
   int batch, heads, tokens, head_dim;
   std::vector<int> bits;      // of each side

@@ -5,7 +5,9 @@
 #include <mlx/mlx.h>
 
 #include <filesystem>
+#include <map>
 
+#include "metal/plan.h"
 #include "primitives/metal.h"
 
 namespace turboquant::ops {
@@ -30,6 +32,19 @@ std::vector<mx::Shape> export_shapes(const std::function<Arrays(const Arrays&)>&
 
 const mx::Stream kGpu(0, mx::Device::gpu);
 
+/// Expects that the kernel which makes `out` reads these arrays, by the names of its inputs; others are unchecked.
+void expect_bound(const mx::array& out, const std::vector<std::string>& names,
+                  const std::map<std::string, mx::array>& arrays) {
+  ASSERT_TRUE(out.has_primitive());
+  ASSERT_EQ(out.inputs().size(), names.size());
+  for (size_t i = 0; i < names.size(); ++i) {
+    const auto wanted = arrays.find(names[i]);
+    if (wanted != arrays.end()) {
+      EXPECT_EQ(out.inputs()[i].id(), wanted->second.id()) << names[i];
+    }
+  }
+}
+
 class MetalExport : public testing::Test {
  protected:
   void SetUp() override {
@@ -41,19 +56,24 @@ TEST_F(MetalExport, Encodes) {
   const auto x = mx::zeros({2, 3, 5, 96}, mx::float16), centre = mx::zeros({3, 96});
   const auto shapes = export_shapes(
       [](const Arrays& in) {
-        const auto sides = metal_backend::encode({in[0], in[0]}, {3, 4}, 1, {in[1], std::nullopt}, kGpu);
+        const auto sides = metal_backend::encode({in[0], in[2]}, {3, 4}, 1, {in[1], std::nullopt}, kGpu);
+        expect_bound(sides[1].codes, metal::encode_kernel({2, 3, 5, 96, {3, 4}, {true, false}}).inputs,
+                     {{"x", in[0]}, {"x_centre", in[1]}, {"y", in[2]}});
         return Arrays{sides[0].codes, sides[0].scales, sides[1].codes, sides[1].scales};
       },
-      {x, centre});
+      {x, centre, mx::zeros({2, 3, 5, 96}, mx::float16)});
   EXPECT_EQ(shapes, (std::vector<mx::Shape>{{2, 3, 5, 9}, {2, 3, 5}, {2, 3, 5, 12}, {2, 3, 5}}));
 }
 
 TEST_F(MetalExport, Decodes) {
   const auto shapes = export_shapes(
       [](const Arrays& in) {
-        return Arrays{metal_backend::decode({in[0], in[1]}, 3, 1, mx::bfloat16, std::nullopt, kGpu)};
+        const auto out = metal_backend::decode({in[0], in[1]}, 3, 1, mx::bfloat16, in[2], kGpu);
+        expect_bound(out, metal::decode_kernel({2, 3, 5, 96, {3}, {true}}, Dtype::bfloat16).inputs,
+                     {{"codes", in[0]}, {"scales", in[1]}, {"centre", in[2]}});
+        return Arrays{out};
       },
-      {mx::zeros({2, 3, 5, 9}, mx::uint32), mx::zeros({2, 3, 5}, mx::float16)});
+      {mx::zeros({2, 3, 5, 9}, mx::uint32), mx::zeros({2, 3, 5}, mx::float16), mx::zeros({3, 96})});
   EXPECT_EQ(shapes, (std::vector<mx::Shape>{{2, 3, 5, 96}}));
 }
 
@@ -70,14 +90,42 @@ TEST_F(MetalExport, Attends) {
               o.starts = in[6];
               o.sinks = in[7];
               o.key_centre = in[8];
-              o.value_centre = in[8];
+              o.value_centre = in[9];
             }
-            return Arrays{metal_backend::attention(in[0], {in[1], in[2]}, {in[3], in[4]}, o, kGpu)};
+            const auto out = metal_backend::attention(in[0], {in[1], in[2]}, {in[3], in[4]}, o, kGpu);
+            std::map<std::string, mx::array> arrays{{"q", in[0]},
+                                                    {"key_codes", in[1]},
+                                                    {"key_scales", in[2]},
+                                                    {"value_codes", in[3]},
+                                                    {"value_scales", in[4]}};
+            if (rules) {
+              const char* names[] = {"mask", "starts", "sinks", "key_centre", "value_centre"};
+              for (size_t i = 0; i < 5; ++i) arrays.emplace(names[i], in[5 + i]);
+            }
+            const auto plan = metal::plan_attention({.batch = 2,
+                                                     .query_heads = 8,
+                                                     .kv_heads = 2,
+                                                     .query_len = query_len,
+                                                     .kv_len = 1000,
+                                                     .head_dim = 64,
+                                                     .key_bits = 3,
+                                                     .value_bits = 3,
+                                                     .dtype = Dtype::float16});
+            if (plan.merged) {
+              const auto &partial = out.inputs()[1], &stats = out.inputs()[2];
+              EXPECT_EQ(partial.shape(), (mx::Shape{2, 8, query_len, plan.splits, 64}));
+              EXPECT_EQ(stats.shape(), (mx::Shape{2, 8, query_len, plan.splits, 2}));
+              expect_bound(partial, plan.attend.inputs, arrays);
+              arrays.emplace("partial", partial);
+              arrays.emplace("stats", stats);
+            }
+            expect_bound(out, plan.merged ? plan.merge.inputs : plan.attend.inputs, arrays);
+            return Arrays{out};
           },
           {mx::zeros({2, 8, query_len, 64}, mx::float16), mx::zeros({2, 2, 1024, 6}, mx::uint32),
            mx::zeros({2, 2, 1024}, mx::float16), mx::zeros({2, 2, 1024, 6}, mx::uint32),
            mx::zeros({2, 2, 1024}, mx::float16), mx::zeros({2, 8, query_len, 1000}, mx::bool_),
-           mx::zeros({2}, mx::int32), mx::zeros({8}), mx::zeros({2, 64})});
+           mx::zeros({2}, mx::int32), mx::zeros({8}), mx::zeros({2, 64}), mx::zeros({2, 64})});
       EXPECT_EQ(shapes, (std::vector<mx::Shape>{{2, 8, query_len, 64}}));
     }
   }

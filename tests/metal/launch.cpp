@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "emulator/counts.h"
+#include "metal/launch.h"
 
 namespace emulator {
 
@@ -67,8 +68,6 @@ Array view(const std::string& type, std::vector<int> shape, std::vector<int64_t>
   return {type, std::move(shape), std::move(strides), Guarded(from, bytes)};
 }
 
-Array params_array(const metal::Params& p) { return dense("int32_t", {int(p.size())}, p.data()); }
-
 template <class P>
 std::pair<Array, Array> packed(const P& p, int batch, int heads, int tokens, int dim) {
   const int words = words_per_vector(p.bits, dim);
@@ -85,7 +84,7 @@ Array tensor(const turboquant::BasicTensor<Pointer>& t, int batch, int heads, in
 
 /// Copies a dense result [batch, heads, tokens, row] into rows of a strided place.
 void copy_rows(const Array& from, char* to, int64_t batch_stride, int64_t head_stride, int64_t token_stride) {
-  const size_t row = from.shape.size() > 3 ? from.shape[3] * size_of(from.type) : size_of(from.type);
+  const size_t row = from.shape.size() > 3 ? size_t(from.shape[3]) * size_of(from.type) : size_of(from.type);
   const char* at = static_cast<const char*>(from.memory.data());
   if (recorder) return;
   for (int b = 0; b < from.shape[0]; ++b) {
@@ -96,6 +95,33 @@ void copy_rows(const Array& from, char* to, int64_t batch_stride, int64_t head_s
       }
     }
   }
+}
+
+const char* name_of(metal::Type type) {
+  return type == metal::Type::float16    ? "float16_t"
+         : type == metal::Type::bfloat16 ? "bfloat16_t"
+         : type == metal::Type::uint32   ? "uint32_t"
+                                         : "float";
+}
+
+/// As launch.h wants it.
+struct Launcher {
+  using Array = emulator::Array;
+
+  int dim(const Array& a, int axis) const { return a.shape[size_t(axis)]; }
+  Array params(const metal::Params& p) const { return dense("int32_t", {int(p.size())}, p.data()); }
+
+  std::vector<Array> run(const metal::Kernel& kernel, const std::vector<Array>& inputs) const {
+    std::vector<Array> outputs;
+    for (const auto& out : kernel.outputs) outputs.push_back(dense(name_of(out.type), out.shape, nullptr));
+    launch(kernel, inputs, outputs);
+    return outputs;
+  }
+};
+
+std::optional<Array> dense_if(const char* type, std::vector<int> shape, const void* from) {
+  if (!from) return std::nullopt;
+  return dense(type, std::move(shape), from);
 }
 
 }  // namespace
@@ -128,22 +154,16 @@ void launch(const metal::Kernel& kernel, const std::vector<Array>& inputs, const
 
 void encode(const std::vector<turboquant::EncodeParams>& sides) {
   const auto& p = sides[0];
-  metal::EncodeShape shape{p.batch, p.heads, p.tokens, p.head_dim, {}, {}, p.seed};
+  std::vector<Array> arrays;
+  std::vector<std::optional<Array>> centres;
+  std::vector<int> bits;
   for (const auto& s : sides) {
-    shape.bits.push_back(s.out.bits);
-    shape.centred.push_back(s.centre != nullptr);
+    arrays.push_back(tensor(s.x, p.batch, p.heads, p.tokens, p.head_dim));
+    centres.push_back(dense_if("float", {p.heads, p.head_dim}, s.centre));
+    bits.push_back(s.out.bits);
   }
-  const Array params = params_array(metal::encode_params(shape));
-  std::vector<Array> inputs, outputs;
-  for (const auto& s : sides) {
-    inputs.push_back(tensor(s.x, p.batch, p.heads, p.tokens, p.head_dim));
-    inputs.push_back(s.centre ? dense("float", {p.heads, p.head_dim}, s.centre) : params);
-    outputs.push_back(
-        dense("uint32_t", {p.batch, p.heads, p.tokens, words_per_vector(s.out.bits, p.head_dim)}, nullptr));
-    outputs.push_back(dense("float16_t", {p.batch, p.heads, p.tokens}, nullptr));
-  }
-  inputs.push_back(params);
-  launch(metal::encode_kernel(shape), inputs, outputs);
+  Launcher launcher;
+  const auto outputs = metal::launch_encode(launcher, arrays, bits, centres, p.seed);
   for (size_t i = 0; i < sides.size(); ++i) {
     const auto& out = sides[i].out;
     copy_rows(outputs[2 * i], reinterpret_cast<char*>(out.codes), out.codes_batch_stride, out.codes_head_stride,
@@ -154,47 +174,39 @@ void encode(const std::vector<turboquant::EncodeParams>& sides) {
 }
 
 void decode(const turboquant::DecodeParams& p) {
-  const metal::EncodeShape shape{p.batch, p.heads, p.tokens, p.head_dim, {p.in.bits}, {p.centre != nullptr}, p.seed};
-  const Array params = params_array(metal::encode_params(shape));
-  auto [codes, scales] = packed(p.in, p.batch, p.heads, p.tokens, p.head_dim);
-  const Array out = dense(type_name(p.out.dtype), {p.batch, p.heads, p.tokens, p.head_dim}, nullptr);
-  launch(metal::decode_kernel(shape, p.out.dtype),
-         {codes, scales, p.centre ? dense("float", {p.heads, p.head_dim}, p.centre) : params, params}, {out});
+  const auto [codes, scales] = packed(p.in, p.batch, p.heads, p.tokens, p.head_dim);
+  Launcher launcher;
+  const Array out = metal::launch_decode(launcher, codes, scales, dense_if("float", {p.heads, p.head_dim}, p.centre),
+                                         p.in.bits, p.seed, p.out.dtype);
   copy_rows(out, static_cast<char*>(p.out.data), p.out.batch_stride, p.out.head_stride, p.out.token_stride);
 }
 
 void attend(const turboquant::AttendParams& p, int splits) {
-  const auto plan = metal::plan_attention({p.batch, p.query_heads, p.kv_heads, p.query_len, p.kv_len, p.head_dim,
-                                           p.keys.bits, p.values.bits, p.q.dtype, p.scale, p.seed, p.causal, p.window,
-                                           p.mask_kind, p.starts != nullptr, p.sinks != nullptr,
-                                           p.key_centre != nullptr, p.value_centre != nullptr, splits});
-  const Array params = params_array(plan.params);
-  const Array q = tensor(p.q, p.batch, p.query_heads, p.query_len, p.head_dim);
+  metal::AttentionShape shape{};
+  shape.kv_len = p.kv_len;
+  shape.key_bits = p.keys.bits;
+  shape.value_bits = p.values.bits;
+  shape.dtype = p.q.dtype;
+  shape.scale = p.scale;
+  shape.seed = p.seed;
+  shape.causal = p.causal;
+  shape.window = p.window;
+  shape.mask = p.mask_kind;
+  shape.splits = splits;
   const auto [key_codes, key_scales] = packed(p.keys, p.batch, p.kv_heads, p.kv_len, p.head_dim);
   const auto [value_codes, value_scales] = packed(p.values, p.batch, p.kv_heads, p.kv_len, p.head_dim);
-  const Array starts = p.starts ? dense("int32_t", {p.batch}, p.starts) : params;
-  const std::vector<int64_t> mask_strides(p.mask_strides, p.mask_strides + 4);
-  const std::string mask_type = p.mask_kind == MaskKind::boolean ? "bool" : type_name(p.mask_dtype);
-  const Array mask = p.mask_kind == MaskKind::none
-                         ? params
-                         : view(mask_type, {p.batch, p.query_heads, p.query_len, p.kv_len}, mask_strides, p.mask);
-  const Array sinks = p.sinks ? dense("float", {p.query_heads}, p.sinks) : params;
-  const Array key_centre = p.key_centre ? dense("float", {p.kv_heads, p.head_dim}, p.key_centre) : params;
-  const Array value_centre = p.value_centre ? dense("float", {p.kv_heads, p.head_dim}, p.value_centre) : params;
-  const Array out = dense(type_name(p.out.dtype), {p.batch, p.query_heads, p.query_len, p.head_dim}, nullptr);
-  const Array partial =
-      dense("float", {p.batch, p.query_heads, p.query_len, plan.splits, plan.merged ? p.head_dim : 0}, nullptr);
-  const Array stats = dense("float", {p.batch, p.query_heads, p.query_len, plan.splits, 2}, nullptr);
-
-  std::vector<Array> inputs{q, key_codes, key_scales, value_codes, value_scales, starts, mask};
-  if (!plan.decode) inputs.insert(inputs.end(), {sinks, key_centre, value_centre});
-  inputs.push_back(params);
-  if (plan.merged) {
-    launch(plan.attend, inputs, {partial, stats});
-    launch(plan.merge, {q, partial, stats, sinks, key_centre, value_centre, params}, {out});
-  } else {
-    launch(plan.attend, inputs, {out});
+  std::optional<Array> mask;
+  if (p.mask_kind != MaskKind::none) {
+    mask = view(p.mask_kind == MaskKind::boolean ? "bool" : type_name(p.mask_dtype),
+                {p.batch, p.query_heads, p.query_len, p.kv_len}, {p.mask_strides, p.mask_strides + 4}, p.mask);
   }
+  Launcher launcher;
+  const Array out = metal::launch_attention(
+      launcher, shape,
+      {tensor(p.q, p.batch, p.query_heads, p.query_len, p.head_dim), key_codes, key_scales, value_codes, value_scales,
+       dense_if("int32_t", {p.batch}, p.starts), mask, dense_if("float", {p.query_heads}, p.sinks),
+       dense_if("float", {p.kv_heads, p.head_dim}, p.key_centre),
+       dense_if("float", {p.kv_heads, p.head_dim}, p.value_centre)});
   copy_rows(out, static_cast<char*>(p.out.data), p.out.batch_stride, p.out.head_stride, p.out.token_stride);
 }
 

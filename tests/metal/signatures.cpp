@@ -34,7 +34,7 @@ void print(const metal::Kernel& k, const std::vector<InputInfo>& inputs, const s
   }
   std::cout << "], \"outputs\": [";
   for (size_t i = 0; i < outputs.size(); ++i) {
-    std::cout << (i ? ", [" : "[") << quoted(k.outputs[i]) << ", " << quoted(outputs[i]) << "]";
+    std::cout << (i ? ", [" : "[") << quoted(k.outputs[i].name) << ", " << quoted(outputs[i]) << "]";
   }
   std::cout << "], \"template\": [";
   for (size_t i = 0; i < k.template_args.size(); ++i) {
@@ -56,7 +56,8 @@ int main() {
   for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
     const std::string t = type_name(dtype);
     const metal::EncodeShape shape{1, 2, 3, 64, {3, 4}, {true, false}, 1};
-    print(metal::encode_kernel(shape), {{t, 4, 384}, {"float", 2, 128}, {t, 4, 384}, {"int32_t", 1, 20}, {"int32_t", 1, 20}},
+    print(metal::encode_kernel(shape),
+          {{t, 4, 384}, {"float", 2, 128}, {t, 4, 384}, {"int32_t", 1, 20}, {"int32_t", 1, 20}},
           {"uint32_t", "float16_t", "uint32_t", "float16_t"});
     print(metal::decode_kernel(shape, dtype),
           {{"uint32_t", 4, 36}, {"float16_t", 3, 6}, {"float", 2, 128}, {"int32_t", 1, 20}}, {t});

@@ -133,7 +133,7 @@ inline std::string kernel_text(const turboquant::metal::Kernel& k, const std::ve
     const auto& b = buffers[i];
     const std::string at = " [[buffer(" + std::to_string(i) + ")]]";
     if (b.kind == BufferInfo::output) {
-      text += "  device " + b.type + "* " + k.outputs[b.array] + at;
+      text += "  device " + b.type + "* " + k.outputs[b.array].name + at;
     } else if (b.kind == BufferInfo::data) {
       const auto& in = inputs[b.array];
       text += std::string("  const ") + (in.size < 8 ? "constant " : "device ") + in.type +

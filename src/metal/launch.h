@@ -1,0 +1,106 @@
+// How the arrays of an operation are bound to its kernels: once, for the MLX layer and for the emulator of the tests.
+//
+// A Launcher has
+//   Array                                                              its kind of array, copied by reference
+//   int dim(const Array&, int axis)                                    a size
+//   Array params(const Params&)                                        an int32 array [kParamCount]
+//   std::vector<Array> run(const Kernel&, const std::vector<Array>&)   launches; makes and returns the outputs
+// An input that is absent is bound to `params`: kernels never touch it then, and MLX wants an array.
+#pragma once
+
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "metal/plan.h"
+
+namespace turboquant::metal {
+
+/// An operation's arrays by the names of kernel inputs.
+template <class Array>
+using Named = std::map<std::string, Array>;
+
+template <class Launcher, class Array>
+std::vector<Array> run_bound(Launcher& launcher, const Kernel& kernel, const Named<Array>& arrays) {
+  std::vector<Array> inputs;
+  for (const auto& name : kernel.inputs) inputs.push_back(arrays.at(name));
+  return launcher.run(kernel, inputs);
+}
+
+/// Encodes one or two sides [batch, heads, tokens, head_dim] of one shape and dtype, any strides; centres
+/// [heads, head_dim].  Returns codes and scales of each.
+template <class Launcher, class Array = typename Launcher::Array>
+std::vector<Array> launch_encode(Launcher& launcher, const std::vector<Array>& sides, const std::vector<int>& bits,
+                                 const std::vector<std::optional<Array>>& centres, uint64_t seed) {
+  const auto& x = sides[0];
+  EncodeShape shape{launcher.dim(x, 0), launcher.dim(x, 1), launcher.dim(x, 2), launcher.dim(x, 3), bits, {}, seed};
+  for (const auto& centre : centres) shape.centred.push_back(centre.has_value());
+  const Array params = launcher.params(encode_params(shape));
+  Named<Array> arrays{{"params", params}, {"x", x}, {"x_centre", centres[0].value_or(params)}};
+  if (sides.size() == 2) {
+    arrays.emplace("y", sides[1]);
+    arrays.emplace("y_centre", centres[1].value_or(params));
+  }
+  return run_bound(launcher, encode_kernel(shape), arrays);
+}
+
+/// Decodes codes [batch, heads, tokens, words] and scales [batch, heads, tokens], both dense.
+template <class Launcher, class Array = typename Launcher::Array>
+Array launch_decode(Launcher& launcher, const Array& codes, const Array& scales, const std::optional<Array>& centre,
+                    int bits, uint64_t seed, Dtype dtype) {
+  const EncodeShape shape{launcher.dim(codes, 0),
+                          launcher.dim(codes, 1),
+                          launcher.dim(codes, 2),
+                          launcher.dim(codes, 3) / bits * group_size(),
+                          {bits},
+                          {centre.has_value()},
+                          seed};
+  const Array params = launcher.params(encode_params(shape));
+  return run_bound<Launcher, Array>(
+      launcher, decode_kernel(shape, dtype),
+      {{"codes", codes}, {"scales", scales}, {"centre", centre.value_or(params)}, {"params", params}})[0];
+}
+
+/// Arrays of attention: q [batch, query_heads, query_len, head_dim] and mask [batch, query_heads, query_len, kv_len]
+/// of any strides; packed keys and values dense within a head; starts [batch], int32; sinks [query_heads] and centres
+/// [kv_heads, head_dim], float32.
+template <class Array>
+struct AttentionArrays {
+  Array q, key_codes, key_scales, value_codes, value_scales;
+  std::optional<Array> starts, mask, sinks, key_centre, value_centre;
+};
+
+/// Attention; `shape` needs what the arrays do not tell: kv_len, bits, dtype, rules, kind of mask.
+template <class Launcher, class Array = typename Launcher::Array>
+Array launch_attention(Launcher& launcher, AttentionShape shape, const AttentionArrays<Array>& a) {
+  shape.batch = launcher.dim(a.q, 0);
+  shape.query_heads = launcher.dim(a.q, 1);
+  shape.query_len = launcher.dim(a.q, 2);
+  shape.head_dim = launcher.dim(a.q, 3);
+  shape.kv_heads = launcher.dim(a.key_codes, 1);
+  shape.starts = a.starts.has_value();
+  shape.sinks = a.sinks.has_value();
+  shape.key_centre = a.key_centre.has_value();
+  shape.value_centre = a.value_centre.has_value();
+  const auto plan = plan_attention(shape);
+  const Array params = launcher.params(plan.params);
+  Named<Array> arrays{{"q", a.q},
+                      {"key_codes", a.key_codes},
+                      {"key_scales", a.key_scales},
+                      {"value_codes", a.value_codes},
+                      {"value_scales", a.value_scales},
+                      {"starts", a.starts.value_or(params)},
+                      {"mask", a.mask.value_or(params)},
+                      {"sinks", a.sinks.value_or(params)},
+                      {"key_centre", a.key_centre.value_or(params)},
+                      {"value_centre", a.value_centre.value_or(params)},
+                      {"params", params}};
+  const auto out = run_bound(launcher, plan.attend, arrays);
+  if (!plan.merged) return out[0];
+  arrays.emplace("partial", out[0]);
+  arrays.emplace("stats", out[1]);
+  return run_bound(launcher, plan.merge, arrays)[0];
+}
+
+}  // namespace turboquant::metal
