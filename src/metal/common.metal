@@ -15,6 +15,12 @@ using namespace metal;
 #define TQ_UNROLL
 #endif
 
+// Arrays in threadgroup memory; `name + i` is an address in one.  The emulator has its own, which check indices.
+#ifndef TQ_ARRAY
+#define TQ_ARRAY(TYPE, NAME, COUNT) TYPE NAME[COUNT]
+#define TQ_ARRAY2(TYPE, NAME, ROWS, COLUMNS) TYPE NAME[ROWS][COLUMNS]
+#endif
+
 namespace turboquant {
 
 /// The odd factor of a head dimension, a multiple of 32 up to 256 (a formula, since Metal has no recursion).

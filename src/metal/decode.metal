@@ -22,14 +22,14 @@ struct Rows<4> {
 /// Threadgroup memory.
 template <int D, int R>
 struct DecodeShared {
-  half2 key_table[256];
-  half2 value_table[256];
-  half q[R][D];
-  float factor[R];                                                                  // of a dot product with levels
-  typename Rows<R>::type weights[metal_layout::kSimdgroups][metal_layout::kBlock];  // scores, then weights
-  float m[metal_layout::kSimdgroups][R];
-  float sum[metal_layout::kSimdgroups][R];
-  float x[R][D];
+  TQ_ARRAY(half2, key_table, 256);
+  TQ_ARRAY(half2, value_table, 256);
+  TQ_ARRAY2(half, q, R, D);
+  TQ_ARRAY(float, factor, R);  // of a dot product with levels
+  TQ_ARRAY2(typename Rows<R>::type, weights, metal_layout::kSimdgroups, metal_layout::kBlock);  // scores, then weights
+  TQ_ARRAY2(float, m, metal_layout::kSimdgroups, R);
+  TQ_ARRAY2(float, sum, metal_layout::kSimdgroups, R);
+  TQ_ARRAY2(float, x, R, D);
 };
 
 /// Adds up R sums over the first `lanes` lanes of each aligned set, halving the rows a lane keeps while it can: this
@@ -134,10 +134,11 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
                    Starts starts, Mask mask, MaskStrides mask_strides, Partial partial, Stats stats, Params params,
                    uint3 position, ushort lane, ushort simdgroup) {
   constexpr int registers = D / 32, groups = D / 32, lanes = lanes_per_token(D);
+  static_assert(sizeof(DecodeShared<D, R>) <= metal_layout::kThreadgroupBytes, "too much threadgroup memory");
   const int kv_heads = params[metal_layout::kKvHeads];
   const int split = position.x, kv = position.y % kv_heads, tile = position.y / kv_heads, b = position.z;
-  fill_table<KB>(&shared->key_table[0], ushort(32 * simdgroup + lane));
-  fill_table<VB>(&shared->value_table[0], ushort(32 * simdgroup + lane));
+  fill_table<KB>(shared->key_table + 0, ushort(32 * simdgroup + lane));
+  fill_table<VB>(shared->value_table + 0, ushort(32 * simdgroup + lane));
   for (int r = simdgroup; r < R; r += metal_layout::kSimdgroups) {
     const Row row = find_row(params, starts, tile * R + r, kv, b);
     float x[registers] = {};

@@ -43,5 +43,8 @@ enum Threads { kSimdgroups = 4, kThreads = 32 * kSimdgroups };
 /// attention kernel.
 enum Tile { kTileRows = 32, kBlock = 32 };
 
+/// Threadgroup memory that every Apple7 GPU has.
+enum Limit { kThreadgroupBytes = 32768 };
+
 }  // namespace metal_layout
 }  // namespace turboquant

@@ -14,14 +14,14 @@ enum Pitch { kScorePitch = metal_layout::kBlock + 4, kWeightPitch = metal_layout
 /// Threadgroup memory.
 template <int D>
 struct PrefillShared {
-  half2 key_table[256];
-  half2 value_table[256];
-  half tile[metal_layout::kBlock * (D + 8)];  // queries, keys or values
-  float scores[metal_layout::kSimdgroups][8 * kScorePitch];
-  half weights[metal_layout::kSimdgroups][8 * kWeightPitch];
-  float diagonal[metal_layout::kSimdgroups][64];
-  float key_scale[metal_layout::kBlock];
-  float log2_value_scale[metal_layout::kBlock];
+  TQ_ARRAY(half2, key_table, 256);
+  TQ_ARRAY(half2, value_table, 256);
+  TQ_ARRAY(half, tile, metal_layout::kBlock * (D + 8));  // queries, keys or values
+  TQ_ARRAY2(float, scores, metal_layout::kSimdgroups, 8 * kScorePitch);
+  TQ_ARRAY2(half, weights, metal_layout::kSimdgroups, 8 * kWeightPitch);
+  TQ_ARRAY2(float, diagonal, metal_layout::kSimdgroups, 64);
+  TQ_ARRAY(float, key_scale, metal_layout::kBlock);
+  TQ_ARRAY(float, log2_value_scale, metal_layout::kBlock);
 };
 
 /// Unpacks 32 tokens from `block` on into the tile; rows beyond the last repeat it.
@@ -81,17 +81,18 @@ void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, 
                     ValueCentre value_centre, Out out, Stats stats, Params params, uint3 position, ushort lane,
                     ushort simdgroup) {
   constexpr int registers = D / 32, fragments = D / 8, pitch = tile_pitch(D);
+  static_assert(sizeof(PrefillShared<D>) <= metal_layout::kThreadgroupBytes, "too much threadgroup memory");
   const int splits = params[metal_layout::kSplits], queries = params[metal_layout::kQueryLen];
   const int first_row = position.x * metal_layout::kTileRows, kv = position.y;
   const int b = position.z / splits, split = position.z % splits;
   const ushort thread_index = ushort(32 * simdgroup + lane);
   const int its_row = first_row + 8 * simdgroup;  // of this SIMD-group
-  auto tile = &shared->tile[0];
-  auto scores = &shared->scores[simdgroup][0];
-  auto weights = &shared->weights[simdgroup][0];
-  auto diagonal = &shared->diagonal[simdgroup][0];
-  fill_table<KB>(&shared->key_table[0], thread_index);
-  fill_table<VB>(&shared->value_table[0], thread_index);
+  auto tile = shared->tile + 0;
+  auto scores = shared->scores[simdgroup] + 0;
+  auto weights = shared->weights[simdgroup] + 0;
+  auto diagonal = shared->diagonal[simdgroup] + 0;
+  fill_table<KB>(shared->key_table + 0, thread_index);
+  fill_table<VB>(shared->value_table + 0, thread_index);
   diagonal[lane] = 0.0f;
   diagonal[lane + 32] = 0.0f;
 
@@ -136,7 +137,7 @@ void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, 
   float m = -INFINITY, mv = -INFINITY, sum = 0.0f;
   for (int block = range.x; block < range.y; block += metal_layout::kBlock) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    unpack_tile<KB, D>(&shared->key_table[0], tile, key_rows, block, range.y, thread_index);
+    unpack_tile<KB, D>(shared->key_table + 0, tile, key_rows, block, range.y, thread_index);
     if (thread_index < metal_layout::kBlock) {
       const int t = min(block + int(thread_index), range.y - 1);
       const float scale = float(value_scales[value_scale + t]);
@@ -198,7 +199,7 @@ void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, 
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    unpack_tile<VB, D>(&shared->value_table[0], tile, value_rows, block, range.y, thread_index);
+    unpack_tile<VB, D>(shared->value_table + 0, tile, value_rows, block, range.y, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     TQ_UNROLL
     for (int k = 0; k < 4; ++k) {

@@ -32,6 +32,11 @@ MUTATIONS = {
         "if (simdgroup) threadgroup_barrier(mem_flags::mem_threadgroup);\n    unpack_tile<VB, D>"),
     "no barrier before the values replace the keys": (
         "prefill.metal", "threadgroup_barrier(mem_flags::mem_threadgroup);\n    unpack_tile<VB, D>", "unpack_tile<VB, D>"),
+    "a tile without the padding of its rows": (
+        "prefill.metal", "TQ_ARRAY(half, tile, metal_layout::kBlock * (D + 8))",
+        "TQ_ARRAY(half, tile, metal_layout::kBlock * D)"),
+    "one number beyond a row in threadgroup memory": (
+        "decode.metal", "shared->q[r][32 * i + lane] = half(x[i]);", "shared->q[r][32 * i + lane + 1] = half(x[i]);"),
     "keys not transposed": (
         "prefill.metal", "pitch, ulong2(0, 0), true)", "pitch, ulong2(0, 0), false)"),
     "window one key too wide": (

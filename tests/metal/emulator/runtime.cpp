@@ -298,6 +298,14 @@ bool matrix(Site site, const void* address, uint64_t argument) {
   return f.lane == 0;
 }
 
+void index_error(long index, long count) {
+  const Fiber& f = *state.running;
+  state.error = "[emulator] index " + std::to_string(index) + " of " + std::to_string(count) +
+                " in an array or vector; SIMD-group " + std::to_string(f.simdgroup) + ", lane " +
+                std::to_string(f.lane);
+  for (;;) to_scheduler(false);  // which throws
+}
+
 void run_grid(Entry entry, void* const* buffers, const int grid[3], const int threadgroup[3]) {
   const int threads = threadgroup[0] * threadgroup[1] * threadgroup[2];
   if (threads % kLanes) throw std::runtime_error("[emulator] a threadgroup must be whole SIMD-groups");

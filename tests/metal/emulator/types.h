@@ -6,6 +6,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "memory.h"
+
 namespace metal {
 
 using uint = unsigned int;
@@ -62,8 +64,8 @@ struct bfloat {
 template <class T, int N>
 struct Vector {
   T at[N];
-  T& operator[](int i) { return at[i]; }
-  const T& operator[](int i) const { return at[i]; }
+  T& operator[](int i) { return at[emulator::checked(i, N)]; }
+  const T& operator[](int i) const { return at[emulator::checked(i, N)]; }
 };
 using float2 = Vector<float, 2>;
 using float4 = Vector<float, 4>;
