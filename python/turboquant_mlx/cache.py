@@ -141,7 +141,7 @@ class PackedCache(_BaseCache):
 
     def to_quantized(self, *_, **__):
         """What mlx-lm calls when `kv_bits` is given; without it, mlx-lm would ignore that argument in silence."""
-        raise ValueError(f"[to_quantized] {type(self).__name__} holds codes already; leave kv_bits out")
+        raise ValueError(f"[to_quantized] {type(self).__name__} packs its keys and values itself; leave kv_bits out")
 
     def _arrays(self):
         """What is held, as four arrays, without spare room."""

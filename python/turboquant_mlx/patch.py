@@ -4,18 +4,21 @@ mlx-lm's `scaled_dot_product_attention` hands every cache that has `.bits` to
 `base.quantized_scaled_dot_product_attention`, looked up when called: replacing that one global reaches every model.  It
 refuses attention sinks before it gets there, so the outer function is replaced too, in `base` and in the modules that
 imported it by name.  `make_prompt_cache` is replaced likewise: with a `make_cache` on the model, mlx-lm would ignore
-`max_kv_size` without a word; `save_prompt_cache` and `load_prompt_cache`, to check the slots beside packed ones.
+`max_kv_size` without a word; `maybe_quantize_kv_cache`, so that `kv_bits` is refused with the first tokens rather than
+after 5,000; `save_prompt_cache` and `load_prompt_cache`, to check the slots beside packed ones.
 """
 
 import sys
+from contextvars import ContextVar
 
 import mlx.core as mx
+from mlx_lm.generate import maybe_quantize_kv_cache as _maybe_quantize
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_lm_cache
 
 from . import _core, other_slots
 from .batch import BatchTurboQuantKVCache
-from .cache import TurboQuantKVCache
+from .cache import TurboQuantKVCache, leaves
 from .convert import DelayedTurboQuantKVCache
 from .rotating import BatchTurboQuantRotatingKVCache, TurboQuantRotatingKVCache
 
@@ -29,12 +32,12 @@ CACHE_CLASSES = (
 original_quantized_attention = base.quantized_scaled_dot_product_attention
 _outer = base.scaled_dot_product_attention
 _make_prompt_cache = mlx_lm_cache.make_prompt_cache
-_seen = None  # while a model is probed: ids of the histories that attention read
+_seen = ContextVar("_seen", default=None)  # while this thread probes a model: ids of the histories attention read
 
 
 def _attend(view, queries, scale, mask, sinks=None):
-    if _seen is not None:
-        _seen.add(id(view))
+    if (seen := _seen.get()) is not None:
+        seen.add(id(view))
     return view.attend(queries, scale, mask, sinks)
 
 
@@ -61,9 +64,18 @@ def _patched_make_prompt_cache(model, max_kv_size=None):
     return sized(max_kv_size) if sized and max_kv_size is not None else _make_prompt_cache(model, max_kv_size)
 
 
+def _patched_maybe_quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits):
+    if kv_bits is not None:
+        for _, c in leaves(prompt_cache):
+            if isinstance(c, CACHE_CLASSES):
+                c.to_quantized()  # raises
+    return _maybe_quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits)
+
+
 _REPLACED = {  # name: (mlx-lm's, ours)
     "scaled_dot_product_attention": (_outer, _patched_outer),
     "make_prompt_cache": (_make_prompt_cache, _patched_make_prompt_cache),
+    "maybe_quantize_kv_cache": (_maybe_quantize, _patched_maybe_quantize),
     "save_prompt_cache": (other_slots.save_original, other_slots.save_prompt_cache),
     "load_prompt_cache": (other_slots.load_original, other_slots.load_prompt_cache),
 }
@@ -98,10 +110,9 @@ class record_reads:
     """Context: collects the ids of the histories that attention reads while a model's graph is built."""
 
     def __enter__(self):
-        global _seen
-        _seen = set()
-        return _seen
+        seen = set()
+        self._token = _seen.set(seen)
+        return seen
 
     def __exit__(self, *_):
-        global _seen
-        _seen = None
+        _seen.reset(self._token)

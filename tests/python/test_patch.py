@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -180,3 +182,24 @@ def test_a_refused_enable_leaves_the_model_as_it_was(build, owner):
     assert enable(model, 4) == 2 and make_prompt_cache(model)[0].bits == 4
     disable(model)
     assert vars(model).get("make_cache") is before and type(make_prompt_cache(model)[0]) is KVCache
+
+
+def test_models_can_be_enabled_from_several_threads():
+    """One is held up amid its probe while another is probed; a server loads models in a thread of its own."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Held(llama.Model):
+        def __call__(self, *args, **named):
+            begun.set()
+            assert go_on.wait(timeout=30)
+            return super().__call__(*args, **named)
+
+    held, other = small_llama(), small_llama()
+    mx.eval(held.parameters())  # another thread cannot compute what this one began
+    held.__class__ = Held
+    with ThreadPoolExecutor() as pool:
+        result = pool.submit(enable, held)
+        assert begun.wait(timeout=30)
+        assert enable(other) == 2
+        go_on.set()
+        assert result.result(timeout=30) == 2

@@ -7,6 +7,7 @@ import copy
 
 import mlx.core as mx
 import pytest
+from mlx_lm.generate import speculative_generate_step
 from mlx_lm.models.base import create_attention_mask, create_causal_mask
 from mlx_lm.models.cache import (
     ArraysCache,
@@ -25,7 +26,10 @@ from turboquant_mlx import (
     DelayedTurboQuantKVCache,
     TurboQuantKVCache,
     TurboQuantRotatingKVCache,
+    apply_patch,
+    disable,
     enable,
+    remove_patch,
 )
 
 
@@ -194,9 +198,22 @@ def test_a_limit_in_bytes_holds_four_times_the_prompts(model):
     assert len(store) == 4 and store.nbytes <= limit  # head_dim 64: 128 bytes become 26, so 4.9
 
 
-def test_mlx_lms_own_quantisation_is_refused_not_ignored(model):
-    with pytest.raises(ValueError, match="TurboQuantKVCache holds codes already; leave kv_bits out"):
-        greedy(model, prompt(5), 3, kv_bits=4, quantized_kv_start=0)
+@pytest.mark.parametrize("start", [{}, {"quantized_kv_start": 0}, {"quantized_kv_start": 100000}])
+def test_mlx_lms_own_quantisation_is_refused_not_ignored(model, start):
+    """With the first tokens, whatever the length from which mlx-lm would quantise (5,000 unless told)."""
+    refusal = "TurboQuantKVCache packs its keys and values itself; leave kv_bits out"
+    with pytest.raises(ValueError, match=refusal):
+        greedy(model, prompt(5), 3, kv_bits=4, **start)
+    with pytest.raises(ValueError, match=refusal):
+        caches = make_prompt_cache(model) + make_prompt_cache(model)
+        next(speculative_generate_step(mx.array(prompt(5)), model, model, prompt_cache=caches, kv_bits=4, **start))
+    enable(model, start=1000)
+    with pytest.raises(ValueError, match=f"Delayed{refusal}"):
+        greedy(model, prompt(5), 3, kv_bits=4, **start)
+    disable(model)
+    for patch in (remove_patch, apply_patch):  # mlx-lm's own caches still take it
+        patch()
+        assert len(greedy(model, prompt(5), 3, kv_bits=4, **start)) == 3
 
 
 def test_a_packed_prompt_peaks_below_a_float16_one():
