@@ -36,7 +36,8 @@ def tq_options():
         "--tq-start",
         type=_tokens,
         metavar="N",
-        help="hold up to N tokens as plain floats, then pack (the server then answers one request at a time)",
+        help="hold up to N tokens as plain floats, then pack (the server then answers one request at a time; not "
+        "together with --max-kv-size)",
     )
     group.add_argument(
         "--tq-centres",
@@ -103,7 +104,10 @@ def prepare(model, args, where, max_kv_size=None):
         centres=centres,
         start=args.tq_start,
     )
-    if max_kv_size is not None and not hasattr(model.make_cache, "sized"):
+    sized = hasattr(model.make_cache, "sized")
+    if max_kv_size is not None and sized and args.tq_start:
+        raise ValueError("--tq-start and --max-kv-size exclude each other: a cache that packs later drops no tokens")
+    if max_kv_size is not None and not sized:
         print("[tq] --max-kv-size has no effect: mlx-lm lets this model make its own caches", file=sys.stderr)
     print(f"[tq] {summary(make_prompt_cache(model, max_kv_size))}{', centred' if centres else ''}", file=sys.stderr)
     return model
@@ -229,6 +233,15 @@ def _watch_server(module, seen, replaced):
 
     class Watched(provider):
         load_default = watched
+
+        def load(self, model_path, adapter_path=None, draft_model_path=None):
+            # A request names these.  The guard of `--draft-model` against wrong prefixes was set when the server began.
+            if draft_model_path not in (None, "default_model", seen.draft_model):
+                raise ValueError(
+                    f"draft_model must be the server's own --draft-model ({seen.draft_model or 'it has none'}); got "
+                    f"{draft_model_path!r}"
+                )
+            return super().load(model_path, adapter_path, draft_model_path)
 
     replaced["ModelProvider"] = provider
     module.ModelProvider = Watched

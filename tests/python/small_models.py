@@ -1,7 +1,11 @@
 """Models of several families with small random weights, and greedy generation on the plain one-request path."""
 
+import json
+import shutil
+
 import mlx.core as mx
-from mlx.utils import tree_map_with_path
+from conftest import MODEL
+from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.generate import generate_step
 from mlx_lm.models import gemma3_text, gemma3n, gpt_oss, llama, phi, phi3, qwen2, qwen3
 from mlx_lm.models.cache import make_prompt_cache
@@ -41,6 +45,20 @@ def build(module, seed=0, **changes):
     model.update(tree_map_with_path(_spread, model.parameters()))
     mx.eval(model.parameters())
     return model
+
+
+def save_model(module, directory, seed=0, **changes):
+    """A model directory with the bundled tokenizer; `model_type` may be an alias of the module's name."""
+    sizes = {"vocab_size": 8192, "hidden_size": 128, "head_dim": 64, "num_hidden_layers": 2, **changes}
+    model = build(module, seed=seed, **sizes)
+    directory.mkdir()
+    for file in MODEL.glob("*"):
+        if file.name.startswith(("tokenizer", "chat_template")):
+            shutil.copy(file, directory)
+    config = {k: v for k, v in vars(model.args).items() if v is not None}
+    (directory / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(directory / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    return directory
 
 
 def small_llama(**changes):

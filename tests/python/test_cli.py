@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,10 +10,9 @@ import time
 import mlx.core as mx
 import pytest
 from conftest import MODEL
-from mlx.utils import tree_flatten
 from mlx_lm.models import gemma3_text, qwen3
 from needles import ANSWER, FACT, QUESTION
-from small_models import build
+from small_models import save_model
 from turboquant_mlx import cli
 
 BUNDLED = ["--model", str(MODEL)]
@@ -44,20 +42,6 @@ def refused(capfd):
     return refused
 
 
-def save_model(module, directory, seed=0, **changes):
-    """A model directory with the bundled tokenizer."""
-    sizes = {"vocab_size": 8192, "hidden_size": 128, "head_dim": 64, "num_hidden_layers": 2, **changes}
-    model = build(module, seed=seed, **sizes)
-    directory.mkdir()
-    for file in MODEL.glob("*"):
-        if file.name.startswith(("tokenizer", "chat_template")):
-            shutil.copy(file, directory)
-    config = {k: v for k, v in vars(model.args).items() if v is not None}
-    (directory / "config.json").write_text(json.dumps(config))
-    mx.save_safetensors(str(directory / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    return directory
-
-
 def test_generate_answers_from_a_packed_cache(run):
     out, err = run("generate", *BUNDLED, "--prompt", f"{FACT} {QUESTION}", "-m", 16, "--tq-bits", 3)
     assert ANSWER in out and "Generation:" in out
@@ -72,7 +56,7 @@ def test_generate_answers_from_a_packed_cache(run):
     assert ANSWER in out and "DelayedTurboQuantKVCache K3 V3" in err and "centred" not in err
 
 
-def test_mlx_lms_programs_are_left_as_they_were(run):
+def test_mlx_lms_programs_are_left_as_they_were(run, patched):
     import importlib
 
     module = importlib.import_module("mlx_lm.generate")
@@ -181,6 +165,17 @@ def test_a_draft_model_changes_no_token(run, refused, tmp_path):
     assert "TurboQuantRotatingKVCache" in run(*arguments, "--max-kv-size", 16).err
     message = refused("generate", *BUNDLED, "--prompt", "hello", "--draft-model", MODEL)
     assert "requires a trimmable prompt cache" in message and "ArraysCache" in message
+
+
+def test_a_start_and_a_window_exclude_each_other(run, refused, tmp_path):
+    """A cache that packs later cannot drop tokens; where mlx-lm ignores the window, there is none."""
+    model = save_model(qwen3, tmp_path / "model")
+    both = ["--tq-start", 5, "--max-kv-size", 32]
+    for command in (["generate", "--prompt", "hello", "-m", 2], ["inspect", "--prompt", "hello"]):
+        message = refused(*command, "--model", model, *both)
+        assert "--tq-start and --max-kv-size exclude each other" in message and "Traceback" not in message
+        assert "--max-kv-size has no effect" in run(*command, *BUNDLED, *both).err
+    assert "TurboQuantRotatingKVCache" in run("inspect", "--model", model, "--max-kv-size", 32, "--tq-start", 0).err
 
 
 def test_chat_keeps_the_conversation_in_packed_caches(run, monkeypatch):

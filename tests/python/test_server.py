@@ -1,84 +1,21 @@
 """mlx-lm's server with packed caches, through our command line: concurrent clients, its prompt cache, its memory."""
 
-import http.client
 import json
 import socket
-import threading
-from http.server import ThreadingHTTPServer
-from queue import Queue
 
 import pytest
 from conftest import MODEL
-from mlx_lm import server as mlx_lm_server
 from mlx_lm.models.cache import KVCache
 from needles import ANSWER, QUESTION, page
+from serving import at_once, serving
 from small_models import sure
-from turboquant_mlx import TurboQuantKVCache, cli, disable, enable
-
-
-class Quiet(mlx_lm_server.APIHandler):
-    def log_message(self, *_):
-        pass
-
-
-class Served:
-    """A running server, the address to reach it and its insides."""
-
-    def __init__(self, httpd, generator):
-        self.httpd, self.generator = httpd, generator
-        self.port = httpd.server_address[1]
-
-    def connection(self):
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
-
-    def post(self, path, **body):
-        connection = self.connection()
-        connection.request("POST", path, json.dumps({"temperature": 0.0, **body}))
-        response = connection.getresponse()
-        answer = response.read()
-        assert response.status == 200, answer
-        return json.loads(answer)
-
-    def complete(self, prompt, max_tokens):
-        return self.post("/v1/completions", prompt=prompt, max_tokens=max_tokens)["choices"][0]["text"]
+from turboquant_mlx import TurboQuantKVCache, disable, enable
 
 
 @pytest.fixture(scope="module")
 def served():
-    """`turboquant_mlx server` in a thread; only its last step, the HTTP loop, is ours, so that the test can end it."""
-    started = Queue()
-
-    def serve(host, port, generator, **_):
-        httpd = ThreadingHTTPServer((host, port), lambda *args: Quiet(generator, *args))
-        httpd.handle_error = lambda *_: None  # clients that hang up
-        started.put(Served(httpd, generator))
-        httpd.serve_forever(poll_interval=0.05)
-        generator.stop_and_join()
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(mlx_lm_server, "_run_http_server", serve)
-    arguments = [
-        "server",
-        "--model",
-        str(MODEL),
-        "--port",
-        "0",
-        "--tq-bits",
-        "3",
-        "--tq-centres",
-        "none",
-        "--log-level",
-        "ERROR",
-    ]
-    thread = threading.Thread(target=cli.main, args=([*arguments, "--prefill-step-size", "512"],))
-    thread.start()
-    running = started.get(timeout=120)
-    yield running
-    running.httpd.shutdown()
-    thread.join(timeout=60)
-    running.httpd.server_close()
-    patch.undo()
-    assert not thread.is_alive()
+    with serving(MODEL, "--tq-centres", "none", "--prefill-step-size", "512") as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -109,16 +46,7 @@ def test_eight_clients_at_once_get_what_each_would_get_alone(served, bundled, al
         for at, n in zip(range(0, 4000, 500), (9, 30, 80, 200, 5, 330, 12, 64), strict=True)
     ]
     want = [alone(tokenizer.encode(p), 16) for p in prompts]
-    got = [None] * len(prompts)
-
-    def client(i):
-        got[i] = served.complete(prompts[i], 16)
-
-    threads = [threading.Thread(target=client, args=(i,)) for i in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    got = at_once(lambda prompt: served.complete(prompt, 16), prompts)
     assert served.generator.model_provider.is_batchable
     assert sum(map(len, want)) > 0.7 * sum(map(len, got))
     assert [text[: len(w)] for text, w in zip(got, want, strict=True)] == want

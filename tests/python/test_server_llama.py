@@ -1,0 +1,81 @@
+"""The server with a small Llama, whose caches can all be trimmed: tokens of concurrent clients, of reused prefixes and
+of refused requests' neighbours are those of the one-request path, without exception."""
+
+import mlx.core as mx
+import pytest
+from mlx_lm import load
+from mlx_lm.models import llama
+from mlx_lm.models.cache import make_prompt_cache
+from serving import at_once, serving
+from small_models import greedy, save_model
+from turboquant_mlx import TurboQuantKVCache, enable
+
+LENGTHS = (9, 30, 80, 200, 5, 330, 12, 64)
+STEP = 128  # tokens of a prefill chunk
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save_model(llama, tmp_path_factory.mktemp("served") / "llama")
+
+
+@pytest.fixture(scope="module")
+def served(directory):
+    with serving(directory, "--prefill-step-size", str(STEP)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def alone(directory):
+    """The plain one-request path: a text to its next `count` greedy tokens."""
+    mx.set_default_device(mx.cpu)
+    model, tokenizer = load(str(directory))
+    enable(model, bits=3)
+    assert all(type(c) is TurboQuantKVCache for c in make_prompt_cache(model))
+
+    def answer(text, count=24):
+        return greedy(model, tokenizer.encode(text), count, prefill_step_size=STEP)
+
+    return answer
+
+
+@pytest.fixture(scope="module")
+def prompts(bundled, tokens):
+    return [bundled[1].decode(tokens[500 * i : 500 * i + n]) for i, n in enumerate(LENGTHS)]
+
+
+def complete(served, prompt, count=24):
+    """The ids of the tokens that the server answers with."""
+    answer = served.post("/v1/completions", prompt=prompt, max_tokens=count, logprobs=True)
+    return [token["id"] for token in answer["choices"][0]["logprobs"]["content"]]
+
+
+def test_eight_clients_at_once_get_what_each_would_get_alone(served, alone, prompts):
+    want = [alone(prompt) for prompt in prompts]
+    assert len({tuple(w) for w in want}) == len(want) and all(len(set(w)) > 3 for w in want)
+    assert at_once(lambda prompt: complete(served, prompt), prompts) == want
+    assert served.generator.model_provider.is_batchable
+    # Again, with every prefix in the server's prompt cache; then other ends of the same prefixes, which trims it.
+    assert at_once(lambda prompt: complete(served, prompt), prompts) == want
+    branches = [prompt[: len(prompt) * 2 // 3] + " another end" for prompt in prompts]
+    assert at_once(lambda prompt: complete(served, prompt), branches) == [alone(prompt) for prompt in branches]
+
+
+def test_a_draft_model_of_a_request_is_refused_and_harms_nobody(served, alone, prompts, directory):
+    """The server began without a draft model, with a prompt cache: beside one, mlx-lm would reuse prefixes wrongly."""
+    want = [alone(prompt) for prompt in prompts]
+
+    def ask(i):
+        if i % 2:
+            return served.ask("/v1/completions", prompt=prompts[i], max_tokens=24, draft_model=str(directory))
+        return complete(served, prompts[i])
+
+    got = at_once(ask, range(len(prompts)))
+    assert got[0::2] == want[0::2]
+    for status, answer in got[1::2]:
+        assert status >= 400 and b"draft_model must be the server's own --draft-model (it has none)" in answer
+    assert served.generator.model_provider.draft_model is None
+    assert [complete(served, prompt) for prompt in prompts] == want
+    for allowed in ("default_model", None):
+        body = {} if allowed is None else {"draft_model": allowed}
+        assert served.ask("/v1/completions", prompt=prompts[0], max_tokens=4, **body)[0] == 200
