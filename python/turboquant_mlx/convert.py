@@ -120,9 +120,12 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
         return super().to_float(dtype) if self.packed else copy.deepcopy(self._floats)
 
     def inspect(self) -> dict:
-        """As for TurboQuantKVCache, with 16 bits while the cache holds floats."""
+        """As for TurboQuantKVCache; while the cache holds floats, the bits are theirs (None of an empty cache)."""
         note = super().inspect()
-        return note if self.packed else note | {"key_bits": 16, "value_bits": 16, "kernel": "mlx (not packed yet)"}
+        if self.packed:
+            return note
+        key_bits, value_bits = (None if x is None else 8 * x.itemsize for x in (self._floats.keys, self._floats.values))
+        return note | {"key_bits": key_bits, "value_bits": value_bits, "kernel": "mlx (not packed yet)"}
 
     def _shape(self):
         return super()._shape() if self.packed else self._floats.keys_and_values()[0].shape

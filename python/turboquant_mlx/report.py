@@ -23,7 +23,7 @@ def _row(path, cache):
     return (
         layer,
         note["kind"],
-        f"K{note['key_bits']} V{note['value_bits']}",
+        f"K{note['key_bits']} V{note['value_bits']}" if note["key_bits"] else "-",
         str(note["tokens"]),
         f"{resident:,}",
         f"{plain:,}",

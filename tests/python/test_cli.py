@@ -142,6 +142,8 @@ def test_inspect_shows_every_layer(run):
     packed = lines[4].split()
     assert packed[1:4] == ["TurboQuantKVCache", "K4", "V4"] and int(packed[4]) > 300 and "decode" in lines[4]
     assert lines[1].split()[1] == "ArraysCache"
+    floats = run("inspect", *BUNDLED, "-p", "hello", "--tq-start", 1000).out.splitlines()[4]
+    assert floats.split()[1:4] == ["DelayedTurboQuantKVCache", "K32", "V32"] and "mlx (not packed yet)" in floats
 
 
 def test_models_that_cannot_be_served_are_refused(run, refused, tmp_path):

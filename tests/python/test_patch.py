@@ -1,5 +1,6 @@
 """The overlay: patching, enabling, refusing."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -9,8 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from conftest import MODEL
+from mlx_lm import load
 from mlx_lm.models import base, llama, qwen3
 from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
+from small_models import greedy, save_model
 from turboquant_mlx import TurboQuantKVCache, apply_patch, disable, enable, remove_patch
 
 SMOKE = (
@@ -203,3 +206,18 @@ def test_models_can_be_enabled_from_several_threads():
         assert enable(other) == 2
         go_on.set()
         assert result.result(timeout=30) == 2
+
+
+def test_mistral_runs_as_llama(tmp_path):
+    """mlx-lm maps its model_type to llama; a `sliding_window` without `layer_types` changes nothing, as in mlx-lm."""
+    directory = save_model(llama, tmp_path / "mistral", model_type="mistral", sliding_window=4096)
+    assert json.loads((directory / "config.json").read_text())["model_type"] == "mistral"
+    model, _ = load(str(directory))
+    assert type(model) is llama.Model and enable(model, bits=3) == 2
+    caches = make_prompt_cache(model)
+    text = list(range(50, 90))
+    got = greedy(model, text, 16, caches)
+    assert [type(c) for c in caches] == [TurboQuantKVCache] * 2 and caches[0].offset == 56
+    same, _ = load(str(save_model(llama, tmp_path / "llama")))
+    enable(same, bits=3)
+    assert got == greedy(same, text, 16) and len(set(got)) > 3

@@ -33,6 +33,7 @@ from turboquant_mlx import (
     to_turboquant,
 )
 from turboquant_mlx.identity import Identity
+from turboquant_mlx.report import table
 from turboquant_mlx.saving import check_fits
 
 
@@ -463,6 +464,19 @@ def test_a_delayed_cache_packs_itself_at_its_length():
     assert all(mx.array_equal(a, b) for a, b in zip(view.arrays, want._core.view().arrays, strict=True))
     with pytest.raises(ValueError, match="start must be at least 0; got -1"):
         DelayedTurboQuantKVCache(-1)
+
+
+@pytest.mark.parametrize("dtype, bits", [(mx.float32, 32), (mx.float16, 16), (mx.bfloat16, 16)])
+def test_inspect_tells_the_width_of_what_is_held(dtype, bits):
+    cache = DelayedTurboQuantKVCache(20, key_bits=4, value_bits=2)
+    note = cache.inspect()
+    assert (note["key_bits"], note["value_bits"], note["tokens"]) == (None, None, 0)
+    assert table([cache]).splitlines()[1].split()[2] == "-"
+    cache.update_and_fetch(*kv(20, dtype=dtype))
+    assert (cache.inspect()["key_bits"], cache.inspect()["value_bits"]) == (bits, bits)
+    assert table([cache]).splitlines()[1].split()[2:4] == [f"K{bits}", f"V{bits}"]
+    cache.update_and_fetch(*kv(1, dtype=dtype))
+    assert (cache.inspect()["key_bits"], cache.inspect()["value_bits"]) == (4, 2)
 
 
 def test_a_model_starts_as_float_and_packs_later():
