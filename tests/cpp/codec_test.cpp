@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "cases.h"
+#include "golden.h"
 #include "turboquant/rotation.h"
 
 namespace turboquant {
@@ -263,29 +264,13 @@ TEST_P(Codec, DistortionOfGaussianVectors) {
   }
 }
 
-// The bytes of the format, derived from the words of format.h alone by a separate program: the rotated coordinates are
-// v + v^5 / 20000 with v = (11 i + 5) mod 32 - 15.5.
 TEST_P(Codec, GoldenBytes) {
-  const int dim = 32;
-  const struct {
-    int bits;
-    std::vector<uint32_t> words;
-    uint16_t scale;
-  } golden[] = {
-      {2, {0xc29c28c2, 0x29829c29}, 0x503b},
-      {3, {0x84a85105, 0x43043842, 0x68c78c78}, 0x4ccc},
-      {4, {0x0940a30a, 0x87096095, 0xd18e18f0, 0x28b28c18}, 0x4cae},
-  };
-  std::vector<double> r(dim);
-  for (int i = 0; i < dim; ++i) {
-    const double v = (11 * i + 5) % 32 - 15.5;
-    r[i] = v + v * v * v * v * v / 20000;
-  }
-  unrotate(r.data(), dim, 3);
+  const int dim = golden::kDim;
+  const auto numbers = golden::vector();
   Buffer x(Dtype::float32, dim);
-  for (int i = 0; i < dim; ++i) x.set(i, float(r[i]));
+  for (int i = 0; i < dim; ++i) x.set(i, numbers[i]);
   for (Backend backend : kBackends) {
-    for (const auto& g : golden) {
+    for (const auto& g : golden::bytes()) {
       SCOPED_TRACE(testing::Message() << "bits " << g.bits);
       Encoded e = encode_rows(x, 1, 1, dim, g.bits, backend);
       EXPECT_EQ(e.codes, g.words);

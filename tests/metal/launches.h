@@ -15,7 +15,76 @@ using turboquant::cases::Case;
 /// The shared table, without or with its long rows.
 inline std::vector<Case> attention_cases(bool long_contexts) { return turboquant::cases::table(long_contexts); }
 
-/// One encode of two sides.
+/// A row of our own, with its number of splits (0: as the plan chooses).
+struct Variant {
+  Case c;
+  int splits;
+};
+
+/// Rows for kernels that the shared table leaves out.
+///
+/// A kernel's text is one template, so that what must be met is each place where a parameter changes the text, and
+/// pairs of parameters that meet there.  Key bits are read by the unpacking of keys, the table of levels and the
+/// scores' factor, value bits by the same on the other side, T by the loads of the query, the output, and (prefill) the
+/// number of halves a query is kept in; float16 and bfloat16 differ in these conversions alone.  R is read with D by
+/// the folding of sums.  FINISH, and whether there is a merge, follow from the splits.  No statement reads three
+/// parameters.  For each head dimension the key bits take three values, and the others follow by Latin squares: then
+/// every pair of (D, key bits, value bits, T) and of (D, key bits, value bits, R) meets, and every D both ends of a row.  The merge reads T and D
+/// alone: all 24 of its kernels are here.  Rules of visibility, sinks and centres are run-time values of every kernel;
+/// they change from row to row.
+inline std::vector<Variant> variants() {
+  constexpr Dtype dtypes[] = {Dtype::float32, Dtype::float16, Dtype::bfloat16};
+  constexpr MaskKind masks[] = {MaskKind::none, MaskKind::boolean, MaskKind::additive};
+  std::vector<Variant> rows;
+  for (int d = 0; d < 8; ++d) {
+    for (int k = 0; k < 3; ++k) {
+      Case c;
+      c.head_dim = 32 * (d + 1);
+      c.key_bits = 2 + k;
+      c.value_bits = 2 + (k + d) % 3;
+      c.dtype = dtypes[(k + 2 * d) % 3];
+      c.batch = 2;
+      c.causal = (k + d) % 2 == 0;
+      c.ragged = (k + d) % 4 < 2;
+      c.sinks = (k + 2 * d) % 4 < 2;
+      c.centred = d % 2 == 0;
+      c.window = (k + d) % 5 == 4 ? 50 : 0;
+      c.seed = uint64_t(100 + 3 * d + k);
+      // A prefill of one row tile and a part of another; two heads, so that a mask's strides matter.
+      c.query_heads = 6;
+      c.kv_heads = 2;
+      c.query_len = 13;
+      c.kv_len = 75;
+      rows.push_back({c, 1});
+      rows.push_back({c, 2});
+      // 1, 2 or 4 rows a threadgroup; once a token short of a block, once two blocks for some SIMD-groups.
+      const int rows_of_tile = (2 * k + d) % 3;
+      c.query_heads = rows_of_tile == 0 ? 2 : rows_of_tile == 1 ? 4 : 6;
+      c.query_len = 1;
+      c.mask = masks[(k + d) % 3];
+      c.kv_len = 31;
+      rows.push_back({c, 1});
+      c.kv_len = 333;
+      rows.push_back({c, 2});
+    }
+  }
+  // The widths that models use, at the head dimension of the flagship, in 16 bits, all rules at once.
+  for (Dtype dtype : {Dtype::float16, Dtype::bfloat16}) {
+    for (int bits : {2, 3, 4}) {
+      Case c{.key_bits = bits, .value_bits = bits, .batch = 2, .query_heads = 8, .kv_heads = 2};
+      c.causal = c.ragged = c.sinks = c.centred = true;
+      c.dtype = dtype;
+      c.kv_len = 130;
+      for (int query_len : {1, 40}) {
+        c.query_len = query_len;
+        rows.push_back({c, 1});
+      }
+    }
+  }
+  return rows;
+}
+
+/// One encode, of one side or two.
 struct CodecCase {
   int head_dim, bits, second_bits;  // second_bits 0: one side
   Dtype dtype = Dtype::float32;
@@ -23,9 +92,15 @@ struct CodecCase {
 };
 inline std::vector<CodecCase> codec_cases() {
   std::vector<CodecCase> cases;
+  // All pairs of dimension, width and dtype; the kernel for two sides calls the same function twice.
+  constexpr Dtype dtypes[] = {Dtype::float32, Dtype::float16, Dtype::bfloat16};
   for (int bits : {2, 3, 4}) {
-    for (int dim : {32, 64, 96, 128, 160, 192, 224, 256}) cases.push_back({dim, bits, 0});
+    for (int dim = 32; dim <= 256; dim += 32) {
+      const int i = dim / 32 + bits;
+      cases.push_back({dim, bits, 0, dtypes[i % 3], i % 2 == 0});
+    }
   }
+  for (int bits : {2, 3, 4}) cases.push_back({32, bits, 0});  // the golden bytes' kernels
   cases.push_back({256, 3, 3, Dtype::float16});
   cases.push_back({128, 4, 2, Dtype::bfloat16, true});
   cases.push_back({96, 2, 3, Dtype::float32, true});
@@ -56,6 +131,7 @@ inline turboquant::AttendParams shape_of(const Case& c) {
 /// Calls every operation that the tests call, for the recorder.
 inline void record_launches() {
   for (const auto& c : attention_cases(true)) emulator::attend(shape_of(c));
+  for (const auto& v : variants()) emulator::attend(shape_of(v.c), v.splits);
   for (const auto& c : codec_cases()) {
     turboquant::EncodeParams side;
     side.batch = side.heads = side.tokens = 1;

@@ -74,7 +74,7 @@ def main():
         raise SystemExit(__doc__)
     copy = pathlib.Path(sys.argv[1]).resolve() / "mutant"
     shutil.rmtree(copy / "source", ignore_errors=True)
-    ignore = shutil.ignore_patterns("build", ".git", "models", "assets")
+    ignore = shutil.ignore_patterns("build", ".git", ".venv", "models", "assets")
     shutil.copytree(ROOT, copy / "source", ignore=ignore)
     build = copy / "build"
     run("cmake", "-S", str(copy / "source"), "-B", str(build))
