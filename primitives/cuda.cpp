@@ -123,6 +123,7 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
   const auto starts = o.starts.value_or(dummy), mask = o.mask.value_or(dummy), sinks = o.sinks.value_or(dummy),
              key_centre = o.key_centre.value_or(dummy), value_centre = o.value_centre.value_or(dummy);
   const auto plan = cuda::plan_attention(shape, device());
+  if (o.kernel) *o.kernel = plan.name();
   std::vector<mx::array> cache{q, keys.codes, key_scales, values.codes, value_scales, starts, mask};
   const std::vector<mx::array> rows{sinks, key_centre, value_centre};
   if (plan.method == cuda::AttentionPlan::whole) {
@@ -136,7 +137,5 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
                 {q, key_scales, partial[0], partial[1], starts, sinks, key_centre, value_centre}, {q.shape()},
                 {q.dtype()}, stream)[0];
 }
-
-std::string route(int query_len) { return query_len == 1 ? "cuda decode" : "cuda prefill"; }
 
 }  // namespace turboquant::ops::cuda_backend

@@ -18,6 +18,4 @@ mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype 
 mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,
                     const AttentionOptions& options, mx::Stream stream);
 
-std::string route(int query_len);
-
 }  // namespace turboquant::ops::cuda_backend

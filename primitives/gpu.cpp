@@ -69,10 +69,4 @@ mx::array attention_gpu(const mx::array& q, const PackedArrays& keys, const Pack
   return cuda_backend::attention(q, keys, values, options, stream);
 }
 
-std::string attention_route_gpu(int query_len, int) {
-  // Metal's choice depends on the rows of a KV head, queries times the heads that share it.
-  if (on_metal()) return query_len == 1 ? "metal decode" : "metal decode up to 8 rows, prefill beyond";
-  return gpu_supported() ? cuda_backend::route(query_len) : "none";
-}
-
 }  // namespace turboquant::ops

@@ -19,6 +19,4 @@ mx::array decode_gpu(const PackedArrays& packed, int bits, uint64_t seed, mx::Dt
 mx::array attention_gpu(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,
                         const AttentionOptions& options, mx::Stream stream);
 
-std::string attention_route_gpu(int query_len, int head_dim);
-
 }  // namespace turboquant::ops

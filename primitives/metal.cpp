@@ -107,6 +107,7 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
   shape.causal = o.causal;
   shape.window = o.window;
   if (o.mask) shape.mask = o.mask->dtype() == mx::bool_ ? MaskKind::boolean : MaskKind::additive;
+  if (o.kernel) *o.kernel = metal::route(q.shape(1), keys.codes.shape(1), q.shape(2));
   Launcher launcher{stream};
   return metal::launch_attention(launcher, shape,
                                  {q, keys.codes, keys.scales, values.codes, values.scales, o.starts, o.mask, o.sinks,

@@ -2,6 +2,7 @@
 #include "primitives/ops.h"
 
 #include <cmath>
+#include <map>
 #include <numeric>
 
 #include "primitives/checks.h"
@@ -168,6 +169,16 @@ AttentionOptions checked_options(const mx::array& q, const PackedArrays& keys, c
   return o;
 }
 
+/// The CPU has one kernel an instruction set, for any number of queries.
+const char* cpu_kernel() {
+  static const auto names = [] {
+    std::map<std::string, std::string> all;
+    for (const auto& isa : available_isas()) all[isa] = "cpu " + isa;
+    return all;
+  }();
+  return names.at(current_isa()).c_str();
+}
+
 }  // namespace
 
 mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,
@@ -181,6 +192,7 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
     return attention_gpu(q, {dense(keys.codes), dense(keys.scales)}, {dense(values.codes), dense(values.scales)}, gpu,
                          stream);
   }
+  if (o.kernel) *o.kernel = cpu_kernel();
   const Attention::Settings settings{o.scale,
                                      o.key_bits,
                                      o.value_bits,
@@ -198,11 +210,6 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
     if (*extra) inputs.push_back(**extra);
   }
   return mx::array(q.shape(), q.dtype(), std::make_shared<Attention>(stream, settings), std::move(inputs));
-}
-
-std::string attention_route(int query_len, int head_dim, const mx::Device& device) {
-  if (device == mx::Device::gpu) return attention_route_gpu(query_len, head_dim);
-  return "cpu " + current_isa() + (query_len <= 8 ? " decode" : " prefill");
 }
 
 }  // namespace turboquant::ops

@@ -53,13 +53,11 @@ struct AttentionOptions {
   std::optional<mx::array> sinks;         // (H_q,)
   std::optional<mx::array> key_centre;    // (H_kv, D)
   std::optional<mx::array> value_centre;  // (H_kv, D)
+  const char** kernel = nullptr;          // receives the name of the kernel that was chosen, a literal, for people
 };
 
 /// Attention of q (B, H_q, L, D) over packed keys and values (B, H_kv, N, ...); returns q's shape and dtype.
 mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,
                     const AttentionOptions& options, mx::StreamOrDevice s = {});
-
-/// Which kernel `attention` uses for these sizes on this device, for people: "cpu avx512_vbmi decode".
-std::string attention_route(int query_len, int head_dim, const mx::Device& device);
 
 }  // namespace turboquant::ops

@@ -141,6 +141,7 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
   o.sinks = sinks;
   o.key_centre = sinks ? coding.key_centre : std::nullopt;  // without sinks the softmax does not see it
   o.value_centre = coding.value_centre;
+  o.kernel = last_kernel ? &last_kernel->name : nullptr;
   return attention(q, store.keys, store.values, o, s);
 }
 

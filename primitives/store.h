@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -59,13 +60,19 @@ Store concatenate(const std::vector<Store>& stores, int axis, mx::StreamOrDevice
 Store encode_store(const Coding& coding, const mx::array& keys, const mx::array& values,
                    const std::optional<Store>& held, mx::StreamOrDevice s = {});
 
+/// Which kernel attention used last, for people; null before it ran.
+struct LastKernel {
+  const char* name = nullptr;
+};
+
 /// What a cache hands to attention: the packed history up to `length`.  It does not change when the cache goes on.
 struct View {
   Coding coding;
   Store store;
   int length;
-  std::optional<mx::array> starts;  // (B,) first real token of each row, for left-padded batches
-  mx::Dtype dtype = mx::float16;    // of the vectors as they came, for models that ask
+  std::optional<mx::array> starts;          // (B,) first real token of each row, for left-padded batches
+  mx::Dtype dtype = mx::float16;            // of the vectors as they came, for models that ask
+  std::shared_ptr<LastKernel> last_kernel;  // if given, `attend` notes its kernel there
 
   int head_dim() const { return store.head_dim(coding); }
   /// Attention of q (B, H_q, L, D) over the history.

@@ -57,7 +57,6 @@ NB_MODULE(_core, m) {
 
   bind_caches(m);
 
-  m.def("attention_route", &ops::attention_route, "query_len"_a, "head_dim"_a, "device"_a);
   m.def("gpu_supported", [] {
     std::string why;
     const bool ok = ops::gpu_supported(&why);
@@ -72,5 +71,5 @@ NB_MODULE(_core, m) {
   m.def("bytes_per_vector", &tq::bytes_per_vector, "bits"_a, "head_dim"_a);
   m.attr("FORMAT_VERSION") = TQ_FORMAT_VERSION;
   // Raise this and API in _checks.py when a binding changes: an extension of older sources is then refused by name.
-  m.attr("API") = 1;
+  m.attr("API") = 2;
 }

@@ -56,9 +56,15 @@ PythonMask mask(const Cache& c, int n, std::optional<int> window, bool return_ar
 }  // namespace
 
 void bind_caches(nb::module_& m) {
+  nb::class_<ops::LastKernel>(m, "LastKernel")
+      .def(nb::init<>())
+      .def(nb::init<const ops::LastKernel&>(), "other"_a)
+      .def_ro("name", &ops::LastKernel::name);
+
   nb::class_<ops::View>(m, "View")
       .def_ro("length", &ops::View::length)
       .def_rw("dtype", &ops::View::dtype)
+      .def_rw("last_kernel", &ops::View::last_kernel)
       .def_prop_ro(
           "shape",
           [](const ops::View& v) { return nb::make_tuple(v.store.batch(), v.store.heads(), v.length, v.head_dim()); })

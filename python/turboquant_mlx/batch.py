@@ -33,7 +33,7 @@ class BatchTurboQuantKVCache(PackedCache):
         owner = type(self).__name__
         settings = coding(owner, bits, key_bits, value_bits, seed, centres)
         self._core = _core.BatchKVCache(padding(owner, left_padding), *settings)
-        self._query = None
+        self._last_kernel = _core.LastKernel()
 
     @classmethod
     def merge(cls, caches: list[TurboQuantKVCache]) -> BatchTurboQuantKVCache:

@@ -35,7 +35,7 @@ class PackedCache(_BaseCache):
     def _wrap(cls, core, fingerprint=""):
         self = cls.__new__(cls)
         self._core = core
-        self._query = None  # (query_len, head_dim) of the last append
+        self._last_kernel = _core.LastKernel()
         self.fingerprint = fingerprint
         return self
 
@@ -44,6 +44,7 @@ class PackedCache(_BaseCache):
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._core = copy.deepcopy(self._core)
+        other._last_kernel = _core.LastKernel(self._last_kernel)
         return other
 
     def __deepcopy__(self, memo):
@@ -87,8 +88,8 @@ class PackedCache(_BaseCache):
 
     @property
     def route(self) -> str | None:
-        """Which kernel attention used last, as words; None before it ran."""
-        return self._query and _core.attention_route(*self._query, mx.default_device())
+        """The kernel that attention over this cache used last, as words; None before it ran."""
+        return self._last_kernel.name
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[_core.View, _core.View]:
         """Appends keys and values.
@@ -104,7 +105,6 @@ class PackedCache(_BaseCache):
             ValueError: a wrong dtype or shape, or B, H_kv or D other than before.  The cache stays as it was.
         """
         self._core.append(keys, values)
-        self._query = keys.shape[2:]
         view, _ = self.keys_and_values()
         view.dtype = values.dtype
         return view, view
@@ -112,6 +112,7 @@ class PackedCache(_BaseCache):
     def keys_and_values(self) -> tuple[_core.View, _core.View]:
         """The packed history twice, for layers that read the cache of another."""
         view = self._core.view()
+        view.last_kernel = self._last_kernel
         return view, view
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
@@ -190,7 +191,7 @@ class PackedCache(_BaseCache):
             raise ValueError(f"[load] a {type(self).__name__} has six arrays; got {len(arrays)}")
         coding = (fields["key_bits"], fields["value_bits"], fields["seed"], *arrays[4:])
         self._restore(coding, fields["position"], None if arrays[0] is None else arrays[:4])
-        self._query = None
+        self._last_kernel = _core.LastKernel()
         self.fingerprint = fields["model"]
 
     def _shape(self):
@@ -241,7 +242,7 @@ class TurboQuantKVCache(PackedCache):
         centres: Centres | None = None,
     ) -> None:
         self._core = _core.KVCache(*coding(type(self).__name__, bits, key_bits, value_bits, seed, centres))
-        self._query = None
+        self._last_kernel = _core.LastKernel()
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """As for PackedCache: None, "causal", or a bool array (N, tokens held after appending)."""

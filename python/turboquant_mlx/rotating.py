@@ -35,7 +35,7 @@ class TurboQuantRotatingKVCache(PackedCache):
         owner = type(self).__name__
         sizes = whole(owner, "max_size", max_size, 1), whole(owner, "keep", keep)
         self._core = _core.RotatingKVCache(*sizes, *coding(owner, bits, key_bits, value_bits, seed, centres))
-        self._query = None
+        self._last_kernel = _core.LastKernel()
 
     @property
     def max_size(self) -> int:
@@ -112,7 +112,7 @@ class BatchTurboQuantRotatingKVCache(PackedCache):
         owner = type(self).__name__
         sizes = whole(owner, "max_size", max_size, 1), padding(owner, left_padding)
         self._core = _core.BatchRotatingKVCache(*sizes, *coding(owner, bits, key_bits, value_bits, seed, centres))
-        self._query = None
+        self._last_kernel = _core.LastKernel()
 
     merge = TurboQuantRotatingKVCache.merge
 

@@ -197,7 +197,7 @@ AttentionPlan plan_attention(const AttentionShape& s) {
   return plan;
 }
 
-std::string route(int query_heads, int kv_heads, int query_len) {
+const char* route(int query_heads, int kv_heads, int query_len) {
   return query_heads / kv_heads * query_len <= kDecodeRows ? "metal decode" : "metal prefill (simdgroup_matrix)";
 }
 

@@ -94,7 +94,7 @@ struct AttentionPlan {
 };
 AttentionPlan plan_attention(const AttentionShape& shape);
 
-/// Which kernel serves these sizes, for people.
-std::string route(int query_heads, int kv_heads, int query_len);
+/// Which kernel plan_attention chooses for these sizes, for people.
+const char* route(int query_heads, int kv_heads, int query_len);
 
 }  // namespace turboquant::metal

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include "turboquant/turboquant.h"
+
 namespace turboquant::ops {
 namespace {
 
@@ -28,6 +30,18 @@ TEST_F(Cache, AttendsOverWhatWasAppended) {
   const auto got = view.attend(q, 0.125f, true);
   EXPECT_EQ(got.shape(), grouped);
   EXPECT_LT(mx::linalg::norm(got - want).item<float>(), 5e-4f * mx::linalg::norm(want).item<float>());
+}
+
+TEST_F(Cache, TellsWhichKernelAttended) {
+  KVCache cache;
+  cache.append(random(10), random(10));
+  auto view = cache.view();
+  view.last_kernel = std::make_shared<LastKernel>();
+  EXPECT_EQ(view.last_kernel->name, nullptr);
+  EXPECT_THROW(view.attend(random(1, 2), 0.125f, true), std::invalid_argument);
+  EXPECT_EQ(view.last_kernel->name, nullptr);
+  view.attend(random(3), 0.125f, true);
+  EXPECT_EQ(view.last_kernel->name, "cpu " + current_isa());
 }
 
 TEST_F(Cache, IsAValue) {

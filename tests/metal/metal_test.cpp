@@ -294,6 +294,8 @@ TEST(MetalPlan, FitsTheLimits) {
     EXPECT_LE(plan.merged ? partial : 0, 64 << 20) << c.name();
     EXPECT_LE(plan.attend.threadgroup[0], 1024);
     for (int i = 0; i < 3; ++i) EXPECT_EQ(plan.attend.grid[i] % plan.attend.threadgroup[i], 0) << c.name();
+    EXPECT_STREQ(metal::route(c.query_heads, c.kv_heads, c.query_len),
+                 plan.decode ? "metal decode" : "metal prefill (simdgroup_matrix)");
   }
 }
 

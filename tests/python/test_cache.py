@@ -6,12 +6,14 @@ import inspect
 import mlx.core as mx
 import pytest
 from conftest import relative_error
+from mlx_lm.models import base
 from turboquant_mlx import (
     BatchTurboQuantKVCache,
     BatchTurboQuantRotatingKVCache,
     DelayedTurboQuantKVCache,
     TurboQuantKVCache,
     TurboQuantRotatingKVCache,
+    _core,
 )
 
 
@@ -232,4 +234,45 @@ def test_inspect_tells_what_is_held():
     cache.update_and_fetch(*kv(10))
     note = cache.inspect()
     assert note["tokens"] == 10 and note["float16_bytes"] == 10 * 4 * 2 * 512
-    assert note["resident_bytes"] == cache.nbytes and note["kernel"].startswith("cpu ")
+    assert note["resident_bytes"] == cache.nbytes and note["kernel"] is None  # no attention yet
+
+
+MADE = {
+    "full": TurboQuantKVCache,
+    "batch": lambda: BatchTurboQuantKVCache([0]),
+    "window": lambda: TurboQuantRotatingKVCache(8),
+    "batch of windows": lambda: BatchTurboQuantRotatingKVCache(8, [0]),
+    "packed by now": lambda: DelayedTurboQuantKVCache(2),
+}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_the_kernel_told_is_the_one_that_attention_used(kind, patched):
+    """Not what would be used now: neither an append nor another instruction set changes it, only attention does."""
+    own = _core.current_isa()
+    other = next((isa for isa in _core.available_isas() if isa != own), own)
+    cache = MADE[kind]()
+    q = mx.random.normal((1, 4, 1, 256))
+
+    def attend(c):
+        view, _ = c.update_and_fetch(*kv(1))
+        return base.scaled_dot_product_attention(q, view, view, cache=c, scale=0.1, mask=None)
+
+    try:
+        cache.update_and_fetch(*kv(5))
+        assert cache.route is None
+        _core.force_isa(other)
+        attend(cache)
+        _core.force_isa("")
+        cache.update_and_fetch(*kv(12))
+        assert cache.route == cache.inspect()["kernel"] == f"cpu {other}"
+        copied = copy.deepcopy(cache)
+        assert copied.route == f"cpu {other}"
+        attend(copied)
+        assert (copied.route, cache.route) == (f"cpu {own}", f"cpu {other}")
+        with pytest.raises(ValueError, match=r"\[attention\] query heads must be a multiple"):
+            cache.keys_and_values()[0].attend(mx.zeros((1, 3, 1, 256)), 0.1)
+        assert cache.route == f"cpu {other}"
+        assert type(cache).from_state(cache.state).route is None
+    finally:
+        _core.force_isa("")

@@ -13,7 +13,7 @@ from conftest import MODEL
 from mlx_lm.models import gemma3_text, qwen3
 from needles import ANSWER, FACT, QUESTION
 from small_models import save_model
-from turboquant_mlx import cli
+from turboquant_mlx import _core, cli
 
 BUNDLED = ["--model", str(MODEL)]
 
@@ -140,7 +140,11 @@ def test_inspect_shows_every_layer(run):
     assert lines[0].split() == ["layer", "cache", "bits", "tokens", "bytes", "float16", "ratio", "kernel"]
     assert len(lines) == 10 and lines[9].startswith("peak memory")
     packed = lines[4].split()
-    assert packed[1:4] == ["TurboQuantKVCache", "K4", "V4"] and int(packed[4]) > 300 and "decode" in lines[4]
+    assert (
+        packed[1:4] == ["TurboQuantKVCache", "K4", "V4"]
+        and int(packed[4]) > 300
+        and f"cpu {_core.current_isa()}" in lines[4]
+    )
     assert lines[1].split()[1] == "ArraysCache"
     floats = run("inspect", *BUNDLED, "-p", "hello", "--tq-start", 1000).out.splitlines()[4]
     assert floats.split()[1:4] == ["DelayedTurboQuantKVCache", "K32", "V32"] and "mlx (not packed yet)" in floats

@@ -31,9 +31,7 @@ def test_encode(dim, bits):
     for dtype in (mx.float32, mx.float16, mx.bfloat16):
         x = mx.random.normal((2, 3, 37, dim)).astype(dtype)
         centre = 0.3 * mx.random.normal((3, dim))
-        (codes, scales), (want, want_scales) = (
-            on(d, encode, x, bits, seed=9, centre=centre) for d in (mx.gpu, mx.cpu)
-        )
+        (codes, scales), (want, want_scales) = (on(d, encode, x, bits, seed=9, centre=centre) for d in (mx.gpu, mx.cpu))
         differing = np.mean(np.array(codes) != np.array(want))
         assert differing < 1e-3, differing
         assert mx.allclose(scales, want_scales, rtol=2e-3)
@@ -117,6 +115,9 @@ def test_strided_inputs():
     assert relative_error(got, on(mx.cpu, attention, q, (kc, ks), values, scale=0.1)) < TOLERANCE
 
 
+PREFILL = ("metal prefill (simdgroup_matrix)", "cuda fp16 split", "cuda fp16 prefill")
+
+
 def test_the_cache_on_the_gpu():
     mx.set_default_device(mx.gpu)
     cache = TurboQuantKVCache(bits=3)
@@ -131,4 +132,14 @@ def test_the_cache_on_the_gpu():
     keys, values = view.decode(mx.float32)
     want = mx.fast.scaled_dot_product_attention(q.astype(mx.float32), keys, values, scale=1 / 16)
     assert relative_error(got, want) < TOLERANCE + 2 * ROUNDING[mx.bfloat16]
-    assert cache.route and not cache.route.startswith("cpu")
+    mx.set_default_device(mx.cpu)
+    assert cache.route in ("metal decode", "cuda int8 decode")
+    for queries, routes in (
+        (4, ("metal prefill (simdgroup_matrix)", "cuda int8 decode")),
+        (6, PREFILL),
+        (200, PREFILL),
+    ):
+        view.attend(mx.zeros((1, 16, queries, 256)), 1 / 16, "causal", stream=mx.gpu)
+        assert cache.route in routes
+    view.attend(mx.zeros((1, 16, 1, 256)), 1 / 16, stream=mx.cpu)
+    assert cache.route.startswith("cpu ")
