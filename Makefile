@@ -11,8 +11,10 @@ MLX_EXTRA := $(if $(filter Linux,$(OS)),$(if $(TURBOQUANT_CUDA),cuda13,cpu),)
 BLAS = $(shell ldconfig -p 2>/dev/null | sed -n 's/.*=> \(.*libopenblas\.so\.0\)$$/\1/p' | head -n 1)
 WITH_BLAS = $(if $(BLAS),LD_PRELOAD=$(BLAS))
 DEBIAN := g++ make python3-venv python3-dev libopenblas0-pthread libgtest-dev libbenchmark-dev
+# For the tests alone, and not needed: without Clang's sanitizers ctest skips metal_sanitized and says so.
+DEBIAN_TESTS := clang libclang-rt-dev
 
-.PHONY: demo test test-cpp test-python install system clean format
+.PHONY: demo test test-cpp test-python install system system-tests clean format
 
 demo: install
 	$(WITH_BLAS) $(BIN)/python examples/run_qwen35_tq3.py
@@ -30,6 +32,12 @@ ifeq ($(OS),Linux)
 	  $(SUDO) apt-get update -q && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(DEBIAN); fi
 endif
 
+system-tests: system
+ifeq ($(OS),Linux)
+	@if command -v dpkg-query >/dev/null && ! dpkg-query -W $(DEBIAN_TESTS) >/dev/null 2>&1; then \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(DEBIAN_TESTS) || true; fi
+endif
+
 $(BIN)/activate: | system
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
@@ -43,7 +51,7 @@ $(VENV)/.requirements: requirements.txt $(BIN)/activate
 install: $(VENV)/.requirements
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 
-test-cpp: $(VENV)/.requirements
+test-cpp: $(VENV)/.requirements | system-tests
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DTURBOQUANT_BUILD_MLX=ON >/dev/null
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(BUILD)
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir $(BUILD) --output-on-failure -j 2

@@ -13,7 +13,22 @@ using turboquant::MaskKind;
 using turboquant::cases::Case;
 
 /// The shared table, without or with its long rows.
-inline std::vector<Case> attention_cases(bool long_contexts) { return turboquant::cases::table(long_contexts); }
+inline std::vector<Case> attention_cases(bool long_contexts) {
+#ifdef TURBOQUANT_METAL_VARIANTS_ONLY
+  (void)long_contexts;
+  return {};
+#else
+  return turboquant::cases::table(long_contexts);
+#endif
+}
+
+/// The rows to which special numbers are given, one for each kernel.
+inline Case decode_case() {
+  return {.head_dim = 256, .query_heads = 8, .kv_heads = 2, .query_len = 2, .kv_len = 190, .causal = true};
+}
+inline Case prefill_case() {
+  return {.head_dim = 96, .query_heads = 8, .kv_heads = 2, .query_len = 17, .kv_len = 190, .causal = true};
+}
 
 /// A row of our own, with its number of splits (0: as the plan chooses).
 struct Variant {
@@ -29,9 +44,9 @@ struct Variant {
 /// number of halves a query is kept in; float16 and bfloat16 differ in these conversions alone.  R is read with D by
 /// the folding of sums.  FINISH, and whether there is a merge, follow from the splits.  No statement reads three
 /// parameters.  For each head dimension the key bits take three values, and the others follow by Latin squares: then
-/// every pair of (D, key bits, value bits, T) and of (D, key bits, value bits, R) meets, and every D both ends of a row.  The merge reads T and D
-/// alone: all 24 of its kernels are here.  Rules of visibility, sinks and centres are run-time values of every kernel;
-/// they change from row to row.
+/// every pair of (D, key bits, value bits, T) and of (D, key bits, value bits, R) meets, and every D both ends of a
+/// row.  The merge reads T and D alone: all 24 of its kernels are here.  Rules of visibility, sinks and centres are
+/// run-time values of every kernel; they change from row to row.
 inline std::vector<Variant> variants() {
   constexpr Dtype dtypes[] = {Dtype::float32, Dtype::float16, Dtype::bfloat16};
   constexpr MaskKind masks[] = {MaskKind::none, MaskKind::boolean, MaskKind::additive};
@@ -131,6 +146,7 @@ inline turboquant::AttendParams shape_of(const Case& c) {
 /// Calls every operation that the tests call, for the recorder.
 inline void record_launches() {
   for (const auto& c : attention_cases(true)) emulator::attend(shape_of(c));
+  for (const auto& c : {decode_case(), prefill_case()}) emulator::attend(shape_of(c));
   for (const auto& v : variants()) emulator::attend(shape_of(v.c), v.splits);
   for (const auto& c : codec_cases()) {
     turboquant::EncodeParams side;

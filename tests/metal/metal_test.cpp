@@ -12,6 +12,7 @@ namespace {
 constexpr double kTolerance = 5e-4;
 
 class MetalTable : public testing::TestWithParam<cases::Case> {};
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(MetalTable);  // in the sanitizers' build
 
 TEST_P(MetalTable, AttentionMatchesTheOracle) {
   const auto& c = GetParam();
@@ -42,7 +43,7 @@ INSTANTIATE_TEST_SUITE_P(All, MetalTable, testing::ValuesIn(emulator::attention_
 /// The rows that take minutes: run with --gtest_also_run_disabled_tests.
 std::vector<cases::Case> long_rows() {
   const auto all = emulator::attention_cases(true);
-  return {all.begin() + emulator::attention_cases(false).size(), all.end()};
+  return {all.begin() + ptrdiff_t(emulator::attention_cases(false).size()), all.end()};
 }
 INSTANTIATE_TEST_SUITE_P(DISABLED_Long, MetalTable, testing::ValuesIn(long_rows()), case_name);
 
@@ -207,11 +208,7 @@ void expect_same_poison(const std::vector<float>& got, const std::vector<float>&
   }
 }
 
-// Rows of the table, so that their kernels exist: one for each kernel.
-const cases::Case kDecodeCase{
-    .head_dim = 256, .query_heads = 8, .kv_heads = 2, .query_len = 2, .kv_len = 190, .causal = true};
-const cases::Case kPrefillCase{
-    .head_dim = 96, .query_heads = 8, .kv_heads = 2, .query_len = 17, .kv_len = 190, .causal = true};
+const cases::Case kDecodeCase = emulator::decode_case(), kPrefillCase = emulator::prefill_case();
 
 TEST(MetalRules, BadKeysAndValuesPoisonOnlyRowsThatSeeThem) {
   for (auto c : {kDecodeCase, kPrefillCase}) {
