@@ -9,7 +9,35 @@ from .arguments import Centres, as_list, coding, padding
 from .cache import PackedCache, TurboQuantKVCache
 
 
-class BatchTurboQuantKVCache(PackedCache):
+class PackedBatch(PackedCache):
+    """What packed batches share: rows that come, go and are padded."""
+
+    _row = TurboQuantKVCache  # the kind of cache that a row is
+
+    @property
+    def left_padding(self) -> mx.array:
+        """(B,) int32: pads in front of each row; those of a window count down below 0 as it moves on."""
+        return self._core.left_padding
+
+    def finalize(self) -> None:
+        """After a right-padded prompt: moves each row's pads to its front."""
+        self._core.finalize()
+
+    def filter(self, batch_indices) -> None:
+        """Keeps these rows, in this order; ValueError for rows that do not exist."""
+        self._core.filter(as_list(batch_indices))
+
+    def extend(self, other: PackedBatch) -> None:
+        """Appends the rows of another batch of this kind; ValueError when bits, seeds, centres or shapes differ, or
+        windows' sizes."""
+        self._core.extend(other._core)
+
+    def extract(self, idx: int) -> PackedCache:
+        """Row `idx` as a cache of its own: a TurboQuantKVCache, of a window a TurboQuantRotatingKVCache."""
+        return self._row._wrap(self._core.extract(idx), self.fingerprint)
+
+
+class BatchTurboQuantKVCache(PackedBatch):
     """A `BatchKVCache` of codes: rows of different lengths, right-justified; attention reads the packed batch and skips
     each row's padding by itself, so masks are None or "causal" unless an array is asked for.
 
@@ -17,8 +45,6 @@ class BatchTurboQuantKVCache(PackedCache):
         left_padding: pads in front of each row's first tokens; its length is the batch size.
         bits and the rest: as for TurboQuantKVCache.
     """
-
-    step = 256
 
     def __init__(
         self,
@@ -43,11 +69,6 @@ class BatchTurboQuantKVCache(PackedCache):
             raise ValueError(f"[merge] a packed batch is made of TurboQuantKVCache; got {sorted(strange)}")
         return cls._wrap(_core.BatchKVCache.merge([c._core for c in caches]), caches[0].fingerprint)
 
-    @property
-    def left_padding(self) -> mx.array:
-        """(B,) int32: pads in front of each row."""
-        return self._core.left_padding
-
     def size(self) -> int:
         """Tokens held of each row, its pads included."""
         return self._core.length
@@ -64,22 +85,6 @@ class BatchTurboQuantKVCache(PackedCache):
             ValueError: numbers below 0, or not one a row; left padding when tokens are held.
         """
         self._core.prepare(as_list(left_padding), as_list(right_padding))
-
-    def finalize(self) -> None:
-        """After a right-padded prompt: moves each row's pads to its front."""
-        self._core.finalize()
-
-    def filter(self, batch_indices) -> None:
-        """Keeps these rows, in this order; ValueError for rows that do not exist."""
-        self._core.filter(as_list(batch_indices))
-
-    def extend(self, other: BatchTurboQuantKVCache) -> None:
-        """Appends the rows of another batch; ValueError when bits, seeds, centres or shapes differ."""
-        self._core.extend(other._core)
-
-    def extract(self, idx: int) -> TurboQuantKVCache:
-        """Row `idx` as a TurboQuantKVCache."""
-        return TurboQuantKVCache._wrap(self._core.extract(idx), self.fingerprint)
 
     def _position(self):
         return {"length": self.size(), "left_padding": self.left_padding.tolist()}

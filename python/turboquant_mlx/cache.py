@@ -28,6 +28,7 @@ def layer_name(path):
 class PackedCache(_BaseCache):
     """What all packed caches share: a C++ cache in `_core`, and everything that only reads it."""
 
+    step = 256  # tokens that buffers grow by
     group_size = None  # mlx-lm passes it on to the attention hook, which has no use for it
     fingerprint = ""  # of the model that fills the cache; enable() sets it
 
@@ -229,8 +230,6 @@ class TurboQuantKVCache(PackedCache):
             `update_and_fetch`, a wrong dtype, rank or head_dim, or a batch that changes size.  A failed call leaves
             the cache as it was.
     """
-
-    step = 256
 
     def __init__(
         self,

@@ -7,10 +7,28 @@ from mlx_lm.models.cache import RotatingKVCache
 
 from . import _core
 from .arguments import Centres, as_list, coding, padding, whole
+from .batch import PackedBatch
 from .cache import PackedCache
 
 
-class TurboQuantRotatingKVCache(PackedCache):
+class PackedWindow(PackedCache):
+    """What packed sliding windows share."""
+
+    @property
+    def max_size(self) -> int:
+        """Tokens held of a row at most."""
+        return self._core.max_size
+
+    def size(self) -> int:
+        """Tokens that the window holds now."""
+        return self._core.size
+
+    def is_trimmable(self) -> bool:
+        """Whether the latest tokens can be taken back: only until the window has moved on."""
+        return self._core.can_trim
+
+
+class TurboQuantRotatingKVCache(PackedWindow):
     """A `RotatingKVCache` of codes: the first `keep` tokens and the latest max_size - keep.
 
     Args:
@@ -18,8 +36,6 @@ class TurboQuantRotatingKVCache(PackedCache):
         keep (int): first tokens that are never dropped, less than max_size.
         bits and the rest: as for TurboQuantKVCache.
     """
-
-    step = 256
 
     def __init__(
         self,
@@ -38,22 +54,9 @@ class TurboQuantRotatingKVCache(PackedCache):
         self._last_kernel = _core.LastKernel()
 
     @property
-    def max_size(self) -> int:
-        """Tokens held of a row at most."""
-        return self._core.max_size
-
-    @property
     def keep(self) -> int:
         """First tokens that are never dropped."""
         return self._core.keep
-
-    def size(self) -> int:
-        """Tokens that the window holds now."""
-        return self._core.size
-
-    def is_trimmable(self) -> bool:
-        """Whether the latest tokens can be taken back: only until the window has moved on."""
-        return self._core.can_trim
 
     @classmethod
     def merge(cls, caches):
@@ -87,7 +90,7 @@ class TurboQuantRotatingKVCache(PackedCache):
         self._core = core
 
 
-class BatchTurboQuantRotatingKVCache(PackedCache):
+class BatchTurboQuantRotatingKVCache(PackedWindow, PackedBatch):
     """A `BatchRotatingKVCache` of codes.
 
     Args:
@@ -95,8 +98,6 @@ class BatchTurboQuantRotatingKVCache(PackedCache):
         left_padding: as for BatchTurboQuantKVCache.
         bits and the rest: as for TurboQuantKVCache.
     """
-
-    step = 256
 
     def __init__(
         self,
@@ -115,24 +116,7 @@ class BatchTurboQuantRotatingKVCache(PackedCache):
         self._last_kernel = _core.LastKernel()
 
     merge = TurboQuantRotatingKVCache.merge
-
-    @property
-    def max_size(self) -> int:
-        """Tokens held of a row at most."""
-        return self._core.max_size
-
-    @property
-    def left_padding(self) -> mx.array:
-        """(B,) int32: pads still held in front of each row; counts down below 0 as the window moves on."""
-        return self._core.left_padding
-
-    def size(self) -> int:
-        """Tokens that the window holds now."""
-        return self._core.size
-
-    def is_trimmable(self) -> bool:
-        """Whether the latest tokens can be taken back: only until the window has moved on."""
-        return self._core.can_trim
+    _row = TurboQuantRotatingKVCache
 
     def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
         """Before a padded prompt is appended.
@@ -146,22 +130,6 @@ class BatchTurboQuantRotatingKVCache(PackedCache):
             ValueError: numbers below 0, or not one a row; left padding when tokens are held.
         """
         self._core.prepare(as_list(left_padding), as_list(lengths), as_list(right_padding))
-
-    def finalize(self) -> None:
-        """After a right-padded prompt: moves each row's pads to its front."""
-        self._core.finalize()
-
-    def filter(self, batch_indices) -> None:
-        """Keeps these rows, in this order; ValueError for rows that do not exist."""
-        self._core.filter(as_list(batch_indices))
-
-    def extend(self, other: BatchTurboQuantRotatingKVCache) -> None:
-        """Appends the rows of another batch; ValueError when bits, seeds, centres, shapes or max_size differ."""
-        self._core.extend(other._core)
-
-    def extract(self, idx: int) -> TurboQuantRotatingKVCache:
-        """Row `idx` as a TurboQuantRotatingKVCache."""
-        return TurboQuantRotatingKVCache._wrap(self._core.extract(idx), self.fingerprint)
 
     def _position(self):
         return {"max_size": self.max_size, **self._core.position}
