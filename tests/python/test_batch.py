@@ -115,3 +115,28 @@ def test_the_bundled_model_answers_a_ragged_batch_as_it_answers_one(bundled):
     assert sum(map(len, alone)) > 48
     assert [tokens[: len(want)] for tokens, want in zip(got.token_ids, alone, strict=True)] == alone
     assert all(ANSWER in tokenizer.decode(tokens) for tokens in got.token_ids[:3])
+
+
+def test_rows_of_the_bundled_model_go_on_alone_after_a_step_together(bundled):
+    """Merged slot by slot, recurrent states too, run one step as a batch, extracted: the tokens of the row that was
+    never in a batch."""
+    model, tokenizer = bundled
+    prompts = [question(tokenizer, *where) for where in ((300, 0.8), (0, 0), (600, 0.1))]
+    enable(model, bits=3)
+    try:
+        alone = [sure(model, p, 16, prefill_step_size=512) for p in prompts]
+        caches = [make_prompt_cache(model) for _ in prompts]
+        for p, cache in zip(prompts, caches, strict=True):
+            for at in range(0, len(p) - 1, 512):
+                mx.eval(model(mx.array(p[at : min(at + 512, len(p) - 1)])[None], cache=cache))
+        merged = [slots[0].merge(list(slots)) for slots in zip(*caches, strict=True)]
+        assert sum(type(c) is BatchTurboQuantKVCache for c in merged) == 2
+        logits = model(mx.array([p[-1:] for p in prompts]), cache=merged)
+        first = mx.argmax(logits[:, -1], axis=-1).tolist()
+        for i, want in enumerate(alone):
+            row = [c.extract(i) for c in merged]
+            assert [type(c) for c in row] == [type(c) for c in caches[i]]
+            got = [first[i], *sure(model, [first[i]], len(want) - 1, row)]
+            assert len(want) > 8 and got == want
+    finally:
+        disable(model)
