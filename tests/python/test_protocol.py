@@ -202,6 +202,28 @@ def test_merge_follows_mlx_lms(kind, lengths):
     batch.check()
 
 
+@pytest.mark.parametrize("kind", ["full", "rotating"])
+@pytest.mark.parametrize("first, second", [([5, 3], [0, 0, 0]), ([0, 0, 0], [4, 6]), ([0], [0, 0])])
+def test_batches_with_nothing_in_them_extend_and_are_extended(kind, first, second):
+    """Of other sizes than the side that holds tokens, and a right-padded prompt follows."""
+    rows = [[filled(n, kind) for n in lengths] for lengths in (first, second)]
+    a, b = (
+        Pair(type(r[0].ours).merge([x.ours for x in r]), type(r[0].theirs).merge([x.theirs for x in r]), len(r))
+        for r in rows
+    )
+    a.ours.extend(b.ours)
+    a.theirs.extend(b.theirs)
+    a.batch += b.batch
+    a.check()
+    pads = [2, 4, 0, 5, 1][: a.batch]
+    a.call("prepare", lengths=[12 - n for n in pads], right_padding=pads)
+    a.append(12, padding=pads)
+    a.call("finalize")
+    a.check()
+    for _ in range(10):
+        a.append(1)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_any_history_of_a_batch_keeps_each_rows_bytes(data):

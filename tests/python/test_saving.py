@@ -207,6 +207,11 @@ MIXED = {
     "float cache": lambda: [fill(KVCache(), 9), fill(TurboQuantKVCache(), 9)],
     "float window": lambda: [fill(TurboQuantKVCache(), 9), fill(RotatingKVCache(8, keep=2), 9, 1)],
     "list": lambda: [CacheList(fill(TurboQuantKVCache(), 5), fill(KVCache(), 5)), recurrent()],
+    "batches": lambda: [
+        ArraysCache(2, left_padding=[1, 2]),
+        fill(BatchTurboQuantKVCache([1, 2]), 7, batch=2),
+        fill(BatchTurboQuantRotatingKVCache(10, [1, 2]), 7, batch=2),
+    ],
 }
 
 
