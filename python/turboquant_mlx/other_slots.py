@@ -112,18 +112,25 @@ def _differences(contents):
         yield "the metadata does not match its checksum"
 
 
+def _check(file_name):
+    """Whether the file holds packed caches; ValueError when it does and something differs from its sums."""
+    contents = _Contents(file_name)
+    if not contents.holds_packed():
+        return False
+    differences = list(_differences(contents))
+    if differences:
+        raise ValueError(f"[load_prompt_cache] {file_name}: {'; '.join(differences)}: {_AGAIN}")
+    return True
+
+
 def load_prompt_cache(file_name, return_metadata=False):
     """mlx-lm's `load_prompt_cache`; a file of packed caches is compared with its sums first.
 
     Raises:
         ValueError: a slot beside packed ones was altered or has no sum; the message names it and what differs.
     """
-    contents = _Contents(file_name)
-    if not contents.holds_packed():
+    if not _check(file_name):
         return load_original(file_name, return_metadata)
-    differences = list(_differences(contents))
-    if differences:
-        raise ValueError(f"[load_prompt_cache] {file_name}: {'; '.join(differences)}: {_AGAIN}")
     try:
         caches, metadata = load_original(file_name, return_metadata=True)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:

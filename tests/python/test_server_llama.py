@@ -79,3 +79,20 @@ def test_a_draft_model_of_a_request_is_refused_and_harms_nobody(served, alone, p
     for allowed in ("default_model", None):
         body = {} if allowed is None else {"draft_model": allowed}
         assert served.ask("/v1/completions", prompt=prompts[0], max_tokens=4, **body)[0] == 200
+
+
+def test_a_request_for_a_model_that_cannot_be_packed_harms_nobody(served, alone, prompts, tmp_path):
+    """The server drops its model before it loads another; the next request gets its own back."""
+    other = save_model(llama, tmp_path / "other", hidden_size=160, head_dim=80)
+    want = [alone(prompt) for prompt in prompts[:4]]
+
+    def ask(i):
+        if i == 2:
+            return served.ask("/v1/completions", prompt=prompts[2], max_tokens=4, model=str(other))
+        return complete(served, prompts[i])
+
+    got = at_once(ask, range(4))
+    status, answer = got.pop(2)
+    assert status >= 400 and b"head_dim must be a multiple of 32 from 32 to 256; got 80" in answer
+    assert got == want[:2] + want[3:]
+    assert [complete(served, prompt) for prompt in prompts[:4]] == want
