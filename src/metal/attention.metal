@@ -2,7 +2,8 @@
 //
 // A row is one query of one head; the rows of a KV head are numbered query * group + head, so that rows that read the
 // same keys are neighbours.  Scores are kept in base 2.  Partial results of a row are (m, sum, x): the largest score,
-// sum exp2(s - m), and sum exp2(s - m) * value in the rotated basis.
+// sum exp2(s - m), and sum exp2(s - m) * value in the rotated basis.  In memory x is half, divided by its largest
+// number: splits are averaged, so that their rounding is less than that of a 16-bit output.
 
 namespace turboquant {
 
@@ -17,10 +18,10 @@ inline float not_a_number() { return as_type<float>(0x7fc00000u); }
 inline float checked_scale(float scale) { return isfinite(scale) ? scale : not_a_number(); }
 
 /// Levels of two codes for every byte of packed nibbles.  Bits of a nibble above the code's are ignored.
-template <int B, class Table>
+template <int B, int THREADS, class Table>
 void fill_table(Table table, ushort thread_index) {
   constexpr int mask = (1 << B) - 1;
-  for (int i = thread_index; i < 256; i += metal_layout::kThreads) {
+  for (int i = thread_index; i < 256; i += THREADS) {
     table[i] = half2(half(float(level(B, i & mask))), half(float(level(B, (i >> 4) & mask))));
   }
 }
@@ -30,6 +31,13 @@ inline int byte_of(uint word, int j) {
   if (j == 0) return int(word & 255u);
   if (j == 3) return int(word >> 24);
   return int(extract_bits(word, 8u * j, 8u));
+}
+
+/// Nibble j of a word, in one instruction.
+inline int nibble_of(uint word, int j) {
+  if (j == 0) return int(word & 15u);
+  if (j == 7) return int(word >> 28);
+  return int(extract_bits(word, 4u * j, 4u));
 }
 
 /// The four words of nibbles that hold a group's 32 codes in order, from its B words.
@@ -149,7 +157,7 @@ void finish_row(float m, float sum, thread float* x, Row row, int b, Q q, Stride
   }
 }
 
-/// Where the partial result of a row lies: in units of D numbers (x) and of two numbers (m and sum).
+/// Where the partial result of a row lies: in units of D numbers (x) and of kStats numbers.
 template <class Params>
 ulong partial_index(Params params, int split, int b, Row row) {
   const int heads = params[metal_layout::kQueryHeads], queries = params[metal_layout::kQueryLen];
@@ -162,11 +170,17 @@ template <int D, class Partial, class Stats, class Params>
 void write_partial(float m, float sum, const thread float* x, Row row, int b, int split, Partial partial, Stats stats,
                    Params params, ushort lane) {
   const ulong at = partial_index(params, split, b, row);
+  float largest = 0.0f;
   TQ_UNROLL
-  for (int r = 0; r < D / 32; ++r) partial[at * D + 32 * r + lane] = x[r];
+  for (int r = 0; r < D / 32; ++r) largest = fmax(largest, fabs(x[r]));
+  largest = simd_max(largest);
+  const float inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
+  TQ_UNROLL
+  for (int r = 0; r < D / 32; ++r) partial[at * D + 32 * r + lane] = half(x[r] * inverse);
   if (lane == 0) {
-    stats[2 * at] = m;
-    stats[2 * at + 1] = sum;
+    stats[at * metal_layout::kStats + metal_layout::kMaximum] = m;
+    stats[at * metal_layout::kStats + metal_layout::kSum] = sum;
+    stats[at * metal_layout::kStats + metal_layout::kLargest] = largest;
   }
 }
 
@@ -184,17 +198,21 @@ void merge_splits(Q q, Strides strides, Partial partial, Stats stats, Sinks sink
   const int b = index / queries / heads;
   const ulong first = partial_index(params, 0, b, row);
   float m = -INFINITY;
-  for (int s = lane; s < splits; s += 32) m = fmax(m, float(stats[2 * (first + s)]));
+  for (int s = lane; s < splits; s += 32) {
+    m = fmax(m, float(stats[(first + s) * metal_layout::kStats + metal_layout::kMaximum]));
+  }
   m = simd_max(m);
   float x[D / 32] = {};
   float sum = 0.0f;
   for (int s = 0; s < splits; ++s) {
-    const float factor = exp2_difference(stats[2 * (first + s)], m);
+    const ulong its = (first + s) * metal_layout::kStats;
+    const float factor = exp2_difference(stats[its + metal_layout::kMaximum], m);
     // A split whose scores are all NaN has m = -infinity and a sum that is NaN.
-    const float its_sum = stats[2 * (first + s) + 1];
+    const float its_sum = stats[its + metal_layout::kSum];
     sum += factor == 0.0f ? its_sum * 0.0f : its_sum * factor;
+    const float unit_of_x = factor * stats[its + metal_layout::kLargest];
     TQ_UNROLL
-    for (int r = 0; r < D / 32; ++r) x[r] = fma(factor, float(partial[(first + s) * D + 32 * r + lane]), x[r]);
+    for (int r = 0; r < D / 32; ++r) x[r] = fma(unit_of_x, float(partial[(first + s) * D + 32 * r + lane]), x[r]);
   }
   finish_row<T, D>(m, sum, x, row, b, q, strides, sinks, key_centre, value_centre, out, params, lane);
 }

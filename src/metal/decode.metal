@@ -1,6 +1,7 @@
 // Attention for few queries.  A threadgroup serves R rows of one KV head and one split of the keys; its SIMD-groups
 // take blocks of 32 tokens in turn and keep their own softmax; at the end their results are added up.
 //
+// Scores and values of 3 and 4 bits: a byte, two codes, indexes a table of levels.
 // Scores: eight lanes share a token (fewer for small D), a group of 32 coordinates each, so that a code is looked up
 // once for R rows.  Values: four lanes share a group, eight coordinates each, so that R * 8 sums fit the registers.
 
@@ -13,23 +14,31 @@ constexpr int lanes_per_token(int dim) { return dim <= 32 ? 1 : dim <= 64 ? 2 : 
 template <int R>
 struct Rows {
   typedef float2 type;
+  typedef half2 halves;
 };
 template <>
 struct Rows<4> {
   typedef float4 type;
+  typedef half4 halves;
 };
 
+/// Pairs of tokens whose values are added at a time, with 2 bits.
+enum Pairs { kPairs = 4 };
+
 /// Threadgroup memory.
-template <int D, int R>
+template <int KB, int VB, int D, int R>
 struct DecodeShared {
-  TQ_ARRAY(half2, key_table, 256);
-  TQ_ARRAY(half2, value_table, 256);
-  TQ_ARRAY2(half, q, R, D);
+  TQ_ARRAY(half2, key_table, KB == 2 ? 1 : 256);
+  TQ_ARRAY(half2, value_table, VB == 2 ? 1 : 256);
+  TQ_ARRAY2(typename Rows<R>::halves, key_pairs, KB == 2 ? D / 2 : 1, 16);
+  TQ_ARRAY2(typename Rows<R>::halves, value_pairs, metal_layout::kDecodeSimdgroups, VB == 2 ? 16 * kPairs : 1);
+  TQ_ARRAY2(half2, q, R, KB == 2 ? 1 : D / 2);
   TQ_ARRAY(float, factor, R);  // of a dot product with levels
-  TQ_ARRAY2(typename Rows<R>::type, weights, metal_layout::kSimdgroups, metal_layout::kBlock);  // scores, then weights
-  TQ_ARRAY2(float, m, metal_layout::kSimdgroups, R);
-  TQ_ARRAY2(float, sum, metal_layout::kSimdgroups, R);
-  TQ_ARRAY2(float, x, R, D);
+  // Scores, then weights.
+  TQ_ARRAY2(typename Rows<R>::type, weights, metal_layout::kDecodeSimdgroups, metal_layout::kBlock);
+  TQ_ARRAY2(float, m, metal_layout::kDecodeSimdgroups, R);
+  TQ_ARRAY2(float, sum, metal_layout::kDecodeSimdgroups, R);
+  TQ_ARRAY2(float, x, R, D);  // the queries for key_pairs, then the sums
 };
 
 /// Adds up R sums over the first `lanes` lanes of each aligned set, halving the rows a lane keeps while it can: this
@@ -124,7 +133,78 @@ void add_values(Shared shared, Codes codes, int block, int count, thread float* 
   }
 }
 
-/// The kernel.  position: (split, row tile * KV heads + KV head, batch).
+/// Tables of the dot products of 2-bit keys: for each pair of coordinates that share a nibble, and each nibble, the
+/// R queries times the two levels.
+template <int D, int R, class Shared>
+void fill_key_pairs(Shared shared, ushort thread_index) {
+  for (int i = thread_index; i < 8 * D; i += metal_layout::kDecodeThreads) {
+    const int pair = i / 16, nibble = i % 16, coordinate = pair / 16 * 32 + pair % 16;
+    const float low = float(level(2, nibble & 3)), high = float(level(2, nibble >> 2));
+    typename Rows<R>::halves dots;
+    TQ_UNROLL
+    for (int r = 0; r < R; ++r) {
+      dots[r] = half(fma(shared->x[r][coordinate], low, shared->x[r][coordinate + 16] * high));
+    }
+    shared->key_pairs[pair][nibble] = dots;
+  }
+}
+
+/// score_block for 2 bits: a lane a token, so that all lanes read the same table of 16 entries; an entry is two codes
+/// of all R rows.
+template <int D, int R, class Shared, class Codes>
+void score_pairs(Shared shared, Codes codes, int block, int last, ushort lane, ushort simdgroup) {
+  const long at = long(min(block + lane, last - 1)) * (D / 16);
+  float sums[R] = {};
+  for (int w = 0; w < D / 16; ++w) {
+    const uint word = codes[at + w];
+    TQ_UNROLL
+    for (int j = 0; j < 8; ++j) {
+      const typename Rows<R>::halves dots = shared->key_pairs[8 * w + j][nibble_of(word, j)];
+      TQ_UNROLL
+      for (int r = 0; r < R; ++r) sums[r] += float(dots[r]);
+    }
+  }
+  TQ_UNROLL
+  for (int r = 0; r < R; ++r) shared->weights[simdgroup][lane][r] = sums[r];
+}
+
+/// add_values for 2 bits, by pairs of tokens: a table of 16 entries holds what each pair of codes adds to R rows.
+/// Weights are at most 1.
+template <int D, int R, class Shared, class Codes>
+void add_value_pairs(Shared shared, Codes codes, int block, int count, thread float* x, ushort lane,
+                     ushort simdgroup) {
+  constexpr int groups = D / 32, words = 2 * groups, lanes = 4 * lanes_per_token(D), pairs = 32 / lanes;
+  const int group = min(int(lane) % lanes / 4, groups - 1), part = lane % 4;
+  const int word = 2 * group + (part & 1), shift = part & 2;
+  const float first_level = float(level(2, lane & 3)), second_level = float(level(2, lane >> 2 & 3));
+  for (int begin = 0; begin < metal_layout::kBlock; begin += 2 * kPairs) {
+    for (int i = lane / 16; i < kPairs; i += 2) {
+      const typename Rows<R>::type a = shared->weights[simdgroup][begin + 2 * i],
+                                   b = shared->weights[simdgroup][begin + 2 * i + 1];
+      typename Rows<R>::halves sums;
+      TQ_UNROLL
+      for (int r = 0; r < R; ++r) sums[r] = half(fma(a[r], first_level, b[r] * second_level));
+      shared->value_pairs[simdgroup][16 * i + lane % 16] = sums;
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    for (int i = lane / lanes; i < kPairs; i += pairs) {
+      const int t = begin + 2 * i;
+      const uint a = codes[long(block + min(t, count - 1)) * words + word];
+      const uint b = codes[long(block + min(t + 1, count - 1)) * words + word];
+      const uint both = (a >> shift & 0x33333333u) | (b >> shift & 0x33333333u) << 2;
+      TQ_UNROLL
+      for (int j = 0; j < 8; ++j) {
+        const typename Rows<R>::halves sums = shared->value_pairs[simdgroup][16 * i + nibble_of(both, j)];
+        TQ_UNROLL
+        for (int r = 0; r < R; ++r) x[8 * r + j] += float(sums[r]);
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}
+
+/// The kernel.  position: (row tile, split, batch * KV heads + KV head); the tiles that read the same codes start
+/// side by side.
 template <int KB, int VB, int D, int R, class Shared, class Q, class QStrides, class KeyCodes, class KeyScales,
           class ValueCodes, class ValueScales, class CodeStrides, class ScaleStrides, class Starts, class Mask,
           class MaskStrides, class Partial, class Stats, class Params>
@@ -134,18 +214,25 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
                    Starts starts, Mask mask, MaskStrides mask_strides, Partial partial, Stats stats, Params params,
                    uint3 position, ushort lane, ushort simdgroup) {
   constexpr int registers = D / 32, groups = D / 32, lanes = lanes_per_token(D);
-  static_assert(sizeof(DecodeShared<D, R>) <= metal_layout::kThreadgroupBytes, "too much threadgroup memory");
+  static_assert(sizeof(DecodeShared<KB, VB, D, R>) <= metal_layout::kThreadgroupBytes, "too much threadgroup memory");
   const int kv_heads = params[metal_layout::kKvHeads];
-  const int split = position.x, kv = position.y % kv_heads, tile = position.y / kv_heads, b = position.z;
-  fill_table<KB>(shared->key_table + 0, ushort(32 * simdgroup + lane));
-  fill_table<VB>(shared->value_table + 0, ushort(32 * simdgroup + lane));
-  for (int r = simdgroup; r < R; r += metal_layout::kSimdgroups) {
+  const int tile = position.x, split = position.y, kv = position.z % kv_heads, b = position.z / kv_heads;
+  const ushort thread_index = ushort(32 * simdgroup + lane);
+  if (KB != 2) fill_table<KB, metal_layout::kDecodeThreads>(shared->key_table + 0, thread_index);
+  if (VB != 2) fill_table<VB, metal_layout::kDecodeThreads>(shared->value_table + 0, thread_index);
+  for (int r = simdgroup; r < R; r += metal_layout::kDecodeSimdgroups) {
     const Row row = find_row(params, starts, tile * R + r, kv, b);
     float x[registers] = {};
     if (row.query < params[metal_layout::kQueryLen]) load_query<D>(x, q, q_strides, row, b, params, lane);
     const float factor = normalise_query<KB, D>(x, params);
     TQ_UNROLL
-    for (int i = 0; i < registers; ++i) shared->q[r][32 * i + lane] = half(x[i]);
+    for (int i = 0; i < registers; ++i) {
+      if (KB == 2) {
+        shared->x[r][32 * i + lane] = x[i];
+      } else {
+        shared->q[r][16 * i + lane / 2][lane % 2] = half(x[i]);
+      }
+    }
     if (lane == 0) shared->factor[r] = factor;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -153,6 +240,10 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
   Row rows[R];
   TQ_UNROLL
   for (int r = 0; r < R; ++r) rows[r] = find_row(params, starts, tile * R + r, kv, b);
+  if (KB == 2) {
+    fill_key_pairs<D, R>(shared, thread_index);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
   // Lanes without a group of their own have a query of zeros.
   half2 mine[16 * R];
   TQ_UNROLL
@@ -160,8 +251,8 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
     TQ_UNROLL
     for (int i = 0; i < 16; ++i) {
       const int group = lane % lanes;
-      mine[16 * r + i] = group < groups ? half2(shared->q[r][32 * group + 2 * i], shared->q[r][32 * group + 2 * i + 1])
-                                        : half2(half(0.0f), half(0.0f));
+      mine[16 * r + i] =
+          KB != 2 && group < groups ? shared->q[r][16 * group + i] : half2(half(0.0f), half(0.0f));
     }
   }
   auto key_rows = key_codes + (b * key_codes_strides[0] + kv * key_codes_strides[1]);
@@ -170,19 +261,26 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
   const long value_scale = b * value_scales_strides[0] + kv * value_scales_strides[1];
   const int2 range = split_range(params, starts, tile * R, (tile + 1) * R, kv, b, split);
 
-  float m[R], sum[R];
+  // x is in units of exp2(m), or, with 2 bits, of exp2(mv): mv is the maximum of the scores with the values' scales in
+  // them, which keeps the weights in the range and precision of half.
+  float m[R], mv[R], sum[R];
   float x[8 * R] = {};
   TQ_UNROLL
   for (int r = 0; r < R; ++r) {
-    m[r] = -INFINITY;
+    m[r] = mv[r] = -INFINITY;
     sum[r] = 0.0f;
   }
-  for (int block = range.x + metal_layout::kBlock * simdgroup; block < range.y; block += metal_layout::kThreads) {
-    score_block<KB, D, R>(shared, key_rows, block, range.y, mine, lane, simdgroup);
+  for (int block = range.x + metal_layout::kBlock * simdgroup; block < range.y; block += metal_layout::kDecodeThreads) {
+    if (KB == 2) {
+      score_pairs<D, R>(shared, key_rows, block, range.y, lane, simdgroup);
+    } else {
+      score_block<KB, D, R>(shared, key_rows, block, range.y, mine, lane, simdgroup);
+    }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     const int t = min(block + lane, range.y - 1);
     const float scale_k = checked_scale(float(key_scales[key_scale + t]));
     const float scale_v = checked_scale(float(value_scales[value_scale + t]));
+    const float log2_scale_v = VB == 2 ? log2(scale_v) : 0.0f;
     TQ_UNROLL
     for (int r = 0; r < R; ++r) {
       float score = shared->weights[simdgroup][lane][r] * (scale_k * shared->factor[r]);
@@ -191,15 +289,29 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
       const float weight = exp2_difference(score, top), old = exp2_difference(m[r], top);
       m[r] = top;
       sum[r] = fma(sum[r], old, weight);
-      TQ_UNROLL
-      for (int i = 0; i < 8; ++i) x[8 * r + i] *= old;
       // A hidden key may hold anything; 0 * NaN must not get through.
-      shared->weights[simdgroup][lane][r] = score == -INFINITY ? 0.0f : weight * scale_v;
+      const bool hidden = score == -INFINITY;
+      if (VB == 2) {
+        const float with_scale = hidden ? -INFINITY : score + log2_scale_v;
+        const float top_v = fmax(mv[r], simd_max(with_scale)), old_v = exp2_difference(mv[r], top_v);
+        mv[r] = top_v;
+        TQ_UNROLL
+        for (int i = 0; i < 8; ++i) x[8 * r + i] *= old_v;
+        shared->weights[simdgroup][lane][r] = exp2_difference(with_scale, top_v);
+      } else {
+        TQ_UNROLL
+        for (int i = 0; i < 8; ++i) x[8 * r + i] *= old;
+        shared->weights[simdgroup][lane][r] = hidden ? 0.0f : weight * scale_v;
+      }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    add_values<VB, D, R>(shared, value_rows, block, min(range.y - block, int(metal_layout::kBlock)), x, lane,
-                         simdgroup);
-    simdgroup_barrier(mem_flags::mem_threadgroup);
+    const int count = min(range.y - block, int(metal_layout::kBlock));
+    if (VB == 2) {
+      add_value_pairs<D, R>(shared, value_rows, block, count, x, lane, simdgroup);
+    } else {
+      add_values<VB, D, R>(shared, value_rows, block, count, x, lane, simdgroup);
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+    }
   }
 
   TQ_UNROLL
@@ -215,13 +327,13 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (int s = 0; s < metal_layout::kSimdgroups; ++s) {  // one after another, in memory for one
+  for (int s = 0; s < metal_layout::kDecodeSimdgroups; ++s) {  // one after another, in memory for one
     if (s == simdgroup && lane < 4 * groups) {
       TQ_UNROLL
       for (int r = 0; r < R; ++r) {
         float top = shared->m[0][r];
-        for (int o = 1; o < metal_layout::kSimdgroups; ++o) top = fmax(top, shared->m[o][r]);
-        const float factor = exp2_difference(m[r], top) * level_step(VB);
+        for (int o = 1; o < metal_layout::kDecodeSimdgroups; ++o) top = fmax(top, shared->m[o][r]);
+        const float factor = exp2_difference(VB == 2 ? mv[r] : m[r], top) * level_step(VB);
         TQ_UNROLL
         for (int i = 0; i < 8; ++i) {
           const int d = 8 * lane + i;
@@ -231,12 +343,12 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  for (int r = simdgroup; r < R; r += metal_layout::kSimdgroups) {
+  for (int r = simdgroup; r < R; r += metal_layout::kDecodeSimdgroups) {
     const Row row = find_row(params, starts, tile * R + r, kv, b);
     if (row.query >= params[metal_layout::kQueryLen]) continue;
     float top = shared->m[0][r], total = 0.0f;
-    for (int o = 1; o < metal_layout::kSimdgroups; ++o) top = fmax(top, shared->m[o][r]);
-    for (int o = 0; o < metal_layout::kSimdgroups; ++o) {
+    for (int o = 1; o < metal_layout::kDecodeSimdgroups; ++o) top = fmax(top, shared->m[o][r]);
+    for (int o = 0; o < metal_layout::kDecodeSimdgroups; ++o) {
       const float factor = exp2_difference(shared->m[o][r], top);
       total += factor == 0.0f ? shared->sum[o][r] * 0.0f : shared->sum[o][r] * factor;
     }

@@ -36,8 +36,16 @@ enum Flag {
   kSecondCentre = 256  // codec: and the second
 };
 
-/// Threads of a threadgroup, for every kernel.
-enum Threads { kSimdgroups = 4, kThreads = 32 * kSimdgroups };
+/// Threads of a threadgroup: of decoding attention, and of every other kernel.
+enum Threads {
+  kSimdgroups = 4,
+  kThreads = 32 * kSimdgroups,
+  kDecodeSimdgroups = 8,
+  kDecodeThreads = 32 * kDecodeSimdgroups
+};
+
+/// Numbers in a split's `stats` of a row: the largest score, the sum of weights, the largest number of `partial`.
+enum Stats { kMaximum, kSum, kLargest, kStats };
 
 /// Rows of attention (query, head) that a threadgroup of the prefill kernel serves, and tokens of a block of either
 /// attention kernel.

@@ -13,13 +13,15 @@ using namespace metal_layout;
 
 using Kind = TemplateArg::Kind;
 
-// Rows (query, head) of a KV head up to which the kernel without matrix fragments is used: a fragment has eight rows,
-// so with fewer most of its work would be wasted.
-constexpr int kDecodeRows = 8;
+// Queries and rows (query, head) of a KV head up to which the kernel without matrix fragments is used, in tiles of four
+// rows; docs/metal.md has the reasons.
+constexpr int kDecodeQueries = 8, kDecodeRows = 32;
 
-// Four threadgroups for each of the 40 cores of the largest GPUs, while a split keeps at least two blocks for each of
-// its SIMD-groups.  Fewer, longer splits write fewer partial results.
-constexpr int kThreadgroupsWanted = 160, kTokensOfSplit = 2 * kBlock * kSimdgroups, kMostSplits = 128;
+// SIMD-groups wanted: sixteen for each of the 40 cores of the largest GPUs, while a split keeps at least two blocks for
+// each of its SIMD-groups.  Fewer, longer splits write fewer partial results.
+constexpr int kSimdgroupsWanted = 640, kMostSplits = 128;
+
+bool is_decode(int group, int query_len) { return query_len <= kDecodeQueries && group * query_len <= kDecodeRows; }
 
 int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
@@ -54,7 +56,7 @@ constexpr char kDecode[] = R"(
   turboquant::decode_vector<T, B, D>(codes, scales, centre, out, params, v, ushort(thread_index_in_simdgroup));
 )";
 constexpr char kAttendDecode[] = R"(
-  threadgroup turboquant::DecodeShared<D, R> shared;
+  threadgroup turboquant::DecodeShared<KB, VB, D, R> shared;
   turboquant::attend_decode<KB, VB, D, R>(&shared, q, q_strides, key_codes, key_codes_strides, key_scales,
       key_scales_strides, value_codes, value_codes_strides, value_scales, value_scales_strides, starts, mask,
       mask_strides, partial, stats, params, threadgroup_position_in_grid, ushort(thread_index_in_simdgroup),
@@ -132,12 +134,14 @@ Kernel decode_kernel(const EncodeShape& s, Dtype dtype) {
 AttentionPlan plan_attention(const AttentionShape& s) {
   const int group = s.query_heads / s.kv_heads, rows = group * s.query_len;
   AttentionPlan plan{};
-  plan.decode = rows <= kDecodeRows;
+  plan.decode = is_decode(group, s.query_len);
+  const int simdgroups = plan.decode ? kDecodeSimdgroups : kSimdgroups;
   const int of_tile = !plan.decode ? int(kTileRows) : rows == 1 ? 1 : rows == 2 ? 2 : 4;
   const int tiles = ceil_div(rows, of_tile);
   const int64_t threadgroups = std::max<int64_t>(1, int64_t(tiles) * s.kv_heads * s.batch);
-  const int most = std::clamp(ceil_div(s.kv_len, kTokensOfSplit), 1, kMostSplits);
-  plan.splits = s.splits > 0 ? s.splits : int(std::clamp<int64_t>(kThreadgroupsWanted / threadgroups, 1, most));
+  const int most = std::clamp(ceil_div(s.kv_len, 2 * kBlock * simdgroups), 1, kMostSplits);
+  plan.splits =
+      s.splits > 0 ? s.splits : int(std::clamp<int64_t>(kSimdgroupsWanted / simdgroups / threadgroups, 1, most));
   plan.merged = plan.decode || plan.splits > 1;
 
   Params& p = plan.params = base_params(s.seed);
@@ -162,8 +166,8 @@ AttentionPlan plan_attention(const AttentionShape& s) {
   k.inputs.push_back("params");
   const Output out{"out", type_of(s.dtype), {s.batch, s.query_heads, s.query_len, s.head_dim}};
   if (plan.merged) {
-    k.outputs = {{"partial", Type::float32, {s.batch, s.query_heads, s.query_len, plan.splits, s.head_dim}},
-                 {"stats", Type::float32, {s.batch, s.query_heads, s.query_len, plan.splits, 2}}};
+    k.outputs = {{"partial", Type::float16, {s.batch, s.query_heads, s.query_len, plan.splits, s.head_dim}},
+                 {"stats", Type::float32, {s.batch, s.query_heads, s.query_len, plan.splits, kStats}}};
   } else {
     k.outputs = {out};
   }
@@ -173,7 +177,8 @@ AttentionPlan plan_attention(const AttentionShape& s) {
     k.source = kAttendDecode;
     k.template_args = {
         {"KB", Kind::integer, s.key_bits}, {"VB", Kind::integer, s.value_bits}, dim, {"R", Kind::integer, of_tile}};
-    k.grid = {plan.splits * kThreads, tiles * s.kv_heads, s.batch};
+    k.grid = {tiles * kDecodeThreads, plan.splits, s.batch * s.kv_heads};
+    k.threadgroup = {kDecodeThreads, 1, 1};
   } else {
     k.name = "turboquant_attend_prefill";
     k.header = Source::prefill;
@@ -198,7 +203,7 @@ AttentionPlan plan_attention(const AttentionShape& s) {
 }
 
 const char* route(int query_heads, int kv_heads, int query_len) {
-  return query_heads / kv_heads * query_len <= kDecodeRows ? "metal decode" : "metal prefill (simdgroup_matrix)";
+  return is_decode(query_heads / kv_heads, query_len) ? "metal decode" : "metal prefill (simdgroup_matrix)";
 }
 
 }  // namespace turboquant::metal

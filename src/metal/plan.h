@@ -82,9 +82,9 @@ struct AttentionShape {
 /// attend's inputs: q, key_codes, key_scales, value_codes, value_scales, starts, mask, for prefill also sinks,
 /// key_centre, value_centre, and params; an absent one is replaced by `params`.  Packed vectors must be dense within a
 /// head; q and mask may have any strides.
-/// Its outputs: partial [batch, query_heads, query_len, splits, head_dim] and stats [..., splits, 2], float32; or out
-/// alone (q's shape and dtype) when there is nothing to merge.
-/// merge's inputs: q, partial, stats, sinks, key_centre, value_centre, params.  Its output: out.
+/// Its outputs: partial [batch, query_heads, query_len, splits, head_dim], float16, and stats [..., splits, 3],
+/// float32; or out alone (q's shape and dtype) when there is nothing to merge. merge's inputs: q, partial, stats,
+/// sinks, key_centre, value_centre, params.  Its output: out.
 struct AttentionPlan {
   bool decode;  // the kernel for few rows
   int splits;

@@ -91,8 +91,8 @@ void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, 
   auto scores = shared->scores[simdgroup] + 0;
   auto weights = shared->weights[simdgroup] + 0;
   auto diagonal = shared->diagonal[simdgroup] + 0;
-  fill_table<KB>(shared->key_table + 0, thread_index);
-  fill_table<VB>(shared->value_table + 0, thread_index);
+  fill_table<KB, metal_layout::kThreads>(shared->key_table + 0, thread_index);
+  fill_table<VB, metal_layout::kThreads>(shared->value_table + 0, thread_index);
   diagonal[lane] = 0.0f;
   diagonal[lane + 32] = 0.0f;
 

@@ -114,7 +114,7 @@ TEST_F(MetalExport, Attends) {
             if (plan.merged) {
               const auto &partial = out.inputs()[1], &stats = out.inputs()[2];
               EXPECT_EQ(partial.shape(), (mx::Shape{2, 8, query_len, plan.splits, 64}));
-              EXPECT_EQ(stats.shape(), (mx::Shape{2, 8, query_len, plan.splits, 2}));
+              EXPECT_EQ(stats.shape(), (mx::Shape{2, 8, query_len, plan.splits, 3}));
               expect_bound(partial, plan.attend.inputs, arrays);
               arrays.emplace("partial", partial);
               arrays.emplace("stats", stats);

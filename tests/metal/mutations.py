@@ -3,7 +3,7 @@
     python tests/metal/mutations.py BUILD_DIRECTORY [NAME ...]
 
 The sources are copied to BUILD_DIRECTORY/mutant, built once as they are (the tests must pass), and rebuilt with each
-mutation (the tests must fail).  Takes about a minute a mutation.
+mutation (the tests must fail).  Prints a table for docs/metal.md.  Takes about a minute a mutation.
 """
 
 import pathlib
@@ -22,9 +22,30 @@ MUTATIONS = {
     "sums not rescaled when the maximum moves": (
         "decode.metal", "x[8 * r + i] *= old;", "x[8 * r + i] *= 1.0f;"),
     "a barrier less between scores and weights": (
-        "decode.metal",
-        "block, range.y, mine, lane, simdgroup);\n    simdgroup_barrier(mem_flags::mem_threadgroup);",
-        "block, range.y, mine, lane, simdgroup);"),
+        "decode.metal", "simdgroup);\n    }\n    simdgroup_barrier(mem_flags::mem_threadgroup);\n    const int t =",
+        "simdgroup);\n    }\n    const int t ="),
+    "2 bits: sums not rescaled when the maximum moves": (
+        "decode.metal", "x[8 * r + i] *= old_v;", "x[8 * r + i] *= 1.0f;"),
+    "2 bits: the first token's codes for both": (
+        "decode.metal", "(b >> shift & 0x33333333u) << 2", "(a >> shift & 0x33333333u) << 2"),
+    "2 bits: the wrong coordinate shares a nibble": (
+        "decode.metal", "shared->x[r][coordinate + 16]", "shared->x[r][coordinate + 8]"),
+    "2 bits: a barrier less before the pairs' table is read": (
+        "decode.metal", "lane % 16] = sums;\n    }\n    simdgroup_barrier(mem_flags::mem_threadgroup);",
+        "lane % 16] = sums;\n    }"),
+    "2 bits: a barrier less before the pairs' table is written again": (
+        "decode.metal", "      }\n    }\n    simdgroup_barrier(mem_flags::mem_threadgroup);\n  }\n}",
+        "      }\n    }\n  }\n}"),
+    "tiles and splits exchanged": (
+        "decode.metal", "tile = position.x, split = position.y", "tile = position.y, split = position.x"),
+    "partial results without their unit": (
+        "attention.metal", "factor * stats[its + metal_layout::kLargest]", "factor"),
+    "prefill: the values' own maximum forgotten": (
+        "prefill.metal", "exp2_difference(row_mv, row_m) * level_step(VB)", "level_step(VB)"),
+    "the scales of values bound as those of keys": (
+        "launch.h", '{"key_scales", a.key_scales}', '{"key_scales", a.value_scales}'),
+    "codes with the sign turned": (
+        "codec.metal", "y[r] < 0.0f ? m + magnitudes(B) : m", "y[r] > 0.0f ? m + magnitudes(B) : m"),
     "reads one row beyond the last": (
         "decode.metal", "min(block + t, last - 1)", "min(block + t, last)"),
     "a barrier that only some SIMD-groups reach": (
@@ -36,13 +57,13 @@ MUTATIONS = {
         "prefill.metal", "TQ_ARRAY(half, tile, metal_layout::kBlock * (D + 8))",
         "TQ_ARRAY(half, tile, metal_layout::kBlock * D)"),
     "one number beyond a row in threadgroup memory": (
-        "decode.metal", "shared->q[r][32 * i + lane] = half(x[i]);", "shared->q[r][32 * i + lane + 1] = half(x[i]);"),
+        "decode.metal", "shared->q[r][16 * i + lane / 2]", "shared->q[r][16 * i + lane / 2 + 1]"),
     "keys not transposed": (
         "prefill.metal", "pitch, ulong2(0, 0), true)", "pitch, ulong2(0, 0), false)"),
     "window one key too wide": (
         "attention.metal", "position - window + 1", "position - window"),
     "hidden NaN gets through": (
-        "decode.metal", "score == -INFINITY ? 0.0f : weight * scale_v", "weight * scale_v"),
+        "decode.metal", "hidden ? 0.0f : weight * scale_v", "weight * scale_v"),
     "sinks forgotten": (
         "attention.metal", "total = sum * part + exp2_difference(sink, top);", "total = sum * part;"),
     "threshold off by one level": (
@@ -57,16 +78,25 @@ def run(*command):
 
 
 def test(build):
-    """Builds and runs; returns the failures' first lines, or None when all tests pass."""
+    """Builds and runs; returns (tests that fail, the first of them, what it says), or None when all tests pass."""
     made = run("cmake", "--build", str(build), "--target", "turboquant_metal_tests", "-j", "2")
     if made.returncode:
         raise SystemExit("a mutation must compile:\n" + made.stdout[-3000:])
-    tests = run(str(build / "tests/metal/turboquant_metal_tests"), "--gtest_brief=1")
+    tests = run(str(build / "tests/metal/turboquant_metal_tests"))
     if tests.returncode == 0:
         return None
-    failed = [line for line in tests.stdout.splitlines() if line.startswith("[  FAILED  ]")]
-    reason = next((line for line in tests.stdout.splitlines() if "emulator]" in line or "actual" in line), "")
-    return f"{len(failed)} tests fail, the first: {reason.strip()[:160]}" if failed else f"crash ({tests.returncode})"
+    failed, running, first, reason = set(), "", "", ""
+    for line in tests.stdout.splitlines():
+        if line.startswith("[ RUN      ] "):
+            running = line[13:]
+        elif line.startswith("[  FAILED  ] "):
+            failed.add(line[13:].split(",")[0].split(" (")[0])
+        elif not reason and ("[emulator]" in line or "actual" in line or "Which is" in line or "The difference" in line):
+            first, reason = running, line.strip()
+    failed = {name for name in failed if "." in name}
+    if not failed:
+        return "the program ends", running, f"signal {-tests.returncode}"
+    return str(len(failed)), first, reason
 
 
 def main():
@@ -80,7 +110,8 @@ def main():
     run("cmake", "-S", str(copy / "source"), "-B", str(build))
     failure = test(build)
     if failure:
-        raise SystemExit("the unchanged kernels fail: " + failure)
+        raise SystemExit("the unchanged kernels fail: " + ", ".join(failure))
+    print("| mutation | tests that fail | the first | what it says |\n| --- | --- | --- | --- |", flush=True)
     survivors = []
     for name, (file, text, replacement) in MUTATIONS.items():
         if len(sys.argv) > 2 and not any(wanted in name for wanted in sys.argv[2:]):
@@ -92,7 +123,8 @@ def main():
         path.write_text(original.replace(text, replacement))
         failure = test(build)
         path.write_text(original)
-        print(f"{name}: {failure or 'NOT NOTICED'}", flush=True)
+        count, first, reason = failure or ("NONE", "", "")
+        print(f"| {name} | {count} | `{first}` | `{reason[:140]}` |", flush=True)
         if failure is None:
             survivors.append(name)
     raise SystemExit(1 if survivors else 0)

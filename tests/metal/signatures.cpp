@@ -80,9 +80,9 @@ int main() {
         if (!plan.decode) inputs.insert(inputs.end(), {sinks, centre, centre});
         inputs.push_back(params);
         print(plan.attend, inputs,
-              plan.merged ? std::vector<std::string>{"float", "float"} : std::vector<std::string>{t});
+              plan.merged ? std::vector<std::string>{"float16_t", "float"} : std::vector<std::string>{t});
         if (plan.merged) {
-          print(plan.merge, {q, {"float", 5, 1000}, {"float", 5, 40}, sinks, centre, centre, params}, {t});
+          print(plan.merge, {q, {"float16_t", 5, 1000}, {"float", 5, 40}, sinks, centre, centre, params}, {t});
         }
       }
     }

@@ -145,21 +145,27 @@ struct half2 {
     y.bits = o.y.bits;
     return *this;
   }
+  half& operator[](int i) { return i ? y : x; }
+  const half& operator[](int i) const { return i ? y : x; }
 };
 /// A vector of N; copying it is one access.
-template <int N>
+template <class T, int N>
 struct Vector {
-  Float at[N];
+  T at[N];
   Vector() = default;
-  Vector(const Vector& o) {
+  Vector(const Vector& o) { *this = o; }
+  Vector& operator=(const Vector& o) {
     emulator::read(&o, sizeof o);
-    for (int i = 0; i < N; ++i) at[i].value = o.at[i].value;
+    emulator::write(this, sizeof o);
+    std::memcpy(static_cast<void*>(at), o.at, sizeof at);
+    return *this;
   }
-  Float& operator[](int i) { return at[i]; }
-  const Float& operator[](int i) const { return at[i]; }
+  T& operator[](int i) { return at[i]; }
+  const T& operator[](int i) const { return at[i]; }
 };
-using float2 = Vector<2>;
-using float4 = Vector<4>;
+using float2 = Vector<Float, 2>;
+using float4 = Vector<Float, 4>;
+using half4 = Vector<half, 4>;
 struct int2 {
   int x, y;
   int2(int x, int y) : x(x), y(y) {}

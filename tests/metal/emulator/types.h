@@ -69,10 +69,13 @@ struct Vector {
 };
 using float2 = Vector<float, 2>;
 using float4 = Vector<float, 4>;
+using half4 = Vector<half, 4>;
 struct half2 {
   half x, y;
   half2() = default;
   half2(half x, half y) : x(x), y(y) {}
+  half& operator[](int i) { return emulator::checked(i, 2) ? y : x; }
+  const half& operator[](int i) const { return emulator::checked(i, 2) ? y : x; }
 };
 struct int2 {
   int x, y;
