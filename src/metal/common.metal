@@ -26,6 +26,9 @@ namespace turboquant {
 /// The odd factor of a head dimension, a multiple of 32 up to 256 (a formula, since Metal has no recursion).
 constexpr int odd_part(int dim) { return dim % 96 == 0 ? 3 : dim % 160 == 0 ? 5 : dim % 224 == 0 ? 7 : 1; }
 
+/// x of the lane whose index differs in the bits of `step`: simd_shuffle_xor is specified for integers.
+inline float exchange(float x, ushort step) { return as_type<float>(simd_shuffle_xor(as_type<uint>(x), step)); }
+
 /// H without its factor 1/sqrt(2^k): register r of lane l is coordinate 32 r + l.
 template <int D>
 void hadamard(thread float* x, ushort lane) {
@@ -33,7 +36,7 @@ void hadamard(thread float* x, ushort lane) {
   for (ushort step = 1; step < 32; step = ushort(2 * step)) {
     TQ_UNROLL
     for (int r = 0; r < registers; ++r) {
-      const float other = simd_shuffle_xor(x[r], step);
+      const float other = exchange(x[r], step);
       x[r] = (lane & step) ? other - x[r] : x[r] + other;
     }
   }

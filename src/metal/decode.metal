@@ -54,11 +54,11 @@ int fold(thread float* sums, ushort lane) {
       TQ_UNROLL
       for (int i = 0; i < rows; ++i) {
         const float send = select(sums[i + rows], sums[i], upper), keep = select(sums[i], sums[i + rows], upper);
-        sums[i] = keep + simd_shuffle_xor(send, step);
+        sums[i] = keep + exchange(send, step);
       }
       row += upper ? rows : 0;
     } else {
-      sums[0] += simd_shuffle_xor(sums[0], step);
+      sums[0] += exchange(sums[0], step);
     }
   }
   return row;
@@ -323,7 +323,7 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
     }
     for (ushort step = ushort(4 * lanes); step < 32; step = ushort(2 * step)) {
       TQ_UNROLL
-      for (int i = 0; i < 8; ++i) x[8 * r + i] += simd_shuffle_xor(x[8 * r + i], step);
+      for (int i = 0; i < 8; ++i) x[8 * r + i] += exchange(x[8 * r + i], step);
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -170,8 +170,8 @@ void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, 
       top_v = fmax(top_v, s[i] == -INFINITY ? -INFINITY : s[i] + shared->log2_value_scale[column + i]);
     }
     for (ushort step = 1; step < 4; step = ushort(2 * step)) {
-      top = fmax(top, simd_shuffle_xor(top, step));
-      top_v = fmax(top_v, simd_shuffle_xor(top_v, step));
+      top = fmax(top, exchange(top, step));
+      top_v = fmax(top_v, exchange(top_v, step));
     }
     sum *= exp2_difference(m, top);
     TQ_UNROLL
@@ -214,7 +214,7 @@ void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, 
     }
   }
 
-  for (ushort step = 1; step < 4; step = ushort(2 * step)) sum += simd_shuffle_xor(sum, step);
+  for (ushort step = 1; step < 4; step = ushort(2 * step)) sum += exchange(sum, step);
   // Four rows at a time from fragments to registers, 32 columns after 32 columns.
   TQ_UNROLL
   for (int half_tile = 0; half_tile < 2; ++half_tile) {

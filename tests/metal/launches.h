@@ -24,7 +24,7 @@ inline std::vector<Case> attention_cases(bool long_contexts) {
 
 /// The rows to which special numbers are given, one for each kernel.
 inline Case decode_case() {
-  return {.head_dim = 256, .query_heads = 8, .kv_heads = 2, .query_len = 2, .kv_len = 190, .causal = true};
+  return {.head_dim = 256, .query_heads = 8, .kv_heads = 2, .query_len = 2, .kv_len = 290, .causal = true};
 }
 inline Case prefill_case() {
   return {.head_dim = 96, .query_heads = 8, .kv_heads = 2, .query_len = 17, .kv_len = 190, .causal = true};
@@ -72,7 +72,7 @@ inline std::vector<Variant> variants() {
       c.kv_len = 75;
       rows.push_back({c, 1});
       rows.push_back({c, 2});
-      // 1, 2 or 4 rows a threadgroup; once a token short of a block, once two blocks for some SIMD-groups.
+      // 1, 2 or 4 rows a threadgroup; once a token short of a block, twice with two blocks for some SIMD-groups.
       const int rows_of_tile = (2 * k + d) % 3;
       c.query_heads = rows_of_tile == 0 ? 2 : rows_of_tile == 1 ? 4 : 6;
       c.query_len = 1;
@@ -80,6 +80,8 @@ inline std::vector<Variant> variants() {
       c.kv_len = 31;
       rows.push_back({c, 1});
       c.kv_len = 333;
+      rows.push_back({c, 1});
+      c.kv_len = 620;
       rows.push_back({c, 2});
     }
   }

@@ -274,12 +274,34 @@ TEST(MetalRules, RowsThatSeeNothingAreZero) {
 
 TEST(MetalRules, ALaterBlockMayBeHiddenOrFarSmaller) {
   for (auto c : {kDecodeCase, kPrefillCase}) {
-    c.kv_len = 161;  // the sixth block holds one key, which the last query alone sees
+    // The last block holds one key, which the last query alone sees; in decode it is its SIMD-group's second.
+    c.kv_len = (c.query_len == kDecodeCase.query_len ? int(metal_layout::kDecodeThreads) : 160) + 1;
     const auto [got, want] = run_changed(c, [&](cases::Inputs& in) {
       in.keys.scales[3] = float_to_half(300.0f);  // a score that leaves nothing to the others, or the reverse
     });
     expect_same_poison(got, want, c.head_dim);
   }
+}
+
+TEST(MetalPlan, DecodesUpToEightQueriesOfThirtyTwoRows) {
+  const auto decode = [](int group, int queries) {
+    return metal::plan_attention({.batch = 1,
+                                  .query_heads = group,
+                                  .kv_heads = 1,
+                                  .query_len = queries,
+                                  .kv_len = 1000,
+                                  .head_dim = 256,
+                                  .key_bits = 3,
+                                  .value_bits = 3,
+                                  .dtype = Dtype::float16})
+        .decode;
+  };
+  EXPECT_TRUE(decode(4, 8));
+  EXPECT_FALSE(decode(4, 9));
+  EXPECT_TRUE(decode(1, 8));
+  EXPECT_FALSE(decode(1, 9));
+  EXPECT_TRUE(decode(32, 1));
+  EXPECT_FALSE(decode(16, 3));
 }
 
 TEST(MetalPlan, FitsTheLimits) {
