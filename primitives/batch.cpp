@@ -7,8 +7,6 @@
 namespace turboquant::ops {
 namespace {
 
-int round_up(int n) { return (n + kGrowth - 1) / kGrowth * kGrowth; }
-
 /// The first `length` tokens of a store, with zero tokens in front and behind; all zeros when there is no store.
 Store justified(const std::optional<Store>& store, const Store& like, int batch, int length, int before, int after,
                 mx::StreamOrDevice s) {

@@ -32,6 +32,15 @@ inline void check_vectors(const char* op, const char* name, const mx::array& x) 
           " in ", name, " of shape ", x.shape());
 }
 
+/// Keys and values of one cache.
+inline void check_sides(const char* op, const mx::array& keys, const mx::array& values) {
+  check_vectors(op, "keys", keys);
+  check_vectors(op, "values", values);
+  require(keys.ndim() == 4, "[", op, "] keys must have shape (batch, kv_heads, tokens, head_dim); got ", keys.shape());
+  require(keys.shape() == values.shape(), "[", op, "] keys and values must have the same shape; got ", keys.shape(),
+          " and ", values.shape());
+}
+
 /// Codes and scales that belong together.
 inline void check_packed(const char* op, const char* name, const PackedArrays& p, int bits) {
   require(p.codes.dtype() == mx::uint32, "[", op, "] ", name, " codes must be uint32; got ", p.codes.dtype());
@@ -52,6 +61,8 @@ inline std::optional<mx::array> checked_centre(const char* op, const char* name,
   if (!centre) return std::nullopt;
   require(centre->shape() == mx::Shape{heads, head_dim}, "[", op, "] ", name, " must have shape (", heads, ",",
           head_dim, "); got ", centre->shape());
+  // A cache's centres are in that form already, and two operations a call are not free.
+  if (centre->dtype() == mx::float32 && centre->is_available() && centre->flags().row_contiguous) return centre;
   return mx::contiguous(mx::astype(*centre, mx::float32, s), false, s);
 }
 

@@ -4,6 +4,11 @@
 #include <dlfcn.h>
 #include <mlx/fast.h>
 
+#include <algorithm>
+#include <compare>
+#include <map>
+#include <mutex>
+
 #include "cuda/kernels.h"
 
 namespace turboquant::ops::cuda_backend {
@@ -41,13 +46,57 @@ std::string header_of(const cuda::Kernel& k) {
   return "#include \"" + kernel_directory() + "/" + std::string(cuda::source_name(k.header)) + ".cuh\"\n";
 }
 
-std::vector<mx::array> launch(const cuda::Kernel& k, const std::vector<mx::array>& inputs,
+using Function = mx::fast::CustomKernelFunction;
+
+/// The kernel that `build` describes, described once for each key: writing its text and searching it for the names of
+/// inputs, which MLX does, costs the host more than a launch.
+template <class Key, class Build>
+const Function& kernel_for(const Key& key, const Build& build) {
+  static std::map<Key, Function> kernels;
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  auto found = kernels.find(key);
+  if (found == kernels.end()) {
+    const cuda::Kernel k = build();
+    found = kernels
+                .emplace(key, mx::fast::cuda_kernel(k.name, k.inputs, k.outputs, k.source, header_of(k),
+                                                    /*ensure_row_contiguous=*/false, k.shared_bytes))
+                .first;
+  }
+  return found->second;
+}
+
+std::vector<mx::array> launch(const Function& run, const cuda::Extent& extent, const std::vector<mx::array>& inputs,
                               const std::vector<mx::Shape>& shapes, const std::vector<mx::Dtype>& dtypes,
                               mx::Stream stream) {
-  const auto run = mx::fast::cuda_kernel(k.name, k.inputs, k.outputs, k.source, header_of(k),
-                                         /*ensure_row_contiguous=*/false, k.shared_bytes);
-  return run(inputs, shapes, dtypes, {k.grid[0], k.grid[1], k.grid[2]}, {k.block[0], k.block[1], k.block[2]}, {},
-             std::nullopt, false, stream);
+  const auto [grid, block] = extent;
+  return run(inputs, shapes, dtypes, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, {}, std::nullopt,
+             false, stream);
+}
+
+/// What the text of a codec kernel depends on.
+struct CodecKey {
+  enum Kind { encode, append, decode } kind;
+  std::vector<cuda::EncodeSide> sides;
+  int head_dim;
+  uint64_t seed;
+  auto operator<=>(const CodecKey&) const = default;
+};
+
+/// What the text of an attention kernel depends on: of the shape, only what selects code.
+struct AttentionKey {
+  bool merge;
+  cuda::AttentionSettings settings;
+  int query_heads, kv_heads, query_len, head_dim, key_bits, value_bits;
+  int method, rows, warps, stages, row_warps, token_warps, shared_bytes;
+  auto operator<=>(const AttentionKey&) const = default;
+};
+
+AttentionKey key_of(bool merge, const cuda::AttentionShape& s, const cuda::AttentionSettings& settings,
+                    const cuda::AttentionPlan& p) {
+  return {merge,      settings,   s.query_heads, s.kv_heads,    std::min(s.query_len, 9),
+          s.head_dim, s.key_bits, s.value_bits,  p.method,      p.rows,
+          p.warps,    p.stages,   p.row_warps,   p.token_warps, p.shared_bytes};
 }
 
 mx::Shape with_last(mx::Shape shape, int last) {
@@ -85,17 +134,39 @@ std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std:
     dtypes.insert(dtypes.end(), {mx::uint32, mx::float16});
   }
   const int64_t vectors = int64_t(sides[0].size()) / dim;
-  const auto out = launch(cuda::encode_kernel(settings, dim, seed, vectors), inputs, shapes, dtypes, stream);
+  const auto& run = kernel_for(CodecKey{CodecKey::encode, settings, dim, seed},
+                               [&] { return cuda::encode_kernel(settings, dim, seed, vectors); });
+  const auto out = launch(run, cuda::codec_extent(dim, int(sides.size()), vectors), inputs, shapes, dtypes, stream);
   std::vector<PackedArrays> packed;
   for (size_t i = 0; i < out.size(); i += 2) packed.push_back({out[i], out[i + 1]});
   return packed;
 }
 
+mx::array append(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
+                 const std::vector<std::optional<mx::array>>& centres, const std::vector<PackedArrays>& to,
+                 const mx::array& before, mx::Stream stream) {
+  std::vector<cuda::EncodeSide> settings;
+  std::vector<mx::array> inputs;
+  const int dim = sides[0].shape(-1);
+  for (size_t i = 0; i < sides.size(); ++i) {
+    settings.push_back({bits[i], centres[i].has_value()});
+    inputs.insert(inputs.end(), {sides[i], centres[i].value_or(sides[i]), to[i].codes, to[i].scales});
+  }
+  inputs.push_back(before);
+  const int64_t vectors = int64_t(sides[0].size()) / dim;
+  const auto& run = kernel_for(CodecKey{CodecKey::append, settings, dim, seed},
+                               [&] { return cuda::append_kernel(settings, dim, seed, vectors); });
+  return launch(run, cuda::codec_extent(dim, int(sides.size()), vectors), inputs,
+                {{int(before.size()) + sides[0].shape(2)}}, {mx::uint8}, stream)[0];
+}
+
 mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,
                  const std::optional<mx::array>& centre, mx::Stream stream) {
   const int dim = packed.codes.shape(-1) / bits * 32;
-  const auto kernel = cuda::decode_kernel(bits, centre.has_value(), dim, seed, int64_t(packed.scales.size()));
-  return launch(kernel, {packed.codes, packed.scales, centre.value_or(packed.scales)},
+  const int64_t vectors = int64_t(packed.scales.size());
+  const auto& run = kernel_for(CodecKey{CodecKey::decode, {{bits, centre.has_value()}}, dim, seed},
+                               [&] { return cuda::decode_kernel(bits, centre.has_value(), dim, seed, vectors); });
+  return launch(run, cuda::codec_extent(dim, 1, vectors), {packed.codes, packed.scales, centre.value_or(packed.scales)},
                 {with_last(packed.codes.shape(), dim)}, {dtype}, stream)[0];
 }
 
@@ -113,29 +184,27 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
                                          .sinks = o.sinks.has_value(),
                                          .key_centre = o.key_centre.has_value(),
                                          .value_centre = o.value_centre.has_value()};
-  // The kernels take the number of tokens from the scales' shape, so that one compilation serves a growing cache.
-  const auto first = [&](const mx::array& scales) {
-    if (scales.shape(2) == o.kv_len) return scales;
-    return mx::slice(scales, {0, 0, 0}, {scales.shape(0), scales.shape(1), o.kv_len}, stream);
-  };
-  const auto key_scales = first(keys.scales), value_scales = first(values.scales);
   const auto& dummy = q;
+  const auto written = o.written ? *o.written : nothing_to_wait_for(o.kv_len, stream);
   const auto starts = o.starts.value_or(dummy), mask = o.mask.value_or(dummy), sinks = o.sinks.value_or(dummy),
              key_centre = o.key_centre.value_or(dummy), value_centre = o.value_centre.value_or(dummy);
   const auto plan = cuda::plan_attention(shape, device());
   if (o.kernel) *o.kernel = plan.name();
-  std::vector<mx::array> cache{q, keys.codes, key_scales, values.codes, value_scales, starts, mask};
-  const std::vector<mx::array> rows{sinks, key_centre, value_centre};
-  if (plan.method == cuda::AttentionPlan::whole) {
-    cache.insert(cache.end(), rows.begin(), rows.end());
-    return launch(cuda::whole_kernel(shape, settings, plan), cache, {q.shape()}, {q.dtype()}, stream)[0];
+  const bool whole = plan.method == cuda::AttentionPlan::whole;
+  std::vector<mx::array> cache{q, keys.codes, keys.scales, values.codes, values.scales, written, starts, mask};
+  const auto& scan = kernel_for(key_of(false, shape, settings, plan), [&] {
+    return whole ? cuda::whole_kernel(shape, settings, plan) : cuda::partial_kernel(shape, settings, plan);
+  });
+  if (whole) {
+    cache.insert(cache.end(), {sinks, key_centre, value_centre});
+    return launch(scan, cuda::scan_extent(plan), cache, {q.shape()}, {q.dtype()}, stream)[0];
   }
-  const auto partial =
-      launch(cuda::partial_kernel(shape, settings, plan), cache,
-             {{plan.slots, plan.rows, shape.head_dim}, {plan.slots, plan.rows, 2}}, {mx::float32, mx::float32}, stream);
-  return launch(cuda::merge_kernel(shape, settings, plan),
-                {q, key_scales, partial[0], partial[1], starts, sinks, key_centre, value_centre}, {q.shape()},
-                {q.dtype()}, stream)[0];
+  const auto partial = launch(scan, cuda::scan_extent(plan), cache, {{plan.slots, plan.rows, shape.head_dim + 4}},
+                              {mx::float32}, stream)[0];
+  const auto& merge =
+      kernel_for(key_of(true, shape, settings, plan), [&] { return cuda::merge_kernel(shape, settings, plan); });
+  return launch(merge, cuda::merge_extent(shape), {q, written, partial, starts, sinks, key_centre, value_centre},
+                {q.shape()}, {q.dtype()}, stream)[0];
 }
 
 }  // namespace turboquant::ops::cuda_backend

@@ -12,6 +12,10 @@ void set_kernel_directory(const std::string& directory);
 std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
                                  const std::vector<std::optional<mx::array>>& centres, mx::Stream stream);
 
+mx::array append(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
+                 const std::vector<std::optional<mx::array>>& centres, const std::vector<PackedArrays>& to,
+                 const mx::array& before, mx::Stream stream);
+
 mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,
                  const std::optional<mx::array>& centre, mx::Stream stream);
 

@@ -55,6 +55,18 @@ std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const 
   return cuda_backend::encode(sides, bits, seed, centres, stream);
 }
 
+bool appends_in_place_gpu() {
+  static const bool cuda = !on_metal() && gpu_supported();
+  return cuda;
+}
+
+mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
+                     const std::vector<std::optional<mx::array>>& centres, const std::vector<PackedArrays>& to,
+                     const mx::array& before, mx::Stream stream) {
+  require_gpu("append");
+  return cuda_backend::append(sides, bits, seed, centres, to, before, stream);
+}
+
 mx::array decode_gpu(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,
                      const std::optional<mx::array>& centre, mx::Stream stream) {
   require_gpu("decode");

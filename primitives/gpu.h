@@ -13,6 +13,13 @@ bool gpu_supported(std::string* why = nullptr);
 std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
                                      const std::vector<std::optional<mx::array>>& centres, mx::Stream stream);
 
+/// Whether append_gpu exists for this GPU.
+bool appends_in_place_gpu();
+/// As append_kv.
+mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
+                     const std::vector<std::optional<mx::array>>& centres, const std::vector<PackedArrays>& to,
+                     const mx::array& before, mx::Stream stream);
+
 mx::array decode_gpu(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,
                      const std::optional<mx::array>& centre, mx::Stream stream);
 

@@ -1,6 +1,7 @@
 // Building the graph: checks, shapes, and the choice between a primitive and GPU kernels.
 #include "primitives/ops.h"
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <numeric>
@@ -63,26 +64,62 @@ PackedArrays encode(const mx::array& x, int bits, uint64_t seed, const std::opti
           mx::reshape(packed.scales, without_last(x.shape()), stream)};
 }
 
+namespace {
+
+/// Checks what encode_kv and append_kv take; the centres in the form that kernels take.
+std::vector<std::optional<mx::array>> checked_sides(const char* op, const mx::array& keys, const mx::array& values,
+                                                    int key_bits, int value_bits,
+                                                    const std::optional<mx::array>& key_centre,
+                                                    const std::optional<mx::array>& value_centre, mx::Stream stream) {
+  check_bits(op, "key_bits", key_bits);
+  check_bits(op, "value_bits", value_bits);
+  check_sides(op, keys, values);
+  const int heads = keys.shape(1), dim = keys.shape(3);
+  return {checked_centre(op, "key_centre", key_centre, heads, dim, stream),
+          checked_centre(op, "value_centre", value_centre, heads, dim, stream)};
+}
+
+}  // namespace
+
 std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx::array& values, int key_bits,
                                                 int value_bits, uint64_t seed,
                                                 const std::optional<mx::array>& key_centre,
                                                 const std::optional<mx::array>& value_centre, mx::StreamOrDevice s) {
-  check_bits("encode", "key_bits", key_bits);
-  check_bits("encode", "value_bits", value_bits);
-  check_vectors("encode", "keys", keys);
-  check_vectors("encode", "values", values);
-  require(keys.ndim() == 4, "[encode] keys must have shape (batch, kv_heads, tokens, head_dim); got ", keys.shape());
-  require(keys.shape() == values.shape(), "[encode] keys and values must have the same shape; got ", keys.shape(),
-          " and ", values.shape());
   const auto stream = mx::to_stream(s);
-  const int heads = keys.shape(1), dim = keys.shape(3);
-  const auto kc = checked_centre("encode", "key_centre", key_centre, heads, dim, stream);
-  const auto vc = checked_centre("encode", "value_centre", value_centre, heads, dim, stream);
+  const auto centres = checked_sides("encode", keys, values, key_bits, value_bits, key_centre, value_centre, stream);
   if (on_gpu(stream)) {
-    auto sides = encode_gpu({keys, values}, {key_bits, value_bits}, seed, {kc, vc}, stream);
+    auto sides = encode_gpu({keys, values}, {key_bits, value_bits}, seed, centres, stream);
     return {sides[0], sides[1]};
   }
-  return {encode_rank4(keys, key_bits, seed, kc, stream), encode_rank4(values, value_bits, seed, vc, stream)};
+  return {encode_rank4(keys, key_bits, seed, centres[0], stream),
+          encode_rank4(values, value_bits, seed, centres[1], stream)};
+}
+
+bool can_append_in_place(const std::vector<mx::array>& arrays, mx::Stream stream) {
+  return on_gpu(stream) && appends_in_place_gpu() &&
+         std::none_of(arrays.begin(), arrays.end(), [](const mx::array& x) { return x.is_tracer(); });
+}
+
+mx::array append_kv(const mx::array& keys, const mx::array& values, int key_bits, int value_bits, uint64_t seed,
+                    const std::optional<mx::array>& key_centre, const std::optional<mx::array>& value_centre,
+                    const PackedArrays& keys_to, const PackedArrays& values_to, const mx::array& before,
+                    mx::StreamOrDevice s) {
+  const auto stream = mx::to_stream(s);
+  const auto centres = checked_sides("append", keys, values, key_bits, value_bits, key_centre, value_centre, stream);
+  require(can_append_in_place({keys, values}, stream), "[append] in place needs a CUDA stream and no transformation");
+  for (auto [to, bits, name] : {std::tuple{&keys_to, key_bits, "keys"}, {&values_to, value_bits, "values"}}) {
+    check_packed("append", name, *to, bits);
+    const mx::Shape room{keys.shape(0), keys.shape(1), int(before.size()) - 1 + keys.shape(2)};
+    require(to->scales.shape(0) == room[0] && to->scales.shape(1) == room[1] && to->scales.shape(2) >= room[2] &&
+                to->codes.shape(3) == words_per_vector(bits, keys.shape(3)),
+            "[append] the ", name, "' buffers must have room for ", room, "; got codes ", to->codes.shape());
+  }
+  return append_gpu({keys, values}, {key_bits, value_bits}, seed, centres, {keys_to, values_to}, before, stream);
+}
+
+mx::array nothing_to_wait_for(int n, mx::StreamOrDevice s) {
+  static const auto* zero = new mx::array(0, mx::uint8);  // outlives MLX's allocator
+  return mx::broadcast_to(*zero, {n + 1}, s);
 }
 
 mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,

@@ -35,6 +35,22 @@ std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx:
                                                 const std::optional<mx::array>& value_centre = std::nullopt,
                                                 mx::StreamOrDevice s = {});
 
+/// Whether `append_kv` can serve these arrays on this stream: CUDA, and no transformation is being traced.
+bool can_append_in_place(const std::vector<mx::array>& arrays, mx::Stream stream);
+
+/// As encode_kv, into the buffers `keys_to` and `values_to` (B, H, capacity, ...) from a token on, in place: one kernel
+/// instead of five, and no copy of the buffers while something else reads them.  The arrays given stay the ones that
+/// hold the codes; what reads the new tokens must take the array returned, `written` (tokens held + 1,), as an input
+/// too.  `before` is what an earlier call returned, or any uint8 array whose size less one is the first token to write.
+/// The caller makes sure that nobody else counts on the tokens overwritten.
+mx::array append_kv(const mx::array& keys, const mx::array& values, int key_bits, int value_bits, uint64_t seed,
+                    const std::optional<mx::array>& key_centre, const std::optional<mx::array>& value_centre,
+                    const PackedArrays& keys_to, const PackedArrays& values_to, const mx::array& before,
+                    mx::StreamOrDevice s = {});
+
+/// An array (n + 1,) for `before` and `written` when there is nothing to wait for.
+mx::array nothing_to_wait_for(int n, mx::StreamOrDevice s = {});
+
 /// Decodes to (..., D) of `dtype`.
 mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype = mx::float32,
                  const std::optional<mx::array>& centre = std::nullopt, mx::StreamOrDevice s = {});
@@ -54,6 +70,7 @@ struct AttentionOptions {
   std::optional<mx::array> key_centre;    // (H_kv, D)
   std::optional<mx::array> value_centre;  // (H_kv, D)
   const char** kernel = nullptr;          // receives the name of the kernel that was chosen, a literal, for people
+  std::optional<mx::array> written;       // of append_kv, to be waited for; (kv_len + 1,)
 };
 
 /// Attention of q (B, H_q, L, D) over packed keys and values (B, H_kv, N, ...); returns q's shape and dtype.

@@ -1,6 +1,7 @@
 #include "primitives/store.h"
 
 #include "primitives/checks.h"
+#include "turboquant/turboquant.h"
 
 namespace turboquant::ops {
 namespace {
@@ -33,12 +34,24 @@ size_t Store::nbytes() const {
   return keys.codes.nbytes() + keys.scales.nbytes() + values.codes.nbytes() + values.scales.nbytes();
 }
 
+Store Store::settled() const {
+  if (!written) return *this;
+  mx::eval({*written});
+  return {keys, values};
+}
+
+bool Store::unshared() const {
+  return keys.codes.is_donatable() && keys.scales.is_donatable() && values.codes.is_donatable() &&
+         values.scales.is_donatable();
+}
+
 Store Store::map(const std::function<mx::array(const mx::array&)>& f) const {
-  return {{f(keys.codes), f(keys.scales)}, {f(values.codes), f(values.scales)}};
+  const Store x = settled();
+  return {{f(x.keys.codes), f(x.keys.scales)}, {f(x.values.codes), f(x.values.scales)}};
 }
 
 Store Store::tokens(int from, int to, mx::StreamOrDevice s) const {
-  if (from == 0 && to == capacity()) return *this;
+  if (from == 0 && to == capacity()) return settled();
   return map([&](const mx::array& x) {
     const auto [start, stop] = token_range(x, from, to);
     return mx::slice(x, start, stop, s);
@@ -57,8 +70,9 @@ Store Store::write(const Store& rows, int at, mx::StreamOrDevice s) const {
     const auto [start, stop] = token_range(x, at, at + rows.capacity());
     return mx::slice_update(x, update, start, stop, s);
   };
-  return {{put(keys.codes, rows.keys.codes), put(keys.scales, rows.keys.scales)},
-          {put(values.codes, rows.values.codes), put(values.scales, rows.values.scales)}};
+  const Store x = settled(), r = rows.settled();
+  return {{put(x.keys.codes, r.keys.codes), put(x.keys.scales, r.keys.scales)},
+          {put(x.values.codes, r.values.codes), put(x.values.scales, r.values.scales)}};
 }
 
 Store Store::take(const mx::array& rows, mx::StreamOrDevice s) const {
@@ -85,6 +99,14 @@ Store zeros_like(const Store& like, int batch, int tokens, mx::StreamOrDevice s)
   });
 }
 
+Store zeros(const Coding& coding, int batch, int heads, int tokens, int head_dim, mx::StreamOrDevice s) {
+  const auto side = [&](int bits) {
+    return PackedArrays{mx::zeros({batch, heads, tokens, words_per_vector(bits, head_dim)}, mx::uint32, s),
+                        mx::zeros({batch, heads, tokens}, mx::float16, s)};
+  };
+  return {side(coding.key_bits), side(coding.value_bits)};
+}
+
 void check_same_shape(const char* op, const Store& a, const Store& b) {
   require(a.heads() == b.heads() && a.keys.codes.shape(3) == b.keys.codes.shape(3), "[", op,
           "] caches must have the same heads and head_dim; got codes ", a.keys.codes.shape(), " and ",
@@ -106,23 +128,25 @@ void check_store(const char* op, const Coding& coding, const Store& store, int l
 Store concatenate(const std::vector<Store>& stores, int axis, mx::StreamOrDevice s) {
   const auto join = [&](auto pick) {
     std::vector<mx::array> parts;
-    for (const auto& store : stores) parts.push_back(pick(store));
+    for (const auto& store : stores) parts.push_back(pick(store.settled()));
     return mx::concatenate(parts, axis, s);
   };
   return {{join([](const Store& x) { return x.keys.codes; }), join([](const Store& x) { return x.keys.scales; })},
           {join([](const Store& x) { return x.values.codes; }), join([](const Store& x) { return x.values.scales; })}};
 }
 
+void check_follows(const Coding& coding, const mx::Shape& shape, const Store& held) {
+  require(shape[0] == held.batch(), "[append] batch must stay ", held.batch(), "; got ", shape[0]);
+  require(shape[1] == held.heads(), "[append] KV heads must stay ", held.heads(), "; got ", shape[1]);
+  const int dim = held.head_dim(coding);
+  require(shape[3] == dim, "[append] head_dim must stay ", dim, "; got ", shape[3]);
+}
+
 Store encode_store(const Coding& coding, const mx::array& keys, const mx::array& values,
                    const std::optional<Store>& held, mx::StreamOrDevice s) {
   auto [k, v] = encode_kv(keys, values, coding.key_bits, coding.value_bits, coding.seed, coding.key_centre,
                           coding.value_centre, s);
-  if (held) {
-    require(keys.shape(0) == held->batch(), "[append] batch must stay ", held->batch(), "; got ", keys.shape(0));
-    require(keys.shape(1) == held->heads(), "[append] KV heads must stay ", held->heads(), "; got ", keys.shape(1));
-    const int dim = held->head_dim(coding);
-    require(keys.shape(3) == dim, "[append] head_dim must stay ", dim, "; got ", keys.shape(3));
-  }
+  if (held) check_follows(coding, keys.shape(), *held);
   return {k, v};
 }
 
@@ -142,7 +166,13 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
   o.key_centre = sinks ? coding.key_centre : std::nullopt;  // without sinks the softmax does not see it
   o.value_centre = coding.value_centre;
   o.kernel = last_kernel ? &last_kernel->name : nullptr;
-  return attention(q, store.keys, store.values, o, s);
+  const auto stream = mx::to_stream(s);
+  if (store.written && int(store.written->size()) == length + 1 && can_append_in_place({q}, stream)) {
+    o.written = store.written;
+    return attention(q, store.keys, store.values, o, stream);
+  }
+  const Store x = store.settled();
+  return attention(q, x.keys, x.values, o, stream);
 }
 
 std::pair<mx::array, mx::array> View::decode(mx::Dtype dtype, mx::StreamOrDevice s) const {
@@ -151,12 +181,16 @@ std::pair<mx::array, mx::array> View::decode(mx::Dtype dtype, mx::StreamOrDevice
           ops::decode(held.values, coding.value_bits, coding.seed, dtype, coding.value_centre, s)};
 }
 
+Store copy_with_room(const std::optional<Store>& held, int length, const Store& like, int needed,
+                     mx::StreamOrDevice s) {
+  const int kept = held ? length : 0;
+  const auto fresh = zeros_like(like, like.batch(), round_up(needed - kept), s);
+  return kept > 0 ? concatenate({held->tokens(0, kept, s), fresh}, 2, s) : fresh;
+}
+
 Store grow(const std::optional<Store>& held, int length, const Store& like, int needed, mx::StreamOrDevice s) {
   if (held && needed <= held->capacity()) return *held;
-  const int kept = held ? length : 0;
-  const int added = (needed - kept + kGrowth - 1) / kGrowth * kGrowth;
-  const auto fresh = zeros_like(like, like.batch(), added, s);
-  return held && kept > 0 ? concatenate({held->tokens(0, kept, s), fresh}, 2, s) : fresh;
+  return copy_with_room(held, length, like, needed, s);
 }
 
 }  // namespace turboquant::ops

@@ -23,6 +23,8 @@ void check_same_coding(const char* op, const Coding& a, const Coding& b);
 /// Keys and values of shape (B, H_kv, capacity, ...).  The token axis of all four arrays is axis 2.
 struct Store {
   PackedArrays keys, values;
+  /// When tokens were written in place (append_kv): the array to wait for before the four are read.
+  std::optional<mx::array> written = std::nullopt;
 
   int batch() const { return keys.scales.shape(0); }
   int heads() const { return keys.scales.shape(1); }
@@ -30,6 +32,10 @@ struct Store {
   int head_dim(const Coding& coding) const { return keys.codes.shape(3) / coding.key_bits * 32; }
   /// Bytes of all four arrays.
   size_t nbytes() const;
+  /// The same with nothing to wait for: evaluates `written`.  All below but `pad` with nothing to do settle first.
+  Store settled() const;
+  /// Whether nobody else holds the arrays, pending operations and the GPU included.
+  bool unshared() const;
   /// f on each of the four arrays.
   Store map(const std::function<mx::array(const mx::array&)>& f) const;
   /// Tokens [from, to).
@@ -47,6 +53,9 @@ struct Store {
 /// Zero tokens of the same kind: (batch, H_kv, tokens, ...).
 Store zeros_like(const Store& like, int batch, int tokens, mx::StreamOrDevice s = {});
 
+/// Zero tokens of this coding: (batch, heads, tokens, ...).
+Store zeros(const Coding& coding, int batch, int heads, int tokens, int head_dim, mx::StreamOrDevice s = {});
+
 /// Throws std::invalid_argument naming `op` unless both hold vectors of the same heads and size.
 void check_same_shape(const char* op, const Store& a, const Store& b);
 
@@ -55,6 +64,9 @@ void check_store(const char* op, const Coding& coding, const Store& store, int l
 
 /// Stores joined along an axis (0: batch, 2: tokens).
 Store concatenate(const std::vector<Store>& stores, int axis, mx::StreamOrDevice s = {});
+
+/// Throws std::invalid_argument unless vectors of `shape` (B, H_kv, N, D) can follow those held.
+void check_follows(const Coding& coding, const mx::Shape& shape, const Store& held);
 
 /// Encodes keys and values (B, H_kv, N, D) and checks that they can follow `held`.
 Store encode_store(const Coding& coding, const mx::array& keys, const mx::array& values,
@@ -84,8 +96,13 @@ struct View {
 
 /// How many tokens buffers grow by.
 constexpr int kGrowth = 256;
+inline int round_up(int tokens) { return (tokens + kGrowth - 1) / kGrowth * kGrowth; }
 
-/// A store that can hold `needed` tokens, of which `length` are kept; grows in steps of kGrowth.
+/// The first `length` tokens held and zeros, room for `needed` tokens and up to kGrowth - 1 more in all: a copy.
+Store copy_with_room(const std::optional<Store>& held, int length, const Store& like, int needed,
+                     mx::StreamOrDevice s = {});
+
+/// A store that can hold `needed` tokens, of which `length` are kept: the one held if it can.
 Store grow(const std::optional<Store>& held, int length, const Store& like, int needed, mx::StreamOrDevice s = {});
 
 }  // namespace turboquant::ops

@@ -13,7 +13,10 @@ namespace {
 
 using Arrays = std::vector<mx::array>;
 
-Arrays arrays(const ops::Store& s) { return {s.keys.codes, s.keys.scales, s.values.codes, s.values.scales}; }
+Arrays arrays(const ops::Store& held) {
+  const auto s = held.settled();
+  return {s.keys.codes, s.keys.scales, s.values.codes, s.values.scales};
+}
 
 ops::Store store(const Arrays& a) {
   if (a.size() != 4) throw std::invalid_argument("[restore] a cache has four arrays; got " + std::to_string(a.size()));

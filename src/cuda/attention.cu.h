@@ -25,10 +25,15 @@ struct AttentionArgs {
   const int* starts;                                       // [batch] or null
   const void* mask;                                        // [batch, query_heads, query_len, kv_len]; bool or MaskT
   long long mask_strides[4];
-  const float* sinks;    // [query_heads] or null
-  float* partial;        // [slots, ROWS, D]: see Schedule
-  float2* partial_sums;  // [slots, ROWS]: exponent of the largest weight, sum of weights
-  void* out;             // [batch, query_heads, query_len, D], dense
+  const float* sinks;  // [query_heads] or null
+  float* partial;      // [slots, ROWS, D + 4]: see Schedule and partial_row
+  void* out;           // [batch, query_heads, query_len, D], dense
+
+  /// A row of partial results: D coordinates, then the exponent of the largest weight and the sum of weights.
+  template <int D>
+  __device__ float* partial_row(long long row) const {
+    return partial + row * (D + 4);
+  }
 
   __device__ int group() const { return query_heads / kv_heads; }
   __device__ int rows() const { return group() * query_len; }  // query rows that read one KV head

@@ -414,7 +414,7 @@ struct Decode {
         float x = 0;
 #pragma unroll
         for (int w = 0; w < WARPS; ++w) x += reinterpret_cast<const float*>(shared.ring[w])[result_at(row, i)];
-        a.partial[((long long)slot * kRows + row) * D + i] = x;
+        a.partial_row<D>((long long)slot * kRows + row)[i] = x;
       }
     }
     if (warp == WARPS - 1) {  // a lane for each warp and row
@@ -424,7 +424,9 @@ struct Decode {
       for (int step = 1; step < WARPS; step *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
       float all = exp2_fast(s.x - most) * s.y;
       for (int step = 1; step < WARPS; step *= 2) all += __shfl_xor_sync(~0u, all, step);
-      if (row < kRows && lane % WARPS == 0) a.partial_sums[(long long)slot * kRows + row] = make_float2(most, all);
+      if (row < kRows && lane % WARPS == 0) {
+        *reinterpret_cast<float2*>(a.partial_row<D>((long long)slot * kRows + row) + D) = make_float2(most, all);
+      }
     }
     __syncthreads();
   }

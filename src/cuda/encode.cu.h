@@ -9,11 +9,12 @@ namespace turboquant::cuda {
 struct EncodeArgs {
   int batch, heads, tokens;
   unsigned long long seed;
-  const void* x;           // [batch, heads, tokens, D]
-  long long x_strides[4];  // in elements
-  const float* centre;     // [heads, D] or null
-  unsigned* codes;         // [batch, heads, tokens, BITS * D / 32], dense
-  __half* scales;          // [batch, heads, tokens], dense
+  const void* x;                                // [batch, heads, tokens, D]
+  long long x_strides[4];                       // in elements
+  const float* centre;                          // [heads, D] or null
+  unsigned* codes;                              // [batch, heads, tokens, BITS * D / 32]
+  __half* scales;                               // [batch, heads, tokens]
+  long long code_strides[2], scale_strides[2];  // of batch and head, in elements; rows are dense
 };
 
 /// Vectors that a block of `warps` warps encodes or decodes.
@@ -92,11 +93,13 @@ __device__ void encode(const EncodeArgs& a, int block) {
     writes = writes && (lane & 3) < 2;
   }
   if (writes) {
-    a.codes[row * (BITS * (D / 32)) + eighth / 4 * BITS + (eighth & 3)] = word;
+    unsigned* codes = a.codes + b * a.code_strides[0] + h * a.code_strides[1] + (long long)t * (BITS * (D / 32));
+    codes[eighth / 4 * BITS + (eighth & 3)] = word;
   }
   if (active && eighth == 0) {
     const float scale = sqrtf(square) / (sqrtf(float(level_square)) * level_step(BITS)) * unscale;
-    a.scales[row] = finite ? __float2half_rn(scale) : __ushort_as_half(0x7e00);
+    a.scales[b * a.scale_strides[0] + h * a.scale_strides[1] + t] =
+        finite ? __float2half_rn(scale) : __ushort_as_half(0x7e00);
   }
 }
 

@@ -49,7 +49,7 @@ std::string attention_args(const AttentionShape& shape, const AttentionSettings&
   } else {
     o << "q_shape[2]";
   }
-  o << ", a.kv_len = key_scales_shape[2];\n"
+  o << ", a.kv_len = written_shape[0] - 1;\n"
        "  a.scale = __uint_as_float("
     << hex(std::bit_cast<uint32_t>(s.scale))
     << "u);\n"
@@ -82,9 +82,11 @@ std::string cache_args(const AttentionSettings& s) {
 }
 
 std::string row_args(const AttentionSettings& s) {
-  return "  a.sinks = " + optional(s.sinks, "float", "sinks") +
-         ";\n  a.key_centre = " + optional(s.key_centre, "float", "key_centre") +
-         ";\n  a.value_centre = " + optional(s.value_centre, "float", "value_centre") + ";\n";
+  std::ostringstream o;
+  o << "  a.sinks = " << optional(s.sinks, "float", "sinks")
+    << ";\n  a.key_centre = " << optional(s.key_centre, "float", "key_centre")
+    << ";\n  a.value_centre = " << optional(s.value_centre, "float", "value_centre") << ";\n";
+  return o.str();
 }
 
 const char* mask_name(MaskKind kind) {
@@ -95,6 +97,29 @@ const char* mask_name(MaskKind kind) {
 
 }  // namespace
 
+namespace {
+
+void set_extent(Kernel& k, const Extent& extent) { k.grid = extent.grid, k.block = extent.block; }
+
+/// Body of a side's encoding; `place` fills where it writes.
+std::string encode_side(const EncodeSide& side, int i, int head_dim, uint64_t seed, const std::string& place) {
+  const std::string n = std::to_string(i);
+  std::ostringstream o;
+  o << (i ? "  else {\n" : "  if (blockIdx.y == 0) {\n") << "  turboquant::cuda::EncodeArgs a = {};\n"
+    << "  a.batch = x" << i << "_shape[0], a.heads = x" << i << "_shape[1], a.tokens = x" << i << "_shape[2];\n"
+    << "  a.seed = " << hex(seed) << "ull;\n  a.x = x" << i << ";\n"
+    << "  for (int i = 0; i < 4; ++i) a.x_strides[i] = x" << i << "_strides[i];\n"
+    << "  a.centre = " << optional(side.centred, "float", "centre" + n) << ";\n"
+    << place << codec_call("encode_as", head_dim, side.bits, "x" + n) << "  }\n";
+  return o.str();
+}
+
+}  // namespace
+
+Extent codec_extent(int head_dim, int sides, int64_t vectors) {
+  return {{codec_blocks(head_dim, vectors) * 32 * kCodecWarps, sides, 1}, {32 * kCodecWarps, 1, 1}};
+}
+
 Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t vectors) {
   Kernel k;
   k.name = "tq_encode";
@@ -104,16 +129,37 @@ Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_
     k.inputs.insert(k.inputs.end(), {"x" + n, "centre" + n});
     k.outputs.insert(k.outputs.end(), {"codes" + n, "scales" + n});
     k.name += "_" + std::to_string(sides[i].bits);
-    k.source += (i ? "  else {\n" : "  if (blockIdx.y == 0) {\n") +
-                std::string("  turboquant::cuda::EncodeArgs a = {};\n") + "  a.batch = x" + n +
-                "_shape[0], a.heads = x" + n + "_shape[1], a.tokens = x" + n + "_shape[2];\n" +
-                "  a.seed = " + hex(seed) + "ull;\n  a.x = x" + n + ";\n" +
-                "  for (int i = 0; i < 4; ++i) a.x_strides[i] = x" + n + "_strides[i];\n" +
-                "  a.centre = " + optional(sides[i].centred, "float", "centre" + n) + ";\n" + "  a.codes = codes" + n +
-                ", a.scales = scales" + n + ";\n" + codec_call("encode_as", head_dim, sides[i].bits, "x" + n) + "  }\n";
+    std::ostringstream place;
+    place << "  a.codes = codes" << i << ", a.scales = scales" << i << ";\n"
+          << "  a.scale_strides[1] = a.tokens, a.scale_strides[0] = (long long)a.heads * a.tokens;\n"
+          << "  for (int i = 0; i < 2; ++i) a.code_strides[i] = " << words_per_vector(sides[i].bits, head_dim)
+          << " * a.scale_strides[i];\n";
+    k.source += encode_side(sides[i], int(i), head_dim, seed, place.str());
   }
-  k.block = {32 * kCodecWarps, 1, 1};
-  k.grid = {codec_blocks(head_dim, vectors) * k.block[0], int(sides.size()), 1};
+  set_extent(k, codec_extent(head_dim, int(sides.size()), vectors));
+  return k;
+}
+
+Kernel append_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t vectors) {
+  Kernel k;
+  k.name = "tq_append";
+  k.header = Source::encode;
+  k.outputs = {"written"};
+  for (size_t i = 0; i < sides.size(); ++i) {
+    const std::string n = std::to_string(i);
+    k.inputs.insert(k.inputs.end(), {"x" + n, "centre" + n, "codes" + n, "scales" + n});
+    k.name += "_" + std::to_string(sides[i].bits);
+    std::ostringstream place;
+    place << "  const long long at = before_shape[0] - 1;\n"
+          << "  a.codes = const_cast<unsigned*>(codes" << i << ") + at * " << words_per_vector(sides[i].bits, head_dim)
+          << ";\n  a.scales = const_cast<__half*>(scales" << i << ") + at;\n"
+          << "  for (int i = 0; i < 2; ++i)\n"
+          << "    a.code_strides[i] = codes" << i << "_strides[i], a.scale_strides[i] = scales" << i
+          << "_strides[i];\n";
+    k.source += encode_side(sides[i], int(i), head_dim, seed, place.str());
+  }
+  k.inputs.push_back("before");
+  set_extent(k, codec_extent(head_dim, int(sides.size()), vectors));
   return k;
 }
 
@@ -136,8 +182,7 @@ Kernel decode_kernel(int bits, bool centred, int head_dim, uint64_t seed, int64_
       ";\n"
       "  a.out = x;\n" +
       codec_call("decode_as", head_dim, bits, "x");
-  k.block = {32 * kCodecWarps, 1, 1};
-  k.grid = {codec_blocks(head_dim, vectors) * k.block[0], 1, 1};
+  set_extent(k, codec_extent(head_dim, 1, vectors));
   return k;
 }
 
@@ -165,21 +210,27 @@ Kernel scanning_kernel(const char* name, const AttentionShape& shape, const Atte
   Kernel k;
   k.name = name + std::to_string(shape.key_bits) + std::to_string(shape.value_bits);
   k.header = plan.method == AttentionPlan::decode ? Source::decode : Source::prefill;
-  k.inputs = {"q", "key_codes", "key_scales", "value_codes", "value_scales", "starts", "mask"};
-  const int warps = plan.method == AttentionPlan::decode ? plan.warps : plan.row_warps * plan.token_warps;
-  k.block = {32 * warps, 1, 1};
-  k.grid = {plan.blocks * k.block[0], 1, 1};
+  k.inputs = {"q", "key_codes", "key_scales", "value_codes", "value_scales", "written", "starts", "mask"};
+  set_extent(k, scan_extent(plan));
   k.shared_bytes = plan.shared_bytes;
   return k;
 }
 
 }  // namespace
 
+Extent scan_extent(const AttentionPlan& plan) {
+  const int threads = 32 * (plan.method == AttentionPlan::decode ? plan.warps : plan.row_warps * plan.token_warps);
+  return {{plan.blocks * threads, 1, 1}, {threads, 1, 1}};
+}
+
+Extent merge_extent(const AttentionShape& shape) {
+  return {{256 * shape.batch * shape.query_heads * shape.query_len, 1, 1}, {256, 1, 1}};
+}
+
 Kernel partial_kernel(const AttentionShape& shape, const AttentionSettings& settings, const AttentionPlan& plan) {
   Kernel k = scanning_kernel(plan.method == AttentionPlan::decode ? "tq_decode_" : "tq_rows_", shape, plan);
-  k.outputs = {"partial", "partial_sums"};
-  k.source = attention_args(shape, settings) + cache_args(settings) +
-             "  a.partial = partial, a.partial_sums = reinterpret_cast<float2*>(partial_sums);\n" +
+  k.outputs = {"partial"};
+  k.source = attention_args(shape, settings) + cache_args(settings) + "  a.partial = partial;\n" +
              attention_call(shape, settings, plan);
   return k;
 }
@@ -197,19 +248,17 @@ Kernel merge_kernel(const AttentionShape& shape, const AttentionSettings& settin
   Kernel k;
   k.name = "tq_merge";
   k.header = Source::merge;
-  k.inputs = {"q", "key_scales", "partial", "partial_sums", "starts", "sinks", "key_centre", "value_centre"};
+  k.inputs = {"q", "written", "partial", "starts", "sinks", "key_centre", "value_centre"};
   k.outputs = {"out"};
   std::ostringstream o;
   o << attention_args(shape, settings) << row_args(settings)
     << "  a.partial = const_cast<float*>(partial);\n"
-       "  a.partial_sums = reinterpret_cast<float2*>(const_cast<float*>(partial_sums));\n"
        "  a.out = out;\n"
        "  __shared__ __align__(16) float shared[turboquant::cuda::merge_shared_floats<"
     << shape.head_dim << ">()];\n  turboquant::cuda::merge_as<" << shape.head_dim << ", " << plan.rows << ", "
     << (plan.method == AttentionPlan::decode ? 32 : 64) << ">(a, q, blockIdx.x, partial_shape[0], shared);\n";
   k.source = o.str();
-  k.block = {256, 1, 1};
-  k.grid = {256 * shape.batch * shape.query_heads * shape.query_len, 1, 1};
+  set_extent(k, merge_extent(shape));
   return k;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <compare>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -28,12 +29,23 @@ struct Kernel {
   int shared_bytes = 0;
 };
 
+/// Threads of a launch.
+struct Extent {
+  std::array<int, 3> grid, block;  // grid in threads, as MLX counts
+};
+Extent codec_extent(int head_dim, int sides, int64_t vectors);
+Extent scan_extent(const AttentionPlan& plan);
+Extent merge_extent(const AttentionShape& shape);
+
 struct EncodeSide {
   int bits;
   bool centred;
+  auto operator<=>(const EncodeSide&) const = default;
 };
 /// One or two sides of `vectors` = batch * heads * tokens each.
 Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t vectors);
+/// The same into the buffers of a cache, in place (plan.h).
+Kernel append_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t vectors);
 Kernel decode_kernel(int bits, bool centred, int head_dim, uint64_t seed, int64_t vectors);
 
 /// What an attention kernel is compiled for, beside its shape.
@@ -44,6 +56,7 @@ struct AttentionSettings {
   int window = 0;
   MaskKind mask = MaskKind::none;
   bool starts = false, sinks = false, key_centre = false, value_centre = false;
+  auto operator<=>(const AttentionSettings&) const = default;
 };
 Kernel partial_kernel(const AttentionShape& shape, const AttentionSettings& settings, const AttentionPlan& plan);
 Kernel merge_kernel(const AttentionShape& shape, const AttentionSettings& settings, const AttentionPlan& plan);

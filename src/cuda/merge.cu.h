@@ -79,8 +79,9 @@ __device__ void merge(const AttentionArgs& a, int row, int slots, float* shared)
       sums[k] = make_float2(kNothing, 0);
       if (i + 8 * k >= last) continue;
       const long long slot = (long long)(i + 8 * k + segment) * ROWS + in_group % ROWS;
-      sums[k] = a.partial_sums[slot];
-      if (has) load8(a.partial + slot * D + 8 * lane, x[k]);
+      const float* result = a.partial_row<D>(slot);
+      sums[k] = *reinterpret_cast<const float2*>(result + D);
+      if (has) load8(result + 8 * lane, x[k]);
     }
     const float old = top;
 #pragma unroll

@@ -4,13 +4,18 @@
 // Kernels (kernels.h builds each one's source; shapes in elements, all outputs dense):
 //   encode   in  x0 [x1] (B, H, N, D) any float, any strides; centre0 [centre1] (H, D) f32 or a dummy
 //            out codes0 [codes1] (B, H, N, bits D / 32) u32, scales0 [scales1] (B, H, N) f16
+//   append   in  per side x (B, H, N, D), centre, codes (B, H, capacity, bits D / 32), scales (B, H, capacity), views
+//                allowed; then before (n + 1) u8, whose size says that token n is the first to write
+//            out written (n + N + 1) u8, which nobody writes or reads: it stands for the codes and scales, which this
+//                kernel overwrites in place although they are inputs
 //   decode   in  codes (B, H, N, bits D / 32) u32, scales (B, H, N) f16, rows dense; centre;  out x (B, H, N, D)
 //   attention: `partial` and `merge`, or `whole` alone (see AttentionPlan)
 //     partial  in  q (B, Hq, L, D) any strides; key_codes, value_codes (B, Hkv, >= N, bits D / 32) u32 and key_scales,
-//                  value_scales (B, Hkv, >= N) f16 with dense rows, views allowed, N = key_scales' third size;
-//                  starts (B) i32 or a dummy; mask (B, Hq, L, N) bool or float, any strides, or a dummy
-//              out partial (slots, rows, D) f32, partial_sums (slots, rows, 2) f32
-//     merge    in  q, key_scales, partial, partial_sums, starts, sinks (Hq) f32, key_centre and value_centre (Hkv, D)
+//                  value_scales (B, Hkv, >= N) f16 with dense rows, views allowed; written (N + 1) u8, of which
+//                  only the size is read; starts (B) i32 or a dummy; mask (B, Hq, L, N) bool or float, any strides, or
+//                  a dummy
+//              out partial (slots, rows, D + 4) f32
+//     merge    in  q, written, partial, starts, sinks (Hq) f32, key_centre and value_centre (Hkv, D)
 //     f32
 //              out out (B, Hq, L, D) of q's type
 //     whole    in  those of `partial`, then sinks, key_centre, value_centre;  out  out (B, Hq, L, D) of q's type
@@ -119,7 +124,7 @@ inline AttentionPlan plan_attention(const AttentionShape& s, const Device& devic
   const int64_t tiles = (s.kv_len + 63) / 64, waves = (segments + device.multiprocessors - 1) / device.multiprocessors;
   const bool full_waves = 20 * segments >= 17 * waves * device.multiprocessors;
   const bool triangular = 2 * s.query_len > s.kv_len && 2 * segments >= device.multiprocessors;
-  const int64_t workspace = (device.multiprocessors + segments) * p.rows * (s.head_dim + 2) * 4;
+  const int64_t workspace = (device.multiprocessors + segments) * p.rows * (s.head_dim + 4) * 4;
   if (full_waves || triangular || workspace > (64 << 20)) {
     p.method = AttentionPlan::whole;
     p.blocks = int(segments);

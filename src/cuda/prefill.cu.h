@@ -121,10 +121,12 @@ struct Prefill {
         gather();
         const long long slot = block + row * schedule.segments_per_row + local;
         for (int i = threadIdx.x; i < kRows * D / 4; i += kThreads) {
-          reinterpret_cast<float4*>(a.partial + slot * kRows * D)[i] =
+          reinterpret_cast<float4*>(a.partial_row<D>(slot * kRows + i / (D / 4)))[i % (D / 4)] =
               *reinterpret_cast<const float4*>(&shared.result[i / (D / 4)][i % (D / 4) * 4]);
         }
-        for (int i = threadIdx.x; i < kRows; i += kThreads) a.partial_sums[slot * kRows + i] = shared.sums[0][i];
+        for (int i = threadIdx.x; i < kRows; i += kThreads) {
+          *reinterpret_cast<float2*>(a.partial_row<D>(slot * kRows + i) + D) = shared.sums[0][i];
+        }
         __syncthreads();
         tile = stop;
       }

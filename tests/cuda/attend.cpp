@@ -45,8 +45,11 @@ AttentionCall attention_call(const AttendParams& p, const cuda::Device& device, 
   const auto centre = [&](const float* x) { return x ? Array(writable(x), "float", {p.kv_heads, p.head_dim}) : q; };
   const Array out(p.out.data, type_name(p.q.dtype), {p.batch, p.query_heads, p.query_len, p.head_dim});
 
+  const Array written(nullptr, "uint8_t", {p.kv_len + 1});
+
   AttentionCall call;
-  const std::vector<Array> cache{q, codes(p.keys), scales(p.keys), codes(p.values), scales(p.values), starts, mask};
+  const std::vector<Array> cache{q,      codes(p.keys), scales(p.keys), codes(p.values), scales(p.values), written,
+                                 starts, mask};
   const std::vector<Array> rows{sinks, centre(p.key_centre), centre(p.value_centre)};
   const auto plan = forced ? *forced : cuda::plan_attention(shape, device);
   if (plan.method == cuda::AttentionPlan::whole) {
@@ -56,14 +59,12 @@ AttentionCall attention_call(const AttendParams& p, const cuda::Device& device, 
     call.outputs = {{out}};
     return call;
   }
-  call.workspace.emplace_back(allocate ? size_t(plan.slots) * plan.rows * p.head_dim * 4 : 0);
-  call.workspace.emplace_back(allocate ? size_t(plan.slots) * plan.rows * 8 : 0);
-  const Array partial(call.workspace[0].get(), "float", {plan.slots, plan.rows, p.head_dim});
-  const Array sums(call.workspace[1].get(), "float", {plan.slots, plan.rows, 2});
+  call.workspace.emplace_back(allocate ? size_t(plan.slots) * plan.rows * (p.head_dim + 4) * 4 : 0);
+  const Array partial(call.workspace[0].get(), "float", {plan.slots, plan.rows, p.head_dim + 4});
   call.kernels = {cuda::partial_kernel(shape, settings, plan), cuda::merge_kernel(shape, settings, plan)};
-  call.inputs = {cache, {q, scales(p.keys), partial, sums, starts}};
+  call.inputs = {cache, {q, written, partial, starts}};
   call.inputs[1].insert(call.inputs[1].end(), rows.begin(), rows.end());
-  call.outputs = {{partial, sums}, {out}};
+  call.outputs = {{partial}, {out}};
   return call;
 }
 

@@ -25,7 +25,7 @@ TEST(Plan, FitsTheDeviceAndCoversTheCache) {
               continue;
             }
             EXPECT_EQ(plan.slots, plan.blocks + segments);
-            const int64_t workspace = int64_t(plan.slots) * plan.rows * (dim + 2) * 4;
+            const int64_t workspace = int64_t(plan.slots) * plan.rows * (dim + 4) * 4;
             if (plan.method == cuda::AttentionPlan::split) {
               EXPECT_LE(workspace, 64 << 20);
             } else {  // 32-bit sums of weights up to 255 times bytes up to 232
@@ -79,6 +79,11 @@ TEST_P(Compile, Codec) {
       EXPECT_FALSE(
           jit::compile(jit::whole_source(encode, {x, array, x, array}, {codes, scales, codes, scales}), GetParam())
               .empty());
+      const auto append = cuda::append_kernel({{3, true}, {4, false}}, dim, 7, 1);
+      EXPECT_FALSE(jit::compile(jit::whole_source(append, {x, array, codes, scales, x, array, codes, scales, array},
+                                                  {{nullptr, "uint8_t", {1}}}),
+                                GetParam())
+                       .empty());
       const auto decode = cuda::decode_kernel(2, true, dim, 7, 1);
       EXPECT_FALSE(jit::compile(jit::whole_source(decode, {codes, scales, array}, {x}), GetParam()).empty());
     }

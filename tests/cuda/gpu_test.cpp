@@ -147,6 +147,54 @@ TEST_F(Gpu, EncodeMatchesTheOracle) {
   }
 }
 
+TEST_F(Gpu, AppendWritesWhatEncodeGivesAndNothingElse) {
+  constexpr int kBatch = 2, kHeads = 3, kTokens = 5, kCapacity = 12, kAt = 4;
+  for (int dim : {64, 96, 256}) {
+    SCOPED_TRACE(dim);
+    Vectors k(kBatch, kHeads, kTokens, dim, 3, Dtype::float16, true);
+    Vectors v(kBatch, kHeads, kTokens, dim, 4, Dtype::float16, false);
+    const auto kp = k.params(), vp = v.params();
+    jit::encode_on_gpu(kp, &vp);
+    std::vector<jit::Memory> memory;
+    std::vector<jit::Array> inputs;
+    for (Vectors* side : {&k, &v}) {
+      const int words = words_per_vector(side->packed.view.bits, dim);
+      const std::vector<uint8_t> fill(size_t(kBatch) * kHeads * kCapacity * words * 4, 0xa5);
+      memory.emplace_back(side->x.bytes.data(), side->x.bytes.size());
+      inputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{kBatch, kHeads, kTokens, dim});
+      memory.emplace_back(side->centre.data(), side->centre.size() * 4);
+      inputs.emplace_back(memory.back().get(), "float", std::vector<int32_t>{kHeads, dim});
+      memory.emplace_back(fill.data(), fill.size());
+      inputs.emplace_back(memory.back().get(), "uint32_t", std::vector<int32_t>{kBatch, kHeads, kCapacity, words});
+      memory.emplace_back(fill.data(), size_t(kBatch) * kHeads * kCapacity * 2);
+      inputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{kBatch, kHeads, kCapacity});
+    }
+    inputs.emplace_back(nullptr, "uint8_t", std::vector<int32_t>{kAt + 1});
+    const int64_t vectors = int64_t(kBatch) * kHeads * kTokens;
+    jit::Launch(cuda::append_kernel({{3, true}, {4, false}}, dim, kp.seed, vectors), inputs,
+                {{nullptr, "uint8_t", {kAt + kTokens + 1}}})();
+    jit::check(cudaDeviceSynchronize(), "append");
+    for (int s = 0; s < 2; ++s) {
+      const auto& want = (s ? v : k).packed.view;
+      const int words = words_per_vector(want.bits, dim);
+      std::vector<uint32_t> codes(size_t(kBatch) * kHeads * kCapacity * words);
+      std::vector<uint16_t> scales(size_t(kBatch) * kHeads * kCapacity);
+      memory[4 * s + 2].download(codes.data()), memory[4 * s + 3].download(scales.data());
+      for (int head = 0; head < kBatch * kHeads; ++head) {
+        for (int t = 0; t < kCapacity; ++t) {
+          SCOPED_TRACE(testing::Message() << "side " << s << " head " << head << " token " << t);
+          const int64_t from = int64_t(head) * kTokens + t - kAt, to = int64_t(head) * kCapacity + t;
+          const bool fresh = t >= kAt && t < kAt + kTokens;
+          EXPECT_EQ(scales[to], fresh ? want.scales[from] : 0xa5a5);
+          for (int w = 0; w < words; ++w) {
+            EXPECT_EQ(codes[to * words + w], fresh ? want.codes[from * words + w] : 0xa5a5a5a5u);
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_F(Gpu, EncodeKeepsZeroAndSpoilsNothingButBadVectors) {
   for (int bits : {2, 3, 4}) {
     for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
