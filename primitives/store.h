@@ -82,9 +82,9 @@ struct View {
   Coding coding;
   Store store;
   int length;
-  std::optional<mx::array> starts;          // (B,) first real token of each row, for left-padded batches
-  mx::Dtype dtype = mx::float16;            // of the vectors as they came, for models that ask
-  std::shared_ptr<LastKernel> last_kernel;  // if given, `attend` notes its kernel there
+  std::optional<mx::array> starts = std::nullopt;     // (B,) first real token of each row, for left-padded batches
+  mx::Dtype dtype = mx::float16;                      // of the vectors as they came, for models that ask
+  std::shared_ptr<LastKernel> last_kernel = nullptr;  // if given, `attend` notes its kernel there
 
   int head_dim() const { return store.head_dim(coding); }
   /// Attention of q (B, H_q, L, D) over the history.

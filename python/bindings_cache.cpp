@@ -37,6 +37,16 @@ nb::class_<Cache> bind_cache(nb::module_& m, const char* name) {
           "__deepcopy__", [](const Cache& c, nb::object) { return Cache(c); }, "memo"_a)
       .def("append", &Cache::append, "keys"_a, "values"_a, "stream"_a = nb::none())
       .def("view", &Cache::view)
+      .def(
+          "update",  // append and view in one call, for the sake of decoding
+          [](Cache& c, const mx::array& keys, const mx::array& values, std::shared_ptr<ops::LastKernel> last) {
+            c.append(keys, values);
+            auto view = c.view();
+            view.dtype = values.dtype();
+            view.last_kernel = std::move(last);
+            return view;
+          },
+          "keys"_a, "values"_a, "last_kernel"_a)
       .def("trim", &Cache::trim, "n"_a)
       .def_prop_ro("empty", &Cache::empty)
       .def_prop_ro("nbytes", &Cache::nbytes)

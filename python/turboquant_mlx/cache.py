@@ -105,9 +105,7 @@ class PackedCache(_BaseCache):
         Raises:
             ValueError: a wrong dtype or shape, or B, H_kv or D other than before.  The cache stays as it was.
         """
-        self._core.append(keys, values)
-        view, _ = self.keys_and_values()
-        view.dtype = values.dtype
+        view = self._core.update(keys, values, self._last_kernel)
         return view, view
 
     def keys_and_values(self) -> tuple[_core.View, _core.View]:
