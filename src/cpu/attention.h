@@ -1,9 +1,10 @@
 // The attention kernel: a tile of query rows against a range of packed tokens, kBlock tokens at a time.
 //
-// Per block: keys are unpacked to int8 levels in L1, integer dot products with the rows' queries give the scores, an
-// online softmax (softmax.h, here in base 2 and for a block at a time) turns them to weights, the values' scales fold
-// into the weights, and these are rounded to 16 bits relative to the block's largest; values are unpacked to the same
-// scratch and accumulated in integers, which are added to the float result once per block.
+// Per block: keys are unpacked to nibbles in L1, looked up there and multiplied with the rows' queries in integers,
+// which gives the scores; an online softmax (softmax.h, here in base 2 and for a block at a time) turns them to
+// weights, the values' scales fold into the weights, and these are rounded to 16 bits relative to the block's largest;
+// values are unpacked to the same scratch and accumulated in integers, which are added to the float result once per
+// block.
 //
 // Queries and weights are 16-bit integers (of high and low int8 parts where dot products are of bytes), |w| <=
 // kLargest. Hidden tokens have the score minus infinity, and nothing of theirs is read after that.  NaN and infinity of
@@ -24,7 +25,7 @@ constexpr int kBlockQuads = kBlock / 4;
 /// Where things lie in the workspace.
 template <class S>
 struct Workspace {
-  uint8_t* levels;                    // [kBlockQuads, positions] of one block
+  uint8_t* planes;                    // [kBlockQuads, positions / 2] of one block
   uint8_t* queries;                   // [rows, positions, 2 vectors]
   float* acc;                         // [rows, positions, lanes]
   float* scores;                      // [rows, kBlock]
@@ -41,7 +42,7 @@ struct Workspace {
       p = reinterpret_cast<T*>(base + at);
       at += (count * sizeof(T) + 63) / 64 * 64;
     };
-    take(levels, size_t(kBlockQuads) * pos * kLevelBytes<S>);
+    take(planes, size_t(kBlockQuads) * pos / 2 * S::bytes);
     take(queries, size_t(rows) * pos * 2 * S::bytes);
     take(acc, size_t(rows) * pos * S::bytes / 4);
     take(scores, size_t(rows) * kBlock);
@@ -106,21 +107,28 @@ void prepare_query(const Tile& tile, int row, const Workspace<S>& w) {
 
 /// Scores of 16 tokens for `count` rows from `row` on.
 template <class S, int count>
-inline void score(const Workspace<S>& w, int pos, int row, int quad) {
+inline void score(const Workspace<S>& w, int pos, int row, int quad, typename S::Table table) {
   using F = Vec<float, S::bytes>;
   using I32 = Vec<int32_t, S::bytes>;
-  const uint8_t* levels = w.levels + size_t(quad) * pos * kLevelBytes<S>;
-  const uint8_t* queries = w.queries + size_t(row) * pos * 2 * S::bytes;
+  const int64_t quad_bytes = int64_t(pos) / 2 * S::bytes, row_bytes = int64_t(pos) * 2 * S::bytes;
+  const uint8_t* planes = w.planes + quad * quad_bytes;
+  const uint8_t* queries = w.queries + row * row_bytes;
   typename S::Acc acc[count][4] = {};
-  for (int p = 0; p < pos; ++p) {
-    typename S::Weights q[count];
+  for (int p = 0; p < pos; p += 2, planes += S::bytes, queries += 4 * S::bytes) {
+    typename S::Weights q[2][count];
 #pragma GCC unroll 4
-    for (int r = 0; r < count; ++r) q[r] = S::load_weights(queries + (size_t(r) * pos + p) * 2 * S::bytes);
+    for (int r = 0; r < count; ++r) {
+      q[0][r] = S::load_weights(queries + r * row_bytes);
+      q[1][r] = S::load_weights(queries + r * row_bytes + 2 * S::bytes);
+    }
 #pragma GCC unroll 4
     for (int t = 0; t < 4; ++t) {
-      const auto l = S::load_levels(levels + (size_t(t) * pos + p) * kLevelBytes<S>);
+      typename S::Levels l[2];
+      look_up<S>(table, planes + t * quad_bytes, l);
 #pragma GCC unroll 4
-      for (int r = 0; r < count; ++r) S::dot(acc[r][t], l, q[r]);
+      for (int r = 0; r < count; ++r) S::dot(acc[r][t], l[0], q[0][r]);
+#pragma GCC unroll 4
+      for (int r = 0; r < count; ++r) S::dot(acc[r][t], l[1], q[1][r]);
     }
   }
 #pragma GCC unroll 4
@@ -198,20 +206,21 @@ inline void soften(const Workspace<S>& w, int row, const float* key_scales, cons
 
 /// Adds the block's weighted values for `count` rows and two positions.
 template <class S, int count>
-inline void weigh(const Workspace<S>& w, int pos, int row, int p, int quads) {
+inline void weigh(const Workspace<S>& w, int pos, int row, int p, int quads, typename S::Table table) {
   using F = Vec<float, S::bytes>;
   constexpr int lanes = S::bytes / 4;
   typename S::Acc acc[count][2] = {};
-  const uint8_t* levels = w.levels + size_t(p) * kLevelBytes<S>;
+  const uint8_t* plane = w.planes + size_t(p) / 2 * S::bytes;
   const uint32_t* weights = w.weights + size_t(row) * 2 * kBlockQuads;
-  for (int q = 0; q < quads; ++q, levels += size_t(pos) * kLevelBytes<S>, weights += S::quad_step) {
-    const auto l0 = S::load_levels(levels), l1 = S::load_levels(levels + kLevelBytes<S>);
+  for (int q = 0; q < quads; ++q, plane += size_t(pos) / 2 * S::bytes, weights += S::quad_step) {
+    typename S::Levels l[2];
+    look_up<S>(table, plane, l);
 #pragma GCC unroll 4
     for (int r = 0; r < count; ++r) {
       const uint32_t* at = weights + r * 2 * kBlockQuads;
       const auto x = S::broadcast_weights(at[0], at[S::quad_offset]);
-      S::dot(acc[r][0], l0, x);
-      S::dot(acc[r][1], l1, x);
+      S::dot(acc[r][0], l[0], x);
+      S::dot(acc[r][1], l[1], x);
     }
   }
 #pragma GCC unroll 4
@@ -285,21 +294,23 @@ void attend_tile(const Tile& tile) {
   begin = tile.begin + (begin - tile.begin) / kBlock * kBlock;
   if (begin < end) {
     for (int r = 0; r < rows; ++r) prepare_query<S>(tile, r, w);
-    __builtin_memset(w.levels, 0, size_t(kBlockQuads) * pos * kLevelBytes<S>);
+    __builtin_memset(w.planes, 0, size_t(kBlockQuads) * pos / 2 * S::bytes);
   }
+  const LevelTable key_levels(tile.keys.bits, S::level_offset), value_levels(tile.values.bits, S::level_offset);
+  const auto key_table = S::table(key_levels.at), value_table = S::table(value_levels.at);
   alignas(64) float key_scales[kBlock], value_scales[kBlock];
   for (int t = begin; t < end; t += kBlock) {
     const int n = end - t < kBlock ? end - t : kBlock, quads = (n + 3) / 4;
-    unpack<S, uint32_t>(tile.keys.bits, tile.keys.codes, tile.dim, t, n, tile.kv_len, w.levels);
+    unpack<S, uint32_t>(tile.keys.bits, tile.keys.codes, tile.dim, t, n, tile.kv_len, w.planes);
     Ahead values(tile.values, tile.dim, t, n, (quads + 3) / 4 * ((rows + S::score_rows - 1) / S::score_rows));
     for (int q = 0; q < quads; q += 4) {
       int r = 0;
       for (; r + S::score_rows <= rows; r += S::score_rows) {
-        score<S, S::score_rows>(w, pos, r, q);
+        score<S, S::score_rows>(w, pos, r, q, key_table);
         values.step();
       }
       for (; r < rows; ++r) {
-        score<S, 1>(w, pos, r, q);
+        score<S, 1>(w, pos, r, q, key_table);
         values.step();
       }
     }
@@ -316,15 +327,15 @@ void attend_tile(const Tile& tile) {
                          : hi,
                 tile, t);
     }
-    unpack<S, uint8_t>(tile.values.bits, tile.values.codes, tile.dim, t, n, tile.kv_len, w.levels);
+    unpack<S, uint8_t>(tile.values.bits, tile.values.codes, tile.dim, t, n, tile.kv_len, w.planes);
     const int next = t + kBlock < end ? (end - t - kBlock < kBlock ? end - t - kBlock : kBlock) : 0;
     Ahead keys(tile.keys, tile.dim, t + kBlock, next, (rows + 3) / 4 * (pos / 2));
     int r = 0;
     for (; r + 4 <= rows; r += 4) {
-      for (int p = 0; p < pos; p += 2, keys.step()) weigh<S, 4>(w, pos, r, p, quads);
+      for (int p = 0; p < pos; p += 2, keys.step()) weigh<S, 4>(w, pos, r, p, quads, value_table);
     }
     for (; r < rows; ++r) {
-      for (int p = 0; p < pos; p += 2, keys.step()) weigh<S, 1>(w, pos, r, p, quads);
+      for (int p = 0; p < pos; p += 2, keys.step()) weigh<S, 1>(w, pos, r, p, quads, value_table);
     }
   }
   for (int r = 0; r < rows; ++r) {

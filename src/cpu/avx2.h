@@ -11,9 +11,9 @@ namespace {
 struct Avx2Loads {
   using U8 = Vec<uint8_t, 32>;
 
-  static U8 lookup(const int8_t* table, U8 index) {
-    return U8(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load<__m128i>(table)), __m256i(index)));
-  }
+  using Table = __m256i;
+  static Table table(const int8_t* p) { return _mm256_broadcastsi128_si256(load<__m128i>(p)); }
+  static U8 lookup(Table table, U8 v) { return U8(_mm256_shuffle_epi8(table, __m256i(v & 0x0f))); }
   template <int bits>
   static Vec<uint32_t, 32> load_groups(const uint32_t* p, int count) {
     const __m128i low = load<__m128i>(p);

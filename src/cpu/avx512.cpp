@@ -11,19 +11,10 @@ namespace {
 
 struct Simd : WordWeights<64>, Avx512Loads {
   static constexpr int score_rows = 4;
-  struct Levels {
-    __m512i a, b;
-  };
-  using Weights = Levels;
-  using Acc = Vec<int32_t, 64>;
-  static Levels load_levels(const uint8_t* p) { return {load<__m512i>(p), load<__m512i>(p + 64)}; }
-  static Weights load_weights(const uint8_t* p) { return load_levels(p); }
-  static Weights broadcast_weights(uint32_t a, uint32_t b) {
-    return {_mm512_set1_epi32(int(a)), _mm512_set1_epi32(int(b))};
-  }
+  using Acc = I32;
   static void dot(Acc& acc, const Levels& l, const Weights& w) {
-    acc += Acc(_mm512_madd_epi16(l.a, w.a));
-    acc += Acc(_mm512_madd_epi16(l.b, w.b));
+    acc += Acc(_mm512_madd_epi16(__m512i(l.a), __m512i(w.a)));
+    acc += Acc(_mm512_madd_epi16(__m512i(l.b), __m512i(w.b)));
   }
   static Acc total(Acc acc) { return acc; }
 };

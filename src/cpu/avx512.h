@@ -11,9 +11,9 @@ namespace {
 struct Avx512Loads {
   using U8 = Vec<uint8_t, 64>;
 
-  static U8 lookup(const int8_t* table, U8 index) {
-    return U8(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(load<__m128i>(table)), __m512i(index)));
-  }
+  using Table = __m512i;
+  static Table table(const int8_t* p) { return _mm512_broadcast_i32x4(load<__m128i>(p)); }
+  static U8 lookup(Table table, U8 v) { return U8(_mm512_shuffle_epi8(table, __m512i(v & 0x0f))); }
   /// Masked, so nothing past the groups is touched.
   template <int bits>
   static Vec<uint32_t, 64> load_groups(const uint32_t* p, int count) {

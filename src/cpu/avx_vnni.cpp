@@ -17,7 +17,7 @@ struct Simd : ByteWeights<32>, Avx2Loads {
   struct Acc {
     __m256i high, low;
   };
-  static Levels load_levels(const uint8_t* p) { return load<__m256i>(p); }
+  static Levels levels(U8 v) { return Levels(v); }
   static Weights load_weights(const uint8_t* p) { return {load<__m256i>(p), load<__m256i>(p + 32)}; }
   static Weights broadcast_weights(uint32_t a, uint32_t b) {
     return {_mm256_set1_epi32(int(a)), _mm256_set1_epi32(int(b))};

@@ -15,9 +15,9 @@ struct Simd : ByteWeights<16> {
   static constexpr int score_rows = 2, level_offset = 0;
   using U8 = Vec<uint8_t, 16>;
 
-  static U8 lookup(const int8_t* table, U8 index) {
-    return U8(vqtbl1q_u8(vld1q_u8(reinterpret_cast<const uint8_t*>(table)), uint8x16_t(index)));
-  }
+  using Table = uint8x16_t;
+  static Table table(const int8_t* p) { return load<uint8x16_t>(p); }
+  static U8 lookup(Table table, U8 v) { return U8(vqtbl1q_u8(table, uint8x16_t(v & 0x0f))); }
   template <int bits>
   static Vec<uint32_t, 16> load_groups(const uint32_t* p, int) {
     return load<Vec<uint32_t, 16>>(p);
@@ -29,7 +29,7 @@ struct Simd : ByteWeights<16> {
   struct Acc {
     int32x4_t high, low;
   };
-  static Levels load_levels(const uint8_t* p) { return load<int8x16_t>(p); }
+  static Levels levels(U8 v) { return Levels(v); }
   static Weights load_weights(const uint8_t* p) { return {load<int8x16_t>(p), load<int8x16_t>(p + 16)}; }
   static Weights broadcast_weights(uint32_t a, uint32_t b) {
     return {vreinterpretq_s8_u32(vdupq_n_u32(a)), vreinterpretq_s8_u32(vdupq_n_u32(b))};

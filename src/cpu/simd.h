@@ -3,12 +3,10 @@
 // `Simd` struct:
 //
 //   bytes                       width of a vector
-//   lookup(table, index)        16-byte table in every 128-bit chunk; index < 16
+//   Table, table(p)             16 levels, for lookups;  lookup(table, v): by the low nibble of each byte
 //   load_groups<bits>(p, n)     n groups of `bits` words to the low words of n 128-bit chunks; the rest is anything
-//   level_offset                what is added to levels before they are stored
-//   level_vectors               vectors that `put_levels` writes
-//   put_levels(out, levels)     stores a vector of levels in the form that dot wants
-//   Levels, load_levels(p)      and loads it
+//   level_offset                what is added to levels in tables
+//   Levels, levels(v)           bytes of levels in the form that dot wants
 //   Weights, load_weights(p)    two vectors of prepared 16-bit weights; broadcast_weights: one quad for all lanes
 //   quad_step, quad_offset      where quad i of a row of prepared weights lies: words [i * step] and [.. + offset]
 //   put_weights(out, i, w)      prepares a vector of 16-bit weights that starts at token i of kBlock

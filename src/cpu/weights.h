@@ -9,7 +9,7 @@ namespace {
 /// Dot products of bytes: a weight is a high and a low int8 part, w = 256 high + low.
 template <int Bytes>
 struct ByteWeights {
-  static constexpr int bytes = Bytes, level_vectors = 1;
+  static constexpr int bytes = Bytes;
   static constexpr int quad_step = 1, quad_offset = kBlock / 4;
   using I32 = Vec<int32_t, Bytes>;
 
@@ -25,27 +25,36 @@ struct ByteWeights {
     store(at, __builtin_convertvector((w + 128) >> 8, Vec<int8_t, Bytes / 4>));
     store(at + kBlock, __builtin_convertvector(w, Vec<int8_t, Bytes / 4>));
   }
-  static void put_levels(uint8_t* out, Vec<uint8_t, Bytes> levels) { store(out, levels); }
 };
 
-/// Dot products of words: levels are widened when stored, the first two of each quad apart from the last two.
+/// Dot products of words: the even bytes of levels are widened apart from the odd ones, and weights lie likewise.
 template <int Bytes>
 struct WordWeights {
-  static constexpr int bytes = Bytes, level_vectors = 2, level_offset = 0;
+  static constexpr int bytes = Bytes, level_offset = 0;
   static constexpr int quad_step = 2, quad_offset = 1;
   using I32 = Vec<int32_t, Bytes>;
+  using I16 = Vec<int16_t, Bytes>;
 
   static void prepare(const int32_t w[4], uint32_t& a, uint32_t& b) {
-    a = uint16_t(w[0]) | uint32_t(w[1]) << 16;
-    b = uint16_t(w[2]) | uint32_t(w[3]) << 16;
+    a = uint16_t(w[0]) | uint32_t(w[2]) << 16;
+    b = uint16_t(w[1]) | uint32_t(w[3]) << 16;
   }
   static void put_weights(uint32_t* out, int i, I32 w) {
-    store(reinterpret_cast<int16_t*>(out) + i, __builtin_convertvector(w, Vec<int16_t, Bytes / 2>));
+    const auto words = __builtin_convertvector(w, Vec<int16_t, Bytes / 2>);
+    const auto swapped = [&]<int... I>(std::integer_sequence<int, I...>) {
+      return __builtin_shufflevector(words, words, (I / 4 * 4 + I % 4 / 2 + I % 2 * 2)...);
+    }
+    (std::make_integer_sequence<int, Bytes / 4>());
+    store(reinterpret_cast<int16_t*>(out) + i, swapped);
   }
-  static void put_levels(uint8_t* out, Vec<uint8_t, Bytes> levels) {
-    const auto quads = as<I32>(levels);
-    store(out, ((quads << 24) >> 24 & 0xffff) | (quads << 16 >> 24 << 16));
-    store(out + Bytes, ((quads << 8) >> 24 & 0xffff) | (quads >> 24 << 16));
+  struct Levels {
+    I16 a, b;
+  };
+  using Weights = Levels;
+  static Levels levels(Vec<uint8_t, Bytes> v) { return {as<I16>(v) << 8 >> 8, as<I16>(v) >> 8}; }
+  static Weights load_weights(const uint8_t* p) { return {load<I16>(p), load<I16>(p + Bytes)}; }
+  static Weights broadcast_weights(uint32_t a, uint32_t b) {
+    return {as<I16>(splat<I32>(int32_t(a))), as<I16>(splat<I32>(int32_t(b)))};
   }
 };
 
