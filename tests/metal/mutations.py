@@ -25,7 +25,7 @@ MUTATIONS = {
         "decode.metal", "simdgroup);\n    }\n    simdgroup_barrier(mem_flags::mem_threadgroup);\n    const int t =",
         "simdgroup);\n    }\n    const int t ="),
     "2 bits: sums not rescaled when the maximum moves": (
-        "decode.metal", "x[8 * r + i] *= old_v;", "x[8 * r + i] *= 1.0f;"),
+        "decode.metal", "x[8 * r + i] *= old_v;", "x[8 * r + i] *= old_v < 0.0f ? old_v : 1.0f;"),
     "2 bits: the first token's codes for both": (
         "decode.metal", "(b >> shift & 0x33333333u) << 2", "(a >> shift & 0x33333333u) << 2"),
     "2 bits: the wrong coordinate shares a nibble": (
