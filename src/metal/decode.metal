@@ -34,7 +34,8 @@ struct DecodeShared {
   TQ_ARRAY2(typename Rows<R>::halves, value_pairs, metal_layout::kDecodeSimdgroups, VB == 2 ? 16 * kPairs : 1);
   TQ_ARRAY2(half2, q, R, KB == 2 ? 1 : D / 2);
   TQ_ARRAY(float, factor, R);  // of a dot product with levels
-  // Scores, then weights.
+  // Scores are written by several lanes a token, so they are no vectors: storing a component may store them all.
+  TQ_ARRAY2(float, scores, metal_layout::kDecodeSimdgroups, KB == 2 ? 1 : R * metal_layout::kBlock);
   TQ_ARRAY2(typename Rows<R>::type, weights, metal_layout::kDecodeSimdgroups, metal_layout::kBlock);
   TQ_ARRAY2(float, m, metal_layout::kDecodeSimdgroups, R);
   TQ_ARRAY2(float, sum, metal_layout::kDecodeSimdgroups, R);
@@ -64,7 +65,7 @@ int fold(thread float* sums, ushort lane) {
   return row;
 }
 
-/// Dot products of the R queries with the levels of 32 tokens from `block` on, into weights[token][row].
+/// Dot products of the R queries with the levels of 32 tokens from `block` on, into scores[row][token].
 template <int B, int D, int R, class Shared, class Codes>
 void score_block(Shared shared, Codes codes, int block, int last, const thread half2* q, ushort lane,
                  ushort simdgroup) {
@@ -93,7 +94,7 @@ void score_block(Shared shared, Codes codes, int block, int last, const thread h
     const int row = fold<R, lanes>(sums, lane);
     if (lane % lanes < R) {  // lanes beyond hold what these hold
       TQ_UNROLL
-      for (int i = 0; i < folded; ++i) shared->weights[simdgroup][t][row + i] = sums[i];
+      for (int i = 0; i < folded; ++i) shared->scores[simdgroup][(row + i) * metal_layout::kBlock + t] = sums[i];
     }
   }
 }
@@ -149,12 +150,13 @@ void fill_key_pairs(Shared shared, ushort thread_index) {
   }
 }
 
-/// score_block for 2 bits: a lane a token, so that all lanes read the same table of 16 entries; an entry is two codes
-/// of all R rows.
+/// score_block for 2 bits, into `sums` of the lane's own token: all lanes read the same table of 16 entries, and an
+/// entry is two codes of all R rows.
 template <int D, int R, class Shared, class Codes>
-void score_pairs(Shared shared, Codes codes, int block, int last, ushort lane, ushort simdgroup) {
+void score_pairs(Shared shared, Codes codes, int block, int last, thread float* sums, ushort lane) {
   const long at = long(min(block + lane, last - 1)) * (D / 16);
-  float sums[R] = {};
+  TQ_UNROLL
+  for (int r = 0; r < R; ++r) sums[r] = 0.0f;
   for (int w = 0; w < D / 16; ++w) {
     const uint word = codes[at + w];
     TQ_UNROLL
@@ -164,8 +166,6 @@ void score_pairs(Shared shared, Codes codes, int block, int last, ushort lane, u
       for (int r = 0; r < R; ++r) sums[r] += float(dots[r]);
     }
   }
-  TQ_UNROLL
-  for (int r = 0; r < R; ++r) shared->weights[simdgroup][lane][r] = sums[r];
 }
 
 /// add_values for 2 bits, by pairs of tokens: a table of 16 entries holds what each pair of codes adds to R rows.
@@ -230,7 +230,8 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
       if (KB == 2) {
         shared->x[r][32 * i + lane] = x[i];
       } else {
-        shared->q[r][16 * i + lane / 2][lane % 2] = half(x[i]);
+        const float next = exchange(x[i], 1);
+        if (lane % 2 == 0) shared->q[r][16 * i + lane / 2] = half2(half(x[i]), half(next));
       }
     }
     if (lane == 0) shared->factor[r] = factor;
@@ -271,19 +272,23 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
     sum[r] = 0.0f;
   }
   for (int block = range.x + metal_layout::kBlock * simdgroup; block < range.y; block += metal_layout::kDecodeThreads) {
+    float scores[R];
     if (KB == 2) {
-      score_pairs<D, R>(shared, key_rows, block, range.y, lane, simdgroup);
+      score_pairs<D, R>(shared, key_rows, block, range.y, scores, lane);
     } else {
       score_block<KB, D, R>(shared, key_rows, block, range.y, mine, lane, simdgroup);
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+      TQ_UNROLL
+      for (int r = 0; r < R; ++r) scores[r] = shared->scores[simdgroup][r * metal_layout::kBlock + lane];
     }
-    simdgroup_barrier(mem_flags::mem_threadgroup);
     const int t = min(block + lane, range.y - 1);
     const float scale_k = checked_scale(float(key_scales[key_scale + t]));
     const float scale_v = checked_scale(float(value_scales[value_scale + t]));
     const float log2_scale_v = VB == 2 ? log2(scale_v) : 0.0f;
+    typename Rows<R>::type weights;
     TQ_UNROLL
     for (int r = 0; r < R; ++r) {
-      float score = shared->weights[simdgroup][lane][r] * (scale_k * shared->factor[r]);
+      float score = scores[r] * (scale_k * shared->factor[r]);
       score = block + lane < range.y ? masked(score, rows[r], t, b, params, mask, mask_strides) : -INFINITY;
       const float top = fmax(m[r], simd_max(score));
       const float weight = exp2_difference(score, top), old = exp2_difference(m[r], top);
@@ -297,13 +302,14 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
         mv[r] = top_v;
         TQ_UNROLL
         for (int i = 0; i < 8; ++i) x[8 * r + i] *= old_v;
-        shared->weights[simdgroup][lane][r] = exp2_difference(with_scale, top_v);
+        weights[r] = exp2_difference(with_scale, top_v);
       } else {
         TQ_UNROLL
         for (int i = 0; i < 8; ++i) x[8 * r + i] *= old;
-        shared->weights[simdgroup][lane][r] = hidden ? 0.0f : weight * scale_v;
+        weights[r] = hidden ? 0.0f : weight * scale_v;
       }
     }
+    shared->weights[simdgroup][lane] = weights;
     simdgroup_barrier(mem_flags::mem_threadgroup);
     const int count = min(range.y - block, int(metal_layout::kBlock));
     if (VB == 2) {

@@ -22,8 +22,10 @@ MUTATIONS = {
     "sums not rescaled when the maximum moves": (
         "decode.metal", "x[8 * r + i] *= old;", "x[8 * r + i] *= 1.0f;"),
     "a barrier less between scores and weights": (
-        "decode.metal", "simdgroup);\n    }\n    simdgroup_barrier(mem_flags::mem_threadgroup);\n    const int t =",
-        "simdgroup);\n    }\n    const int t ="),
+        "decode.metal", "mine, lane, simdgroup);\n      simdgroup_barrier(mem_flags::mem_threadgroup);",
+        "mine, lane, simdgroup);"),
+    "a barrier less between weights and values": (
+        "decode.metal", "    simdgroup_barrier(mem_flags::mem_threadgroup);\n    const int count", "    const int count"),
     "2 bits: sums not rescaled when the maximum moves": (
         "decode.metal", "x[8 * r + i] *= old_v;", "x[8 * r + i] *= old_v < 0.0f ? old_v : 1.0f;"),
     "2 bits: the first token's codes for both": (
@@ -40,8 +42,8 @@ MUTATIONS = {
         "decode.metal", "tile = position.x, split = position.y", "tile = position.y, split = position.x"),
     "partial results without their unit": (
         "attention.metal", "factor * stats[its + metal_layout::kLargest]", "factor"),
-    "prefill: the values' own maximum forgotten": (
-        "prefill.metal", "exp2_difference(row_mv, row_m) * level_step(VB)", "level_step(VB)"),
+    "prefill: the values' own maximum the wrong way round": (
+        "prefill.metal", "exp2_difference(row_mv, row_m)", "exp2_difference(row_m, row_mv)"),
     "the scales of values bound as those of keys": (
         "launch.h", '{"key_scales", a.key_scales}', '{"key_scales", a.value_scales}'),
     "codes with the sign turned": (
@@ -106,6 +108,8 @@ def main():
     shutil.rmtree(copy / "source", ignore_errors=True)
     ignore = shutil.ignore_patterns("build", ".git", ".venv", "models", "assets")
     shutil.copytree(ROOT, copy / "source", ignore=ignore)
+    for path in (copy / "source/src/metal").iterdir():
+        path.touch()  # an interrupted run may have left objects of a mutation
     build = copy / "build"
     run("cmake", "-S", str(copy / "source"), "-B", str(build))
     failure = test(build)

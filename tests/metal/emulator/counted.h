@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "counts.h"
+#include "memory.h"
 
 namespace metal {
 using ushort = unsigned short;
@@ -213,6 +214,17 @@ inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 
 }  // namespace metal
+
+namespace emulator {
+template <>
+struct Element<metal::half2> {
+  using type = Whole<metal::half2>;
+};
+template <class T, int N>
+struct Element<metal::Vector<T, N>> {
+  using type = Whole<metal::Vector<T, N>>;
+};
+}  // namespace emulator
 
 using float16_t = metal::half;
 using bfloat16_t = metal::bfloat;

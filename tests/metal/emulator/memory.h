@@ -2,6 +2,8 @@
 // declares with TQ_ARRAY and TQ_ARRAY2.
 #pragma once
 
+#include <utility>
+
 #include "runtime.h"
 
 namespace emulator {
@@ -11,14 +13,40 @@ inline long checked(long index, long count) {
   return index;
 }
 
+/// A vector in threadgroup memory.  It is read and written as a whole, and its components are read alone: a compiler
+/// may store a component by loading the vector, changing it and storing it, which another lane's store would undo.
+template <class T>
+class Whole {
+ public:
+  explicit Whole(T& at) : at_(at) {}
+  operator const T&() const { return at_; }
+  const Whole& operator=(const T& value) const {
+    at_ = value;
+    return *this;
+  }
+  template <class I>
+  auto operator[](I i) const -> decltype(static_cast<const T&>(std::declval<T&>())[i]) {
+    return static_cast<const T&>(at_)[i];
+  }
+
+ private:
+  T& at_;
+};
+
+/// What an element of an array is taken as: specialised for vectors.
+template <class T>
+struct Element {
+  using type = T&;
+};
+
 /// An address in an array, which knows the array's bounds.
 template <class T>
 class Pointer {
  public:
   Pointer(T* data, long at, long count) : data_(data), at_(at), count_(count) {}
   template <class I>
-  T& operator[](I i) const {
-    return data_[checked(at_ + long(i), count_)];
+  typename Element<T>::type operator[](I i) const {
+    return typename Element<T>::type(data_[checked(at_ + long(i), count_)]);
   }
   template <class I>
   Pointer operator+(I i) const {
@@ -40,8 +68,8 @@ template <class T, int N>
 struct Checked {
   T data[N];
   template <class I>
-  T& operator[](I i) {
-    return data[checked(long(i), N)];
+  typename Element<T>::type operator[](I i) {
+    return typename Element<T>::type(data[checked(long(i), N)]);
   }
   template <class I>
   Pointer<T> operator+(I i) {
