@@ -1,10 +1,10 @@
 // The attention kernel: a tile of query rows against a range of packed tokens, kBlock tokens at a time.
 //
-// Per block: keys are unpacked to nibbles in L1, looked up there and multiplied with the rows' queries in integers,
-// which gives the scores; an online softmax (softmax.h, here in base 2 and for a block at a time) turns them to
-// weights, the values' scales fold into the weights, and these are rounded to 16 bits relative to the block's largest;
-// values are unpacked to the same scratch and accumulated in integers, which are added to the float result once per
-// block.
+// Per block: keys are unpacked to nibbles, looked up and multiplied with the rows' queries in integers, which gives the
+// scores; an online softmax (softmax.h, here in base 2 and for a block at a time) turns them to weights, the values'
+// scales fold into the weights, and these are rounded to 16 bits relative to the block's largest; values are unpacked,
+// looked up and accumulated in integers, which are added to the float result once per block.  Unpacking happens between
+// the multiplications where registers suffice: values during the scores, the next keys during the sums.
 //
 // Queries and weights are 16-bit integers (of high and low int8 parts where dot products are of bytes), |w| <=
 // kLargest. Hidden tokens have the score minus infinity, and nothing of theirs is read after that.  NaN and infinity of
@@ -25,7 +25,8 @@ constexpr int kBlockQuads = kBlock / 4;
 /// Where things lie in the workspace.
 template <class S>
 struct Workspace {
-  uint8_t* planes;                    // [kBlockQuads, positions / 2] of one block
+  uint8_t *keys, *values;             // planes of a block: [kBlockQuads, positions / 2]
+  uint32_t* padded;                   // the packed rows of a block
   uint8_t* queries;                   // [rows, positions, 2 vectors]
   float* acc;                         // [rows, positions, lanes]
   float* scores;                      // [rows, kBlock]
@@ -42,7 +43,10 @@ struct Workspace {
       p = reinterpret_cast<T*>(base + at);
       at += (count * sizeof(T) + 63) / 64 * 64;
     };
-    take(planes, size_t(kBlockQuads) * pos / 2 * S::bytes);
+    take(keys, size_t(kBlockQuads) * pos / 2 * S::bytes);
+    values = keys;
+    if (S::interleaves) take(values, size_t(kBlockQuads) * pos / 2 * S::bytes);
+    take(padded, size_t(kBlock) * words_per_vector(4, dim) + 4);
     take(queries, size_t(rows) * pos * 2 * S::bytes);
     take(acc, size_t(rows) * pos * S::bytes / 4);
     take(scores, size_t(rows) * kBlock);
@@ -105,30 +109,37 @@ void prepare_query(const Tile& tile, int row, const Workspace<S>& w) {
   }
 }
 
-/// Scores of 16 tokens for `count` rows from `row` on.
-template <class S, int count>
-inline void score(const Workspace<S>& w, int pos, int row, int quad, typename S::Table table) {
+/// Scores of 16 tokens for `count` rows from `row` on, while `next` takes `pieces` steps for every two planes.
+template <class S, int count, int pieces, class Next>
+void score(const Workspace<S>& w, int pos, int row, int quad, typename S::Table table, Next& next) {
   using F = Vec<float, S::bytes>;
   using I32 = Vec<int32_t, S::bytes>;
   const int64_t quad_bytes = int64_t(pos) / 2 * S::bytes, row_bytes = int64_t(pos) * 2 * S::bytes;
-  const uint8_t* planes = w.planes + quad * quad_bytes;
+  const uint8_t* planes = w.keys + quad * quad_bytes;
   const uint8_t* queries = w.queries + row * row_bytes;
   typename S::Acc acc[count][4] = {};
-  for (int p = 0; p < pos; p += 2, planes += S::bytes, queries += 4 * S::bytes) {
-    typename S::Weights q[2][count];
+  constexpr int run = pieces > 0 ? 2 : 1;
+  for (int p = 0; p < pos; p += 2 * run) {
+#pragma GCC unroll 2
+    for (int i = 0; i < run; ++i, planes += S::bytes, queries += 4 * S::bytes) {
+      typename S::Weights q[2][count];
 #pragma GCC unroll 4
-    for (int r = 0; r < count; ++r) {
-      q[0][r] = S::load_weights(queries + r * row_bytes);
-      q[1][r] = S::load_weights(queries + r * row_bytes + 2 * S::bytes);
-    }
+      for (int r = 0; r < count; ++r) {
+        q[0][r] = S::load_weights(queries + r * row_bytes);
+        q[1][r] = S::load_weights(queries + r * row_bytes + 2 * S::bytes);
+      }
 #pragma GCC unroll 4
-    for (int t = 0; t < 4; ++t) {
-      typename S::Levels l[2];
-      look_up<S>(table, planes + t * quad_bytes, l);
+      for (int t = 0; t < 4; ++t) {
+        typename S::Levels l[2];
+        look_up<S>(table, planes + t * quad_bytes, l);
 #pragma GCC unroll 4
-      for (int r = 0; r < count; ++r) S::dot(acc[r][t], l[0], q[0][r]);
+        for (int r = 0; r < count; ++r) S::dot(acc[r][t], l[0], q[0][r]);
 #pragma GCC unroll 4
-      for (int r = 0; r < count; ++r) S::dot(acc[r][t], l[1], q[1][r]);
+        for (int r = 0; r < count; ++r) S::dot(acc[r][t], l[1], q[1][r]);
+      }
+      if constexpr (pieces > 0) {
+        if (i < pieces) next.step();
+      }
     }
   }
 #pragma GCC unroll 4
@@ -204,24 +215,30 @@ inline void soften(const Workspace<S>& w, int row, const float* key_scales, cons
   w.weight_bias[row] = -S::level_offset * reduce(total, [](I32 a, I32 b) { return a + b; });
 }
 
-/// Adds the block's weighted values for `count` rows and two positions.
-template <class S, int count>
-inline void weigh(const Workspace<S>& w, int pos, int row, int p, int quads, typename S::Table table) {
+/// Adds the block's weighted values for `count` rows and two positions, while `next` takes `pieces` steps for every
+/// four quads.  Weights beyond the last quad are 0.
+template <class S, int count, int pieces, class Next>
+void weigh(const Workspace<S>& w, int pos, int row, int p, int quads, typename S::Table table, Next& next) {
   using F = Vec<float, S::bytes>;
   constexpr int lanes = S::bytes / 4;
   typename S::Acc acc[count][2] = {};
-  const uint8_t* plane = w.planes + size_t(p) / 2 * S::bytes;
+  const uint8_t* plane = w.values + size_t(p) / 2 * S::bytes;
   const uint32_t* weights = w.weights + size_t(row) * 2 * kBlockQuads;
-  for (int q = 0; q < quads; ++q, plane += size_t(pos) / 2 * S::bytes, weights += S::quad_step) {
-    typename S::Levels l[2];
-    look_up<S>(table, plane, l);
+  constexpr int run = pieces > 0 ? 4 : 1;
+  for (int q = 0; q < quads; q += run) {
 #pragma GCC unroll 4
-    for (int r = 0; r < count; ++r) {
-      const uint32_t* at = weights + r * 2 * kBlockQuads;
-      const auto x = S::broadcast_weights(at[0], at[S::quad_offset]);
-      S::dot(acc[r][0], l[0], x);
-      S::dot(acc[r][1], l[1], x);
+    for (int t = 0; t < run; ++t, plane += size_t(pos) / 2 * S::bytes, weights += S::quad_step) {
+      typename S::Levels l[2];
+      look_up<S>(table, plane, l);
+#pragma GCC unroll 4
+      for (int r = 0; r < count; ++r) {
+        const uint32_t* at = weights + r * 2 * kBlockQuads;
+        const auto x = S::broadcast_weights(at[0], at[S::quad_offset]);
+        S::dot(acc[r][0], l[0], x);
+        S::dot(acc[r][1], l[1], x);
+      }
     }
+    if constexpr (pieces > 0) next.step();
   }
 #pragma GCC unroll 4
   for (int r = 0; r < count; ++r) {
@@ -252,27 +269,82 @@ inline void load_scales(const uint16_t* scales, int t, int n, float* out) {
   }
 }
 
-/// Brings the rows that are unpacked next into cache, a share at a time between the multiplications: unpacking reads in
-/// bursts, which hardware prefetchers do not bridge.
-struct Ahead {
-  const char *at, *end;
-  int64_t share;  // bytes
-
-  Ahead(const Rows& rows, int dim, int t, int n, int steps) {
-    const int64_t row = 4 * words_per_vector(rows.bits, dim);
-    at = reinterpret_cast<const char*>(rows.codes) + t * row;
-    end = at + n * row;
-    share = (n * row / steps + 63) / 64 * 64;
-    for (int i = 0; i < n; i += 32) __builtin_prefetch(rows.scales + t + i);
-  }
-  void step() {
-    for (const char* stop = at + share < end ? at + share : end; at < stop; at += 64) __builtin_prefetch(at);
-  }
-};
-
 template <class S>
 size_t workspace_bytes(int dim, int rows) {
   return Workspace<S>(nullptr, dim, rows).bytes;
+}
+
+/// The tokens [begin, end) against all rows, with queries prepared and accumulators at 0.
+template <class S, int key_bits, int value_bits>
+void attend_blocks(const Tile& tile, const Workspace<S>& w, int begin, int end) {
+  using Keys = Feed<S, key_bits, uint32_t>;
+  using Values = Feed<S, value_bits, uint8_t>;
+  constexpr int some = S::score_rows, fed = S::interleaves;
+  const int pos = positions<S>(tile.dim), rows = tile.rows;
+  constexpr LevelTable key_levels(key_bits, S::level_offset), value_levels(value_bits, S::level_offset);
+  const auto key_table = S::table(key_levels.at), value_table = S::table(value_levels.at);
+  const Pieces<S> key_pieces(key_bits, tile.dim), value_pieces(value_bits, tile.dim);
+  alignas(64) float key_scales[kBlock], value_scales[kBlock];
+  for (int t = begin; t < end; t += kBlock) {
+    const int n = end - t < kBlock ? end - t : kBlock, quads = (n + 3) / 4;
+    if (t == begin || !fed) {
+      Keys(key_pieces, tile.keys, tile.dim, t, n, tile.kv_len, 1, w.padded, w.keys).unpack();
+    }
+    const int scorings = (quads + 3) / 4 * (rows / some + rows % some);
+    Values values(value_pieces, tile.values, tile.dim, t, n, tile.kv_len, scorings, w.padded, w.values);
+    for (int q = 0; q < quads; q += 4) {
+      int r = 0;
+      const auto take = [&](auto score_rows, int count) {
+        score_rows(w, pos, r, q, key_table, values);
+        if (!fed) values.prefetch();
+        r += count;
+      };
+      if (rows >= 2 * some) {  // two passes share the pieces
+        while (r < 2 * some) take(score<S, some, fed, Values>, some);
+        while (r + some <= rows) take(score<S, some, 0, Values>, some);
+      } else if (rows >= some) {
+        take(score<S, some, 2 * fed, Values>, some);
+      }
+      if (r == 0) take(score<S, 1, 2 * fed, Values>, 1);
+      while (r < rows) take(score<S, 1, 0, Values>, 1);
+    }
+    if (!fed) values.unpack();
+    load_scales<S>(tile.keys.scales, t, n, key_scales);
+    load_scales<S>(tile.values.scales, t, n, value_scales);
+    for (int r = 0; r < rows; ++r) {
+      const int lo = tile.first[r] - t, hi = tile.last[r] - t;
+      soften<S>(w, r, key_scales, value_scales,
+                lo < 0        ? 0
+                : lo > kBlock ? kBlock
+                              : lo,
+                hi < 0   ? 0
+                : hi > n ? n
+                         : hi,
+                tile, t);
+    }
+    const int next = end - t - kBlock < kBlock ? end - t - kBlock : kBlock;
+    const bool more = next > 0;
+    Keys keys(key_pieces, tile.keys, tile.dim, more ? t + kBlock : t, next, tile.kv_len,
+              (rows / 4 + rows % 4) * pos / 2, w.padded, w.keys);
+    for (int p = 0; p < pos; p += 2) {
+      int r = 0;
+      const auto take = [&](auto weigh_rows, int count) {
+        weigh_rows(w, pos, r, p, quads, value_table, keys);
+        if (!fed) keys.prefetch();
+        r += count;
+      };
+      if (more) rows >= 4 ? take(weigh<S, 4, fed, Keys>, 4) : take(weigh<S, 1, fed, Keys>, 1);
+      while (r + 4 <= rows) take(weigh<S, 4, 0, Keys>, 4);
+      while (r < rows) take(weigh<S, 1, 0, Keys>, 1);
+    }
+  }
+}
+
+template <class S, int key_bits>
+void attend_blocks(const Tile& tile, const Workspace<S>& w, int begin, int end) {
+  (tile.values.bits == 2   ? attend_blocks<S, key_bits, 2>
+   : tile.values.bits == 3 ? attend_blocks<S, key_bits, 3>
+                           : attend_blocks<S, key_bits, 4>)(tile, w, begin, end);
 }
 
 template <class S>
@@ -294,49 +366,9 @@ void attend_tile(const Tile& tile) {
   begin = tile.begin + (begin - tile.begin) / kBlock * kBlock;
   if (begin < end) {
     for (int r = 0; r < rows; ++r) prepare_query<S>(tile, r, w);
-    __builtin_memset(w.planes, 0, size_t(kBlockQuads) * pos / 2 * S::bytes);
-  }
-  const LevelTable key_levels(tile.keys.bits, S::level_offset), value_levels(tile.values.bits, S::level_offset);
-  const auto key_table = S::table(key_levels.at), value_table = S::table(value_levels.at);
-  alignas(64) float key_scales[kBlock], value_scales[kBlock];
-  for (int t = begin; t < end; t += kBlock) {
-    const int n = end - t < kBlock ? end - t : kBlock, quads = (n + 3) / 4;
-    unpack<S, uint32_t>(tile.keys.bits, tile.keys.codes, tile.dim, t, n, tile.kv_len, w.planes);
-    Ahead values(tile.values, tile.dim, t, n, (quads + 3) / 4 * ((rows + S::score_rows - 1) / S::score_rows));
-    for (int q = 0; q < quads; q += 4) {
-      int r = 0;
-      for (; r + S::score_rows <= rows; r += S::score_rows) {
-        score<S, S::score_rows>(w, pos, r, q, key_table);
-        values.step();
-      }
-      for (; r < rows; ++r) {
-        score<S, 1>(w, pos, r, q, key_table);
-        values.step();
-      }
-    }
-    load_scales<S>(tile.keys.scales, t, n, key_scales);
-    load_scales<S>(tile.values.scales, t, n, value_scales);
-    for (int r = 0; r < rows; ++r) {
-      const int lo = tile.first[r] - t, hi = tile.last[r] - t;
-      soften<S>(w, r, key_scales, value_scales,
-                lo < 0        ? 0
-                : lo > kBlock ? kBlock
-                              : lo,
-                hi < 0   ? 0
-                : hi > n ? n
-                         : hi,
-                tile, t);
-    }
-    unpack<S, uint8_t>(tile.values.bits, tile.values.codes, tile.dim, t, n, tile.kv_len, w.planes);
-    const int next = t + kBlock < end ? (end - t - kBlock < kBlock ? end - t - kBlock : kBlock) : 0;
-    Ahead keys(tile.keys, tile.dim, t + kBlock, next, (rows + 3) / 4 * (pos / 2));
-    int r = 0;
-    for (; r + 4 <= rows; r += 4) {
-      for (int p = 0; p < pos; p += 2, keys.step()) weigh<S, 4>(w, pos, r, p, quads, value_table);
-    }
-    for (; r < rows; ++r) {
-      for (int p = 0; p < pos; p += 2, keys.step()) weigh<S, 1>(w, pos, r, p, quads, value_table);
-    }
+    (tile.keys.bits == 2   ? attend_blocks<S, 2>
+     : tile.keys.bits == 3 ? attend_blocks<S, 3>
+                           : attend_blocks<S, 4>)(tile, w, begin, end);
   }
   for (int r = 0; r < rows; ++r) {
     for (int p = 0; p < pos; ++p) {

@@ -10,6 +10,7 @@ namespace turboquant::cpu {
 namespace {
 
 struct Simd : WordWeights<64>, Avx512Loads {
+  static constexpr bool interleaves = false;
   static constexpr int score_rows = 4;
   using Acc = I32;
   static void dot(Acc& acc, const Levels& l, const Weights& w) {

@@ -9,6 +9,7 @@ namespace turboquant::cpu {
 namespace {
 
 struct Simd : ByteWeights<64>, Avx512Loads {
+  static constexpr bool interleaves = true;
   static constexpr int score_rows = 2, level_offset = 128;
   using Levels = __m512i;
   struct Weights {

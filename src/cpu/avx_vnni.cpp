@@ -9,6 +9,7 @@ namespace turboquant::cpu {
 namespace {
 
 struct Simd : ByteWeights<32>, Avx2Loads {
+  static constexpr bool interleaves = false;
   static constexpr int score_rows = 1, level_offset = 128;
   using Levels = __m256i;
   struct Weights {

@@ -13,7 +13,7 @@
 
 namespace turboquant::cpu {
 
-constexpr int kBlock = 128;    // tokens unpacked at a time: 16 KiB of nibbles at head_dim 256, half an L1 cache
+constexpr int kBlock = 128;    // tokens attended at a time: 16 KiB of nibbles of keys, of values, at head_dim 256
 constexpr int kTileRows = 64;  // query rows attended at a time
 
 /// Packed rows of one head.

@@ -12,6 +12,7 @@ namespace turboquant::cpu {
 namespace {
 
 struct Simd : ByteWeights<16> {
+  static constexpr bool interleaves = false;
   static constexpr int score_rows = 2, level_offset = 0;
   using U8 = Vec<uint8_t, 16>;
 

@@ -6,6 +6,7 @@ namespace turboquant::cpu {
 namespace {
 
 struct Simd : WordWeights<16> {
+  static constexpr bool interleaves = false;
   static constexpr int score_rows = 1;
   using U8 = Vec<uint8_t, 16>;
 

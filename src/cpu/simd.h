@@ -5,6 +5,8 @@
 //   bytes                       width of a vector
 //   Table, table(p)             16 levels, for lookups;  lookup(table, v): by the low nibble of each byte
 //   load_groups<bits>(p, n)     n groups of `bits` words to the low words of n 128-bit chunks; the rest is anything
+//   interleaves                 registers suffice to unpack between multiplications (unpack.h)
+//   score_rows                  query rows whose scores are taken at a time
 //   level_offset                what is added to levels in tables
 //   Levels, levels(v)           bytes of levels in the form that dot wants
 //   Weights, load_weights(p)    two vectors of prepared 16-bit weights; broadcast_weights: one quad for all lanes

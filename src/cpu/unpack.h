@@ -50,48 +50,100 @@ inline void transpose(const V row[4], V plane[4]) {
   }
 }
 
-/// The planes of four tokens.  E is uint32_t for keys, uint8_t for values.  May read up to 16 bytes past the last row
-/// unless S masks its loads.
+/// The planes of `count` <= kChunks groups of four tokens, `stride` words apart.  E is uint32_t for keys, uint8_t for
+/// values.  May read up to 16 bytes past the last group unless S masks its loads.
 template <class S, int bits, class E>
-void unpack_quad(const uint32_t* rows, int dim, uint8_t* out) {
+inline void unpack_piece(const uint32_t* rows, int stride, int count, uint8_t* out) {
   using U32 = Vec<uint32_t, S::bytes>;
-  const int groups = dim / 32, row_words = bits * groups;
-  for (int g = 0; g < groups; g += kChunks<S>, out += 4 * S::bytes) {
-    const int count = groups - g < kChunks<S> ? groups - g : kChunks<S>;
-    U32 row[4], plane[4];
-    for (int t = 0; t < 4; ++t) row[t] = S::template load_groups<bits>(rows + t * row_words + g * bits, count);
-    transpose<E, bits>(row, plane);
-    if constexpr (bits == 3) {  // the spare bits of planes 0 to 2 are the fourth plane
-      plane[3] = (plane[0] >> 3 & 0x11111111u) | (plane[1] >> 2 & 0x22222222u) | (plane[2] >> 1 & 0x44444444u);
-    } else if constexpr (bits == 2) {  // the other halves of the nibbles
-      plane[2] = plane[0] >> 2;
-      plane[3] = plane[1] >> 2;
-    }
+  U32 row[4], plane[4];
+  for (int t = 0; t < 4; ++t) row[t] = S::template load_groups<bits>(rows + t * stride, count);
+  transpose<E, bits>(row, plane);
+  if constexpr (bits == 3) {  // the spare bits of planes 0 to 2 are the fourth plane
+    plane[3] = (plane[0] >> 3 & 0x11111111u) | (plane[1] >> 2 & 0x22222222u) | (plane[2] >> 1 & 0x44444444u);
+  } else if constexpr (bits == 2) {  // the other halves of the nibbles
+    plane[2] = plane[0] >> 2;
+    plane[3] = plane[1] >> 2;
+  }
 #pragma GCC unroll 4
-    for (int w = 0; w < 4; ++w) store(out + w * S::bytes, plane[w]);
-  }
+  for (int w = 0; w < 4; ++w) store(out + w * S::bytes, plane[w]);
 }
 
-/// The planes of tokens [t, t + n) to out, quad by quad.  The last quad in memory goes by way of a padded copy.
+/// Where the pieces of a block lie: quad by quad, kChunks groups a piece.  Listed once, so that a step of unpacking has
+/// no branches: those would cost the multiplications around it their registers.
+template <class S>
+struct Pieces {
+  struct Piece {
+    int from, ahead, count;  // words from the block's first; words to prefetch, relative to the same; groups
+  };
+  Piece at[kBlock / 4 * (8 / kChunks<S>)];
+  int per_quad;
+
+  Pieces(int bits, int dim) {
+    const int stride = words_per_vector(bits, dim), groups = dim / 32;
+    per_quad = (groups + kChunks<S> - 1) / kChunks<S>;
+    for (int q = 0, i = 0; q < kBlock / 4; ++q) {
+      for (int g = 0; g < groups; g += kChunks<S>, ++i) {
+        const int ahead = (q * 4 + kAhead) * stride + 4 * stride * (g / kChunks<S>) / per_quad;
+        at[i] = {q * 4 * stride + g * bits, ahead, groups - g < kChunks<S> ? groups - g : kChunks<S>};
+      }
+    }
+  }
+  static constexpr int kAhead = 32;  // tokens
+};
+
+/// Unpacks a block of tokens piece by piece, to quads of planes.  Where S::interleaves, step() does that between the
+/// multiplications of another block, which leave room for a piece in every 64 or so; out-of-order execution finds it
+/// only within some hundred instructions.  Elsewhere, for want of registers, unpack() does it at once, and prefetch()
+/// is called between the multiplications: hardware prefetchers do not bridge bursts.
 template <class S, int bits, class E>
-void unpack(const uint32_t* codes, int dim, int t, int n, int kv_len, uint8_t* out) {
-  const int row_words = words_per_vector(bits, dim), quad_bytes = positions<S>(dim) / 2 * S::bytes;
-  int i = 0;
-  for (; i < n && t + i + 4 < kv_len; i += 4, out += quad_bytes) {
-    unpack_quad<S, bits, E>(codes + int64_t(t + i) * row_words, dim, out);
+class Feed {
+ public:
+  /// Tokens [t, t + n) to `out`, for `calls` of prefetch().  A block that ends near the last row in memory goes by way
+  /// of a copy to `padded`.
+  Feed(const Pieces<S>& pieces, const Rows& rows, int dim, int t, int n, int kv_len, int calls, uint32_t* padded,
+       uint8_t* out)
+      : rows_(rows.codes + int64_t(t) * words_per_vector(bits, dim)),
+        stride_(words_per_vector(bits, dim)),
+        piece_(pieces.at),
+        pieces_(n > 0 ? (n + 3) / 4 * pieces.per_quad : 0),
+        out_(out) {
+    if (t + kBlock >= kv_len) {
+      __builtin_memcpy(padded, rows_, size_t(kv_len - t) * stride_ * 4);
+      rows_ = padded;
+    }
+    at_ = reinterpret_cast<const char*>(rows_);
+    end_ = at_ + 4 * n * stride_;
+    share_ = (4 * n * stride_ / calls + 63) / 64 * 64;
+    for (int i = 0; i < n; i += 32) __builtin_prefetch(rows.scales + t + i);
   }
-  if (i < n) {
-    uint32_t padded[4 * 32 + 4] = {};
-    const int rest = n - i < 4 ? n - i : 4;
-    __builtin_memcpy(padded, codes + int64_t(t + i) * row_words, size_t(rest) * row_words * 4);
-    unpack_quad<S, bits, E>(padded, dim, out);
-  }
-}
 
-template <class S, class E>
-void unpack(int bits, const uint32_t* codes, int dim, int t, int n, int kv_len, uint8_t* out) {
-  (bits == 2 ? unpack<S, 2, E> : bits == 3 ? unpack<S, 3, E> : unpack<S, 4, E>)(codes, dim, t, n, kv_len, out);
-}
+  /// Unpacks the next piece.
+  void step() {
+    unpack(*piece_, out_);
+    for (int i = 0; i < bits * kChunks<S>; i += 4) __builtin_prefetch(rows_ + piece_->ahead + 4 * i);
+    out_ += 4 * S::bytes;
+    ++piece_;
+  }
+  void unpack() {
+    for (int i = 0; i < pieces_; ++i) unpack(piece_[i], out_ + i * 4 * S::bytes);
+  }
+  void prefetch() {
+    for (const char* stop = at_ + share_ < end_ ? at_ + share_ : end_; at_ < stop; at_ += 64) __builtin_prefetch(at_);
+  }
+
+ private:
+  void unpack(const typename Pieces<S>::Piece& p, uint8_t* out) {
+    unpack_piece<S, bits, E>(rows_ + p.from, stride_, p.count, out);
+  }
+
+  const uint32_t* rows_;
+  const int stride_;
+  const typename Pieces<S>::Piece* piece_;
+  const int pieces_;
+  uint8_t* out_;
+  const char *at_, *end_;  // still to be prefetched
+  int share_;              // bytes a call
+};
 
 /// Levels of the two positions of a plane.
 template <class S>
