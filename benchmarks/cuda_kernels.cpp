@@ -1,7 +1,9 @@
 // Times the CUDA kernels: medians of replayed CUDA graphs, microseconds a call.  Every graph walks over enough copies
 // of its inputs to leave the L2 cache (256 MiB), so a call finds its data in device memory.
 //
-//   cuda_kernels [NAME...]    decode, queries, ragged, encode, prefill; all by default
+//   cuda_kernels [NAME...]    decode, longest (one line of decode, for profilers), queries, ragged, encode, prefill;
+//   all
+//                             by default
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -141,6 +143,8 @@ void decode() {
   report("decode", {.query_heads = 32, .kv_heads = 8, .kv_len = 32768, .head_dim = 128});
 }
 
+void longest() { report("longest", {.kv_len = 131072}); }
+
 void queries() {
   for (int len : {1, 2, 4, 8}) report("queries", {.query_len = len, .kv_len = 32768, .causal = true});
 }
@@ -199,8 +203,8 @@ void prefill() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::pair<const char*, void (*)()> all[] = {
-      {"decode", decode}, {"queries", queries}, {"ragged", ragged}, {"encode", encode}, {"prefill", prefill}};
+  const std::pair<const char*, void (*)()> all[] = {{"decode", decode}, {"longest", longest}, {"queries", queries},
+                                                    {"ragged", ragged}, {"encode", encode},   {"prefill", prefill}};
   try {
     for (auto [name, run] : all) {
       const bool wanted = std::any_of(argv + 1, argv + argc, [n = name](char* a) { return !std::strcmp(a, n); });

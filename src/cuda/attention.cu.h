@@ -122,19 +122,32 @@ struct Rows {
     return token * words + (word ^ (VALUES ? (token & 3) * 8 : (token & 7) * 4));
   }
 
+  /// A lane's share of copying a whole tile is every 32nd chunk of 16 bytes: its i-th goes 512 bytes after the one
+  /// before, but for the permutation.
+  static constexpr int chunks = (size + 127) / 128;
+  static __device__ int lane_word() { return at((threadIdx.x & 31) * 4 / words, (threadIdx.x & 31) * 4 % words); }
+  static __device__ int chunk_word(int lane_word, int i) {
+    return (permuted && !VALUES && i % 2 ? lane_word ^ 16 : lane_word) + 128 * i;  // four tokens further
+  }
+
+  /// Starts the copy of a whole tile by one warp; `from` is 16-byte aligned and, as `to`, that of lane 0.
+  static __device__ void copy_whole(unsigned to, const unsigned* from) {
+    const int lane = threadIdx.x & 31, first = permuted ? lane_word() : 4 * lane;
+    from += 4 * lane;
+#pragma unroll
+    for (int i = 0; i < chunks; ++i) {
+      if (size % 128 == 0 || 4 * lane + 128 * i < size) copy16(to + 4 * chunk_word(first, i), from + 128 * i);
+    }
+  }
+
   /// Starts the copy of `tokens` (1 to 32) rows by one warp; reads nothing beyond them.
   static __device__ void copy(unsigned* to, const unsigned* from, int tokens) {
-    const int lane = threadIdx.x & 31;
     const unsigned base = unsigned(__cvta_generic_to_shared(to));
     if (tokens == kTile && aligned_to(from, 16)) {
-#pragma unroll
-      for (int i = 0; i < (size + 127) / 128; ++i) {
-        const int word = 4 * (lane + 32 * i);
-        if (size % 128 == 0 || word < size) copy16(base + 4 * at(word / words, word % words), from + word);
-      }
+      copy_whole(base, from);
     } else {
 #pragma unroll 1
-      for (int word = lane; word < tokens * words; word += 32) {
+      for (int word = threadIdx.x & 31; word < tokens * words; word += 32) {
         copy4(base + 4 * at(word / words, word % words), from + word, 4);
       }
     }
@@ -143,21 +156,36 @@ struct Rows {
   /// N consecutive words of a row, from a multiple of N.
   template <int N>
   static __device__ void load(const unsigned* tile, int token, int word, unsigned (&out)[N]) {
-    constexpr int width = words % 4 == 0 && N % 4 == 0 ? 4 : words % 2 == 0 && N % 2 == 0 ? 2 : 1;
+    Reader<N>(tile, token, word).load(0, out);
+  }
+
+  /// The same for rows that lie a multiple of eight tokens further, at constant distances: addresses are made once.
+  template <int N>
+  struct Reader {
+    static constexpr int width = words % 4 == 0 && N % 4 == 0 ? 4 : words % 2 == 0 && N % 2 == 0 ? 2 : 1;
+    static constexpr int starts = permuted ? (N + 3) / 4 : 1;
+    const unsigned* from[starts];
+    Reader() = default;
+    __device__ Reader(const unsigned* tile, int token, int word) {
 #pragma unroll
-    for (int i = 0; i < N; i += width) {
-      const unsigned* from = tile + at(token, word + i);
-      if constexpr (width == 4) {
-        const uint4 x = *reinterpret_cast<const uint4*>(from);
-        out[i] = x.x, out[i + 1] = x.y, out[i + 2] = x.z, out[i + 3] = x.w;
-      } else if constexpr (width == 2) {
-        const uint2 x = *reinterpret_cast<const uint2*>(from);
-        out[i] = x.x, out[i + 1] = x.y;
-      } else {
-        out[i] = *from;
+      for (int i = 0; i < starts; ++i) from[i] = tile + at(token, word + 4 * i);
+    }
+    __device__ void load(int further, unsigned (&out)[N]) const {
+#pragma unroll
+      for (int i = 0; i < N; i += width) {
+        const unsigned* p = from[permuted ? i / 4 : 0] + (permuted ? i % 4 : i) + further * words;
+        if constexpr (width == 4) {
+          const uint4 x = *reinterpret_cast<const uint4*>(p);
+          out[i] = x.x, out[i + 1] = x.y, out[i + 2] = x.z, out[i + 3] = x.w;
+        } else if constexpr (width == 2) {
+          const uint2 x = *reinterpret_cast<const uint2*>(p);
+          out[i] = x.x, out[i + 1] = x.y;
+        } else {
+          out[i] = *p;
+        }
       }
     }
-  }
+  };
 };
 
 /// Starts the copy of 32 key scales and 32 value scales, of which `tokens` exist, by one warp.

@@ -73,20 +73,48 @@ struct Decode {
     }
   }
 
-  __device__ void start_copy(int tile, int last, int stage) {
+  /// Where a warp's next tile is copied from; of scales, this lane's four bytes (lanes 0 to 15: keys; the rest:
+  /// values).
+  struct Source {
+    const unsigned *keys, *values;
+    const __half* scales;
+    bool aligned;  // for wide copies
+  };
+
+  __device__ Source source(int tile) const {
+    const long long row = (long long)tile * kTile;
+    const __half* key_scales = a.key_scales + b * a.key_scale_strides[0] + kv_head * a.key_scale_strides[1] + row;
+    const __half* value_scales =
+        a.value_scales + b * a.value_scale_strides[0] + kv_head * a.value_scale_strides[1] + row;
+    Source from;
+    from.keys = a.key_codes + b * a.key_code_strides[0] + kv_head * a.key_code_strides[1] + row * Keys::words;
+    from.values = a.value_codes + b * a.value_code_strides[0] + kv_head * a.value_code_strides[1] + row * Values::words;
+    from.scales = (lane < 16 ? key_scales : value_scales) + 2 * (lane & 15);
+    from.aligned = aligned_to(from.keys, 16) && aligned_to(from.values, 16) && aligned_to(key_scales, 4) &&
+                   aligned_to(value_scales, 4);
+    return from;
+  }
+
+  /// Starts the copy of a tile into a stage of the ring, if there is one; `from` goes on to this warp's next.
+  __device__ void start_copy(Source& from, int tile, int last, int stage) {
     if (tile < last) {
       unsigned* to = shared.ring[warp][stage];
-      const int tokens = min(kTile, a.kv_len - tile * kTile);
-      const long long row = (long long)tile * kTile;
-      Keys::copy(to, a.key_codes + b * a.key_code_strides[0] + kv_head * a.key_code_strides[1] + row * Keys::words,
-                 tokens);
-      Values::copy(
-          to + Keys::size,
-          a.value_codes + b * a.value_code_strides[0] + kv_head * a.value_code_strides[1] + row * Values::words,
-          tokens);
-      copy_scales(reinterpret_cast<__half*>(to + Keys::size + Values::size),
-                  a.key_scales + b * a.key_scale_strides[0] + kv_head * a.key_scale_strides[1] + row,
-                  a.value_scales + b * a.value_scale_strides[0] + kv_head * a.value_scale_strides[1] + row, tokens);
+      const int tokens = a.kv_len - tile * kTile;
+      if (from.aligned && tokens >= kTile) {
+        const unsigned base = unsigned(__cvta_generic_to_shared(to));
+        Keys::copy_whole(base, from.keys);
+        Values::copy_whole(base + 4 * Keys::size, from.values);
+        copy4(base + 4 * (Keys::size + Values::size + lane), from.scales, 4);
+      } else {
+        const Source here = source(tile);
+        Keys::copy(to, here.keys, min(kTile, tokens));
+        Values::copy(to + Keys::size, here.values, min(kTile, tokens));
+        const __half* key_scales = a.key_scales + b * a.key_scale_strides[0] + kv_head * a.key_scale_strides[1];
+        const __half* value_scales = a.value_scales + b * a.value_scale_strides[0] + kv_head * a.value_scale_strides[1];
+        copy_scales(reinterpret_cast<__half*>(to + Keys::size + Values::size), key_scales + (long long)tile * kTile,
+                    value_scales + (long long)tile * kTile, min(kTile, tokens));
+      }
+      from.keys += WARPS * Keys::size, from.values += WARPS * Values::size, from.scales += WARPS * kTile;
     }
     commit_copies();
   }
@@ -151,11 +179,12 @@ struct Decode {
       q = a.load_query<T>(b, kv_head * a.group() + q_row % a.group(), q_row / a.group(), 8 * lane);
     }
     const int mine = first_tile + warp;
-    start_copy(mine, last_tile, 0);  // one: more would delay the queries
+    Source from = source(mine);
+    start_copy(from, mine, last_tile, 0);  // one: more would delay the queries
     if (warp < kRows) prepare_query(q, warp);
     __syncthreads();
 #pragma unroll
-    for (int s = 1; s < STAGES - 1; ++s) start_copy(mine + s * WARPS, last_tile, s);
+    for (int s = 1; s < STAGES - 1; ++s) start_copy(from, mine + s * WARPS, last_tile, s);
 
     unsigned q_parts[kKeySteps][4];
     const KeyShare share(t);
@@ -176,7 +205,7 @@ struct Decode {
 #pragma unroll 1
     for (int tile = mine; tile < last_tile; tile += WARPS) {
       __syncwarp();  // the stage that is filled next has been read by all
-      start_copy(tile + (STAGES - 1) * WARPS, last_tile, filled);
+      start_copy(from, tile + (STAGES - 1) * WARPS, last_tile, filled);
       filled = filled == STAGES - 1 ? 0 : filled + 1;
       wait_copies<STAGES - 1>();
       __syncwarp();
@@ -186,10 +215,11 @@ struct Decode {
       unpack_scales(reinterpret_cast<const __half*>(values + Values::size));
 
       int dots[4][4];
+      const KeyReader reader(keys, g & 1 ? 7 - g / 2 : g / 2, share);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         dots[j][0] = dots[j][1] = high_offset, dots[j][2] = dots[j][3] = low_offset;
-        multiply_keys(dots[j], keys, 8 * j + (g & 1 ? 7 - g / 2 : g / 2), share, q_parts);
+        multiply_keys(dots[j], reader, 8 * j, share, q_parts);
       }
       float s[8];
 #pragma unroll
@@ -208,7 +238,7 @@ struct Decode {
                                         weights[1]);
       }
     }
-    finish(slot);
+    finish(slot, min(WARPS, last_tile - first_tile));
   }
 
   /// The token of this thread's i-th score within a tile.
@@ -239,20 +269,33 @@ struct Decode {
     __syncwarp();
   }
 
-  /// Products of four query rows, high and low, with the keys of eight tokens; this thread brings `token`'s codes.
-  __device__ static void multiply_keys(int (&dots)[4], const unsigned* keys, int token, const KeyShare& share,
+  /// The packed words of a thread's groups of a key, and of those of keys eight tokens further.
+  struct KeyReader {
+    static constexpr int n = KeyShare::per_thread;
+    static constexpr bool whole = KeyShare::groups == 4 * n;  // then they are consecutive words
+    static constexpr int readers = whole ? 1 : n, words = n * KEY_BITS / readers;
+    typename Keys::template Reader<words> of[readers];
+    __device__ KeyReader(const unsigned* keys, int token, const KeyShare& share) {
+#pragma unroll
+      for (int i = 0; i < readers; ++i) of[i] = {keys, token, (whole ? share.group : share.clamped(i)) * KEY_BITS};
+    }
+    __device__ void load(int further, unsigned (&packed)[n][KEY_BITS]) const {
+#pragma unroll
+      for (int i = 0; i < readers; ++i) {
+        unsigned x[words];
+        of[i].load(further, x);
+#pragma unroll
+        for (int k = 0; k < words; ++k) packed[i + k / KEY_BITS][k % KEY_BITS] = x[k];
+      }
+    }
+  };
+
+  /// Products of four query rows, high and low, with the keys of eight tokens; this thread brings those of one.
+  __device__ static void multiply_keys(int (&dots)[4], const KeyReader& keys, int further, const KeyShare& share,
                                        const unsigned (&q)[kKeySteps][4]) {
     constexpr int n = KeyShare::per_thread;
     unsigned packed[n][KEY_BITS];
-    if constexpr (KeyShare::groups == 4 * n) {
-      unsigned words[n * KEY_BITS];
-      Keys::load(keys, token, share.group * KEY_BITS, words);
-#pragma unroll
-      for (int k = 0; k < n * KEY_BITS; ++k) packed[k / KEY_BITS][k % KEY_BITS] = words[k];
-    } else {
-#pragma unroll
-      for (int i = 0; i < n; ++i) Keys::load(keys, token, share.clamped(i) * KEY_BITS, packed[i]);
-    }
+    keys.load(further, packed);
 #pragma unroll
     for (int i = 0; i < n; ++i) {
       const Group<KEY_BITS> group(packed[i]);
@@ -345,13 +388,15 @@ struct Decode {
   /// A tile's values as the products take them: of each 16 coordinates, four registers of four tokens' bytes.
   __device__ void unpack_values(const unsigned* values, unsigned (&bytes)[kValueTiles][4]) const {
     const ValueShare share(g);
+    const typename Values::template Reader<VALUE_BITS> readers[2] = {{values, t, share.clamped(0) * VALUE_BITS},
+                                                                     {values, 7 - t, share.clamped(0) * VALUE_BITS}};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       unsigned nibbles[ValueShare::words][4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         unsigned packed[VALUE_BITS];
-        Values::load(values, token(4 * half + i), share.clamped(0) * VALUE_BITS, packed);
+        readers[i % 2].load(16 * half + 8 * (i / 2), packed);  // of token(4 * half + i)
         const Group<VALUE_BITS> group(packed);
 #pragma unroll
         for (int w = 0; w < ValueShare::words; ++w) nibbles[w][i] = share.pick(group.word, w);
@@ -369,8 +414,8 @@ struct Decode {
     }
   }
 
-  /// Merges the warps of the block and writes the segment's partial result.
-  __device__ void finish(int slot) {
+  /// Merges the first `active` warps of the block, the others had no tile, and writes the segment's partial result.
+  __device__ void finish(int slot, int active) {
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
     settle();
@@ -388,23 +433,18 @@ struct Decode {
           exp2_fast(shared.sums[warp][rows[k]].x - most) * (t < 2 ? 256 : 1) * level_step(VALUE_BITS) / kWeightOne;
     }
     const ValueShare share(g);
-    // High and low parts meet: threads of t < 2 end up with the first coordinate of both rows, the rest with the
-    // second.
-    float total[kValueTiles][2];
-#pragma unroll
-    for (int m = 0; m < kValueTiles; ++m) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const float first = float(acc[m][k]) * factor[k], second = float(acc[m][2 + k]) * factor[k];
-        total[m][k] = (t < 2 ? first : second) + __shfl_xor_sync(~0u, t < 2 ? second : first, 2);
-      }
-    }
-    if (share.has(0)) {
+    if (warp < active) {
+      // High and low parts meet: threads of t < 2 end up with the first coordinate of both rows, the rest with the
+      // second.
 #pragma unroll
       for (int m = 0; m < kValueTiles; ++m) {
         const int coordinate = share.coordinate(0, m / 4) + (m % 2 * 4 + m % 4 / 2) + (t < 2 ? 0 : 2);
-        out[result_at(rows[0], coordinate)] = total[m][0];
-        out[result_at(rows[1], coordinate)] = total[m][1];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const float first = float(acc[m][k]) * factor[k], second = float(acc[m][2 + k]) * factor[k];
+          const float total = (t < 2 ? first : second) + __shfl_xor_sync(~0u, t < 2 ? second : first, 2);
+          if (share.has(0)) out[result_at(rows[k], coordinate)] = total;
+        }
       }
     }
     __syncthreads();
@@ -413,7 +453,9 @@ struct Decode {
       for (int row = 0; row < kRows; ++row) {
         float x = 0;
 #pragma unroll
-        for (int w = 0; w < WARPS; ++w) x += reinterpret_cast<const float*>(shared.ring[w])[result_at(row, i)];
+        for (int w = 0; w < WARPS; ++w) {
+          if (w < active) x += reinterpret_cast<const float*>(shared.ring[w])[result_at(row, i)];
+        }
         a.partial_row<D>((long long)slot * kRows + row)[i] = x;
       }
     }

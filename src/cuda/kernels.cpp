@@ -40,8 +40,9 @@ int codec_blocks(int head_dim, int64_t vectors) {
 std::string attention_args(const AttentionShape& shape, const AttentionSettings& s) {
   std::ostringstream o;
   o << "  turboquant::cuda::AttentionArgs a = {};\n"
-       "  a.batch = q_shape[0], a.query_heads = "
-    << shape.query_heads << ", a.kv_heads = " << shape.kv_heads
+       "  a.batch = "
+    << (shape.batch == 1 ? "1" : "q_shape[0]")  // one row spares the loops over rows
+    << ", a.query_heads = " << shape.query_heads << ", a.kv_heads = " << shape.kv_heads
     << ";\n"
        "  a.query_len = ";
   if (shape.query_len <= 8) {
