@@ -10,8 +10,23 @@ MEASURED = ("prompt_tps", "decode_tps", "first_token_s", "attention_bytes", "pea
 NAMES = {"fp16": "float cache", "affine4": "MLX affine, 4 bits", "tq4": "TQ4", "tq3": "TQ3", "tq2": "TQ2"}
 
 
+def ratios(rows, own, name):
+    """`own` rows' speeds over the float cache's in the same repetition; of decoding, those that were taken by turns."""
+    out = []
+    for r in own:
+        if name == "decode_tps" and r.get("decode_ratio"):
+            out.append(float(r["decode_ratio"]))
+            continue
+        for other in rows:
+            same = all(other[k] == r[k] for k in ("scale", "prompt_tokens", "repetition", "synthetic"))
+            if same and other["mode"] == "fp16" and other["status"] == "ok" and other[name] and r[name]:
+                out.append(float(r[name]) / float(other[name]))
+    return out
+
+
 def summarise(rows):
-    """One row a context and mode: medians, and the smallest and largest value beside each speed."""
+    """One row a context and mode: medians, and beside each speed the smallest and largest value and the median, smallest
+    and largest ratio to the float cache's speed within a repetition."""
     out = []
     for key in dict.fromkeys((r["scale"], r["prompt_tokens"], r["mode"], r["synthetic"]) for r in rows):
         own = [r for r in rows if (r["scale"], r["prompt_tokens"], r["mode"], r["synthetic"]) == key]
@@ -23,12 +38,23 @@ def summarise(rows):
             row[name] = statistics.median(values) if values else ""
             if name.endswith("_tps"):
                 row[name + "_min"], row[name + "_max"] = (min(values), max(values)) if values else ("", "")
+                found = ratios(rows, good, name)
+                for end, f in (("", statistics.median), ("_min", min), ("_max", max)):
+                    row[name.replace("_tps", "_ratio") + end] = f(found) if found else ""
         row["load_max"] = max((float(r["load"]) for r in good), default="")
         for name in ("fp16_equivalent_bytes", "linear_bytes", "kernel"):
             row[name] = good[0][name] if good else ""
         row["error"] = next((r["error"] for r in own if r["status"] != "ok"), "")
         out.append(row)
     return sorted(out, key=lambda r: int(r["prompt_tokens"]))
+
+
+def machine(metadata):
+    """The device that computed, and its host."""
+    device, host = metadata["identity"]["device"], f"{metadata['processor']}, {metadata['cores']} cores"
+    if "gpu" not in device:
+        return f"{host}, {device}"
+    return f"{metadata['device_info'].get('device_name', 'GPU')}, {device}; host {host}"
 
 
 def draw(args, summary, metadata):
@@ -50,14 +76,16 @@ def draw(args, summary, metadata):
                 x = [int(r["prompt_tokens"]) for r in own]
                 y = [float(r["fp16_equivalent_bytes"]) * unit for r in own]
                 axis.plot(x, y, label="float16 (computed)", color="0.5", linewidth=1)
+        real = [int(r["prompt_tokens"]) for r in summary if not int(r["synthetic"])]
+        filled = [int(r["prompt_tokens"]) for r in summary if int(r["synthetic"])]
+        if filled and name != "prompt_tps":
+            first = (max(real) + min(filled)) / 2 if real else 0
+            axis.axvspan(first, 1.04 * max(filled), color="0.92", label="caches filled synthetically")
         axis.set(xlabel="context, tokens", ylabel=label)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[2].legend(fontsize=8)
-    figure.suptitle(
-        f"{metadata['identity']['model']} on {metadata['processor']}, {metadata['identity']['device']}",
-        fontsize=9,
-    )
+    figure.suptitle(f"{metadata['identity']['model']} on {machine(metadata)}", fontsize=9)
     figure.tight_layout()
     for suffix in ("png", "svg"):
         figure.savefig(args.assets / f"curve.{suffix}", dpi=150, metadata={"Date": None} if suffix == "svg" else None)
@@ -68,16 +96,31 @@ def _number(value, unit=1.0, digits=1):
     return "" if value == "" else f"{float(value) * unit:.{digits}f}"
 
 
+def _ratio(row, what):
+    middle, low, high = (row[f"{what}_ratio{end}"] for end in ("", "_min", "_max"))
+    if middle == "" or row["mode"] == "fp16":
+        return ""
+    spread = "" if low == high else f", {low:.2f} to {high:.2f}"
+    return f" ({middle:.2f}x{spread})"
+
+
 def markdown(summary, metadata):
     """The table for people."""
     about = metadata["identity"]
     runs, load = (max((r[k] for r in summary if r[k] != ""), default=0) for k in ("runs", "load_max"))
+    turns = f" in turns of {about['block']}" if "block" in about else ", one mode after the other"
+    filled = ""
+    if any(int(r["synthetic"]) for r in summary):
+        filled = (
+            " Rows marked (filled): caches filled with random numbers, no prompt was read; the peak is of decoding."
+        )
     lines = [
-        f"{about['model']}; {metadata['processor']}, {metadata['cores']} cores, {about['device']}; activations "
+        f"{about['model']}; {machine(metadata)}; activations "
         f"{metadata['activations']}; MLX {metadata['versions']['mlx']}; BLAS: {metadata['blas']}; linear attention: "
         f"{about['linear_attention']}. Medians of up to {runs} runs in rotated order; prompt read "
-        f"{about['step']} tokens at a time, then {about['decode_tokens']} tokens decoded. The machine's load average "
-        f"went up to {load}.",
+        f"{about['step']} tokens at a time, then {about['decode_tokens']} tokens decoded{turns}. In brackets the median "
+        "(smallest to largest) of the ratios to the float cache's speed within a repetition. The machine's load average "
+        f"went up to {load}.{filled}",
         "",
         "| context | cache | prompt tok/s | decode tok/s | first token s | attention MiB | of float16 | peak MiB "
         "| kernel |",
@@ -90,8 +133,8 @@ def markdown(summary, metadata):
         if r["failed"] and r["kernel"]:
             what += f" ({r['failed']} of {r['runs']} runs failed)"
         cells = [
-            _number(r["prompt_tps"]),
-            _number(r["decode_tps"]),
+            _number(r["prompt_tps"]) + _ratio(r, "prompt"),
+            _number(r["decode_tps"]) + _ratio(r, "decode"),
             _number(r["first_token_s"], digits=2),
             _number(r["attention_bytes"], 2**-20, 2),
             f"{share:.3f}" if share else "",

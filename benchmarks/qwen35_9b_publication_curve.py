@@ -4,14 +4,15 @@
     python benchmarks/qwen35_9b_publication_curve.py --shape 9b --long      # the 9B's shape, random weights
     python benchmarks/qwen35_9b_publication_curve.py --model models/qwen35-tiny-4bit --out benchmarks/bundled-cpu
 
-Every run is one row of raw_rows.tsv, written when it ends, so an interrupted sweep goes on where it stopped; a run that
-fails is a row with its error.  Repetitions rotate the order of the modes.  summary_rows.tsv (medians), curve.png,
-curve.svg and the table of README.md are made from the raw rows alone (--report makes them again).
+At each context and repetition the modes read the prompt one after the other and then decode in turns of some tokens
+(curve_run.py).  Every run is one row of raw_rows.tsv, written when its context ends, so an interrupted sweep goes on
+where it stopped; a run that fails is a row with its error.  Repetitions rotate the order of the modes.
+summary_rows.tsv (medians), curve.png, curve.svg and the table of README.md are made from the raw rows alone (--report
+makes them again).
 """
 
 import argparse
 import csv
-import gc
 import json
 import os
 import platform
@@ -24,21 +25,20 @@ from pathlib import Path
 
 import curve_report
 import mlx.core as mx
-from curve_models import attention_shape, build_shape, prompt_tokens
+from curve_models import build_shape, prompt_tokens
+from curve_run import WIDTHS, activation_dtype, make_caches, measure
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from tqdm import tqdm
-from turboquant_mlx import TurboQuantKVCache, apply_patch
+from turboquant_mlx import apply_patch
 from turboquant_mlx.calibration import fingerprint
 from turboquant_mlx.eval.model import load_model
 from turboquant_mlx.gated_delta import disable_chunked_recurrence, enable_chunked_recurrence
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (
-    "scale prompt_tokens mode key_bits value_bits repetition status prompt_tps decode_tps first_token_s "
+    "scale prompt_tokens mode key_bits value_bits repetition status prompt_tps decode_tps decode_ratio first_token_s "
     "attention_bytes fp16_equivalent_bytes linear_bytes resident_bytes peak_bytes kernel load synthetic error"
 ).split()
-WIDTHS = {"fp16": (16, 16), "affine4": (4, 4), "tq4": (4, 4), "tq3": (3, 3), "tq2": (2, 2)}
 LONG = (32768, 65536, 131072)
 
 
@@ -53,8 +53,10 @@ def parse(argv):
     parser.add_argument("--modes", default="fp16,tq4,tq3,affine4", help=f"of {', '.join(WIDTHS)}")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--decode-tokens", type=int, default=64)
+    parser.add_argument("--block", type=int, default=16, help="tokens a mode decodes before the next mode's turn")
     parser.add_argument("--step", type=int, default=512, help="prompt tokens given to the model at a time")
     parser.add_argument("--limit", type=float, default=600, help="seconds after which a run is recorded as failed")
+    parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds after which nothing is begun")
     parser.add_argument("--long", action="store_true", help="also 32K, 64K and 128K over synthetically filled caches")
     parser.add_argument("--loop", action="store_true", help="mlx-lm's own loop over tokens in linear attention")
     parser.add_argument("--seed", type=int, default=0)
@@ -69,6 +71,11 @@ def parse(argv):
     args.modes = args.modes.split(",")
     if unknown := set(args.modes) - set(WIDTHS):
         raise ValueError(f"--modes are {', '.join(WIDTHS)}; got {', '.join(sorted(unknown))}")
+    if (
+        min(args.tokens * s for s in args.scales) < 2
+        or min(args.repetitions, args.decode_tokens, args.block, args.step) < 1
+    ):
+        raise ValueError("--tokens x --scales must be at least 2; --repetitions, --decode-tokens, --block, --step 1")
     if args.assets is None:
         args.assets = ROOT / "assets" if args.out.resolve() == ROOT / "benchmarks" else args.out
     if not args.shape:
@@ -104,14 +111,11 @@ def identity(args):
         "device": str(mx.default_device()),
         "tokens": args.tokens,
         "decode_tokens": args.decode_tokens,
+        "block": args.block,
         "step": args.step,
         "seed": args.seed,
         "linear_attention": "mlx-lm's loop" if args.loop else "chunks of 64 off Metal",
     }
-
-
-def activation_dtype(model):
-    return next(v.dtype for k, v in tree_flatten(model.parameters()) if k.endswith("norm.weight"))
 
 
 def metadata(args, model):
@@ -129,95 +133,9 @@ def metadata(args, model):
         "activations": str(activation_dtype(model)).split(".")[-1],
         "weight_bytes": sum(v.nbytes for _, v in tree_flatten(model.parameters())),
         "repetitions": args.repetitions,
+        "order": f"rotated each repetition; decoded in turns of {args.block} tokens",
         "started_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "clock": "time.perf_counter",
-    }
-
-
-def make_caches(model, mode):
-    """The model's caches with this mode's in the KVCache slots: (all, those of attention)."""
-    key_bits, value_bits = WIDTHS[mode]
-    caches, attention = model.make_cache(), []
-    for i, cache in enumerate(caches):
-        if type(cache) is KVCache:
-            if mode.startswith("affine"):
-                caches[i] = QuantizedKVCache(group_size=64, bits=key_bits)
-            elif mode.startswith("tq"):
-                caches[i] = TurboQuantKVCache(key_bits=key_bits, value_bits=value_bits)
-            attention.append(caches[i])
-    if not attention:
-        raise ValueError("the model has no KVCache slot, so there is nothing to compress")
-    return caches, attention
-
-
-def arrays(cache):
-    return [v for _, v in tree_flatten(cache.state) if isinstance(v, mx.array)]
-
-
-def resident_bytes():
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return ""
-
-
-def fill(model, attention, tokens, seed):
-    """Extends the attention caches to `tokens` with random keys and values, some thousands at a time."""
-    heads, dim = attention_shape(model)
-    key, dtype = mx.random.key(seed), activation_dtype(model)
-    for cache in attention:
-        while cache.offset < tokens:
-            n = min(4096, tokens - cache.offset)
-            key, *keys = mx.random.split(key, 3)
-            cache.update_and_fetch(*(mx.random.normal((1, heads, n, dim), key=k).astype(dtype) for k in keys))
-            mx.eval(arrays(cache))
-
-
-def measure(model, args, mode, prompt, tokens, synthetic):
-    """One run: a dict of the measured columns.  Raises what the run raises."""
-    gc.collect()
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    caches, attention = make_caches(model, mode)
-    started = time.perf_counter()
-
-    def within_limit():
-        if time.perf_counter() - started > args.limit:
-            raise TimeoutError(f"over the limit of {args.limit:g} s")
-
-    read = prompt[:64] if synthetic else prompt
-    for start in range(0, len(read), args.step):
-        logits = model(mx.array([read[start : start + args.step]]), cache=caches)[:, -1]
-        y = mx.argmax(logits, axis=-1)
-        mx.eval(y, [arrays(c) for c in caches])
-        within_limit()
-    first_token = time.perf_counter() - started
-    if synthetic:
-        fill(model, attention, tokens, args.seed)
-    y = mx.argmax(model(y[None], cache=caches)[:, -1], axis=-1)  # the first step over these caches warms up
-    mx.eval(y)
-    decode_started = time.perf_counter()
-    for _ in range(args.decode_tokens):
-        following = mx.argmax(model(y[None], cache=caches)[:, -1], axis=-1)
-        mx.async_eval(following)
-        y.item()
-        y = following
-        within_limit()
-    y.item()
-    decode = time.perf_counter() - decode_started
-    heads, dim = attention_shape(model)
-    route = getattr(attention[0], "route", None)
-    return {
-        "prompt_tps": "" if synthetic else f"{len(read) / first_token:.2f}",
-        "first_token_s": "" if synthetic else f"{first_token:.4f}",
-        "decode_tps": f"{args.decode_tokens / decode:.2f}",
-        "attention_bytes": sum(c.nbytes for c in attention),
-        "fp16_equivalent_bytes": len(attention) * attention[0].offset * heads * dim * 2 * 2,
-        "linear_bytes": sum(v.nbytes for c in caches if c not in attention for v in arrays(c)),
-        "resident_bytes": resident_bytes(),
-        "peak_bytes": mx.get_peak_memory(),
-        "load": f"{os.getloadavg()[0]:.1f}",  # of the last minute: a busy machine shows in the table
-        "kernel": route or ("mlx quantized_matmul" if mode.startswith("affine") else "mlx fast attention"),
     }
 
 
@@ -242,15 +160,15 @@ def previous_rows(args):
 
 
 def plan_runs(args, rows):
-    """The runs that are not yet in `rows`, in rotated order."""
+    """What is not yet in `rows`: (scale, tokens, synthetic, repetition, modes in rotated order) of each context."""
     done = {(r["scale"], r["mode"], int(r["repetition"])) for r in rows}
     plan = []
     for repetition in range(args.repetitions):
         turn = repetition % len(args.modes)
+        order = args.modes[turn:] + args.modes[:turn]
         for scale, tokens, synthetic in contexts(args):
-            for mode in args.modes[turn:] + args.modes[:turn]:
-                if (scale, mode, repetition) not in done:
-                    plan.append((scale, tokens, synthetic, mode, repetition))
+            if modes := [mode for mode in order if (scale, mode, repetition) not in done]:
+                plan.append((scale, tokens, synthetic, repetition, modes))
     return plan
 
 
@@ -259,42 +177,37 @@ def sweep(args):
     plan = plan_runs(args, rows)
     if not plan:
         return
+    started = time.perf_counter()
     apply_patch()
     mx.random.seed(args.seed)
     model, tokenizer = (build_shape(args.shape), None) if args.shape else load_model(args.model)
     (disable_chunked_recurrence if args.loop else enable_chunked_recurrence)()
+    make_caches(model, args.modes[0])  # a model that has nothing to compress is found before the work
     longest = max(tokens for _, tokens, synthetic in contexts(args) if not synthetic)
     prompt = prompt_tokens(model, tokenizer, args.text, longest, args.seed)
     if not rows:
         (args.out / "run_metadata.json").write_text(json.dumps(metadata(args, model), indent=1) + "\n")
-    for mode in dict.fromkeys(mode for *_, mode, _ in plan):
-        try:
-            measure(model, args, mode, prompt[: 2 * args.step], 2 * args.step, False)
-        except Exception as error:  # the runs themselves will record it
-            print(f"[curve] warm-up of {mode}: {error}", file=sys.stderr)
-    with (args.out / "raw_rows.tsv").open("a" if rows else "w", newline="") as file:
+    with (
+        (args.out / "raw_rows.tsv").open("a" if rows else "w", newline="") as file,
+        tqdm(total=sum(len(modes) for *_, modes in plan), unit="run") as bar,
+    ):
         writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n", restval="")
         if not rows:
             writer.writeheader()
-        for scale, tokens, synthetic, mode, repetition in tqdm(plan, unit="run"):
-            key_bits, value_bits = WIDTHS[mode]
-            row = {
-                "scale": scale,
-                "prompt_tokens": tokens,
-                "mode": mode,
-                "key_bits": key_bits,
-                "value_bits": value_bits,
-            }
-            row |= {"repetition": repetition, "synthetic": int(synthetic), "status": "ok"}
-            try:
-                row |= measure(model, args, mode, prompt[:tokens], tokens, synthetic)
-            except Exception as error:  # a run that fails is a result
-                row |= {
-                    "status": "failed",
-                    "error": " ".join(f"{type(error).__name__}: {error}".split())[:300],
-                }
-            writer.writerow(row)
+        warm = list(dict.fromkeys(mode for *_, modes in plan for mode in modes))
+        measure(model, args, warm, prompt[: 2 * args.step], 2 * args.step, False)  # the rows will record what fails
+        for scale, tokens, synthetic, repetition, modes in plan:
+            if time.perf_counter() - started > args.stop_after:
+                print("[curve] stopped by --stop-after; the same command goes on from here", file=sys.stderr)
+                break
+            measured = measure(model, args, modes, prompt[:tokens], tokens, synthetic)
+            for mode in modes:
+                key_bits, value_bits = WIDTHS[mode]
+                own = {"scale": scale, "prompt_tokens": tokens, "mode": mode, "key_bits": key_bits}
+                own |= {"value_bits": value_bits, "repetition": repetition, "synthetic": int(synthetic)}
+                writer.writerow(own | measured[mode])
             file.flush()
+            bar.update(len(modes))
 
 
 def main(argv=None):
