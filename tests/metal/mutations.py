@@ -3,7 +3,8 @@
     python tests/metal/mutations.py BUILD_DIRECTORY [NAME ...]
 
 The sources are copied to BUILD_DIRECTORY/mutant, built once as they are (the tests must pass), and rebuilt with each
-mutation (the tests must fail).  Prints a table for docs/metal.md.  Takes about a minute a mutation.
+mutation (the tests must fail).  The tests are those without the shared table, which take half the time.  Prints a table
+for docs/metal.md.  Takes about a minute a mutation.
 """
 
 import pathlib
@@ -16,62 +17,103 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # name: (file, text, replacement).  The text must occur.
 MUTATIONS = {
     "spare bits of TQ3 from the wrong word": (
-        "attention.metal", "(words[1] >> 2 & 0x22222222u)", "(words[0] >> 2 & 0x22222222u)"),
+        "attention.metal",
+        "(words[1] >> 2 & 0x22222222u)",
+        "(words[0] >> 2 & 0x22222222u)",
+    ),
     "no maximum carried between blocks": (
-        "decode.metal", "const float top = fmax(m[r], simd_max(score));", "const float top = simd_max(score);"),
-    "sums not rescaled when the maximum moves": (
-        "decode.metal", "x[8 * r + i] *= old;", "x[8 * r + i] *= 1.0f;"),
+        "decode.metal",
+        "const float top = fmax(m[r], simd_max(score));",
+        "const float top = simd_max(score);",
+    ),
+    "sums not rescaled when the maximum moves": ("decode.metal", "x[8 * r + i] *= old;", "x[8 * r + i] *= 1.0f;"),
     "a barrier less between scores and weights": (
-        "decode.metal", "mine, lane, simdgroup);\n      simdgroup_barrier(mem_flags::mem_threadgroup);",
-        "mine, lane, simdgroup);"),
+        "decode.metal",
+        "mine, lane, simdgroup);\n      simdgroup_barrier(mem_flags::mem_threadgroup);",
+        "mine, lane, simdgroup);",
+    ),
     "a barrier less between weights and values": (
-        "decode.metal", "    simdgroup_barrier(mem_flags::mem_threadgroup);\n    const int count", "    const int count"),
+        "decode.metal",
+        "    simdgroup_barrier(mem_flags::mem_threadgroup);\n    const int count",
+        "    const int count",
+    ),
     "2 bits: sums not rescaled when the maximum moves": (
-        "decode.metal", "x[8 * r + i] *= old_v;", "x[8 * r + i] *= old_v < 0.0f ? old_v : 1.0f;"),
-    "2 bits: the first token's codes for both": (
-        "decode.metal", "(b >> shift & 0x33333333u) << 2", "(a >> shift & 0x33333333u) << 2"),
+        "decode.metal",
+        "x[8 * r + i] *= old_v;",
+        "x[8 * r + i] *= old_v < 0.0f ? old_v : 1.0f;",
+    ),
+    "2 bits: half of the second code of a pair": (
+        "decode.metal",
+        "(b >> shift & 0x33333333u) << 2",
+        "(b >> shift & 0x11111111u) << 2",
+    ),
     "2 bits: the wrong coordinate shares a nibble": (
-        "decode.metal", "shared->x[r][coordinate + 16]", "shared->x[r][coordinate + 8]"),
+        "decode.metal",
+        "shared->x[r][coordinate + 16]",
+        "shared->x[r][coordinate + 8]",
+    ),
     "2 bits: a barrier less before the pairs' table is read": (
-        "decode.metal", "lane % 16] = sums;\n    }\n    simdgroup_barrier(mem_flags::mem_threadgroup);",
-        "lane % 16] = sums;\n    }"),
+        "decode.metal",
+        "lane % 16] = sums;\n    }\n    simdgroup_barrier(mem_flags::mem_threadgroup);",
+        "lane % 16] = sums;\n    }",
+    ),
     "2 bits: a barrier less before the pairs' table is written again": (
-        "decode.metal", "      }\n    }\n    simdgroup_barrier(mem_flags::mem_threadgroup);\n  }\n}",
-        "      }\n    }\n  }\n}"),
+        "decode.metal",
+        "      }\n    }\n    simdgroup_barrier(mem_flags::mem_threadgroup);\n  }\n}",
+        "      }\n    }\n  }\n}",
+    ),
     "tiles and splits exchanged": (
-        "decode.metal", "tile = position.x, split = position.y", "tile = position.y, split = position.x"),
-    "partial results without their unit": (
-        "attention.metal", "factor * stats[its + metal_layout::kLargest]", "factor"),
+        "decode.metal",
+        "tile = position.x, split = position.y",
+        "tile = position.y, split = position.x",
+    ),
+    "partial results without their unit": ("attention.metal", "factor * stats[its + metal_layout::kLargest]", "factor"),
     "prefill: the values' own maximum the wrong way round": (
-        "prefill.metal", "exp2_difference(row_mv, row_m)", "exp2_difference(row_m, row_mv)"),
+        "prefill.metal",
+        "exp2_difference(row_mv, row_m)",
+        "exp2_difference(row_m, row_mv)",
+    ),
     "the scales of values bound as those of keys": (
-        "launch.h", '{"key_scales", a.key_scales}', '{"key_scales", a.value_scales}'),
+        "launch.h",
+        '{"key_scales", a.key_scales}',
+        '{"key_scales", a.value_scales}',
+    ),
     "codes with the sign turned": (
-        "codec.metal", "y[r] < 0.0f ? m + magnitudes(B) : m", "y[r] > 0.0f ? m + magnitudes(B) : m"),
-    "reads one row beyond the last": (
-        "decode.metal", "min(block + t, last - 1)", "min(block + t, last)"),
+        "codec.metal",
+        "y[r] < 0.0f ? m + magnitudes(B) : m",
+        "y[r] > 0.0f ? m + magnitudes(B) : m",
+    ),
+    "reads one row beyond the last": ("decode.metal", "min(block + t, last - 1)", "min(block + t, last)"),
     "a barrier that only some SIMD-groups reach": (
-        "prefill.metal", "threadgroup_barrier(mem_flags::mem_threadgroup);\n    unpack_tile<VB, D>",
-        "if (simdgroup) threadgroup_barrier(mem_flags::mem_threadgroup);\n    unpack_tile<VB, D>"),
+        "prefill.metal",
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n    unpack_tile<VB, D>",
+        "if (simdgroup) threadgroup_barrier(mem_flags::mem_threadgroup);\n    unpack_tile<VB, D>",
+    ),
     "no barrier before the values replace the keys": (
-        "prefill.metal", "threadgroup_barrier(mem_flags::mem_threadgroup);\n    unpack_tile<VB, D>", "unpack_tile<VB, D>"),
+        "prefill.metal",
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n    unpack_tile<VB, D>",
+        "unpack_tile<VB, D>",
+    ),
     "a tile without the padding of its rows": (
-        "prefill.metal", "TQ_ARRAY(half, tile, metal_layout::kBlock * (D + 8))",
-        "TQ_ARRAY(half, tile, metal_layout::kBlock * D)"),
+        "prefill.metal",
+        "TQ_ARRAY(half, tile, metal_layout::kBlock * (D + 8))",
+        "TQ_ARRAY(half, tile, metal_layout::kBlock * D)",
+    ),
     "one number beyond a row in threadgroup memory": (
-        "decode.metal", "shared->q[r][16 * i + lane / 2]", "shared->q[r][16 * i + lane / 2 + 1]"),
-    "keys not transposed": (
-        "prefill.metal", "pitch, ulong2(0, 0), true)", "pitch, ulong2(0, 0), false)"),
-    "window one key too wide": (
-        "attention.metal", "position - window + 1", "position - window"),
-    "hidden NaN gets through": (
-        "decode.metal", "hidden ? 0.0f : weight * scale_v", "weight * scale_v"),
-    "sinks forgotten": (
-        "attention.metal", "total = sum * part + exp2_difference(sink, top);", "total = sum * part;"),
-    "threshold off by one level": (
-        "codec.metal", "float(double_threshold(B, k))", "float(double_threshold(B, k) + 1)"),
+        "decode.metal",
+        "shared->q[r][16 * i + lane / 2]",
+        "shared->q[r][16 * i + lane / 2 + 1]",
+    ),
+    "keys not transposed": ("prefill.metal", "pitch, ulong2(0, 0), true)", "pitch, ulong2(0, 0), false)"),
+    "window one key too wide": ("attention.metal", "position - window + 1", "position - window"),
+    "hidden NaN gets through": ("decode.metal", "hidden ? 0.0f : weight * scale_v", "weight * scale_v"),
+    "sinks forgotten": ("attention.metal", "total = sum * part + exp2_difference(sink, top);", "total = sum * part;"),
+    "threshold off by one level": ("codec.metal", "float(double_threshold(B, k))", "float(double_threshold(B, k) + 1)"),
     "signs forgotten on the way back": (
-        "common.metal", "x[r] = with_sign(x[r] * hadamard_scale<D>(),", "x[r] = with_sign(x[r] * hadamard_scale<D>(), 0u *"),
+        "common.metal",
+        "x[r] = with_sign(x[r] * hadamard_scale<D>(),",
+        "x[r] = with_sign(x[r] * hadamard_scale<D>(), 0u *",
+    ),
 }
 
 
@@ -93,7 +135,9 @@ def test(build):
             running = line[13:]
         elif line.startswith("[  FAILED  ] "):
             failed.add(line[13:].split(",")[0].split(" (")[0])
-        elif not reason and ("[emulator]" in line or "actual" in line or "Which is" in line or "The difference" in line):
+        elif not reason and (
+            "[emulator]" in line or "actual" in line or "Which is" in line or "The difference" in line
+        ):
             first, reason = running, line.strip()
     failed = {name for name in failed if "." in name}
     if not failed:
@@ -111,7 +155,7 @@ def main():
     for path in (copy / "source/src/metal").iterdir():
         path.touch()  # an interrupted run may have left objects of a mutation
     build = copy / "build"
-    run("cmake", "-S", str(copy / "source"), "-B", str(build))
+    run("cmake", "-S", str(copy / "source"), "-B", str(build), "-DTURBOQUANT_METAL_VARIANTS_ONLY=ON")
     failure = test(build)
     if failure:
         raise SystemExit("the unchanged kernels fail: " + ", ".join(failure))
