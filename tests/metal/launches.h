@@ -26,6 +26,13 @@ inline std::vector<Case> attention_cases(bool long_contexts) {
 inline Case decode_case() {
   return {.head_dim = 256, .query_heads = 8, .kv_heads = 2, .query_len = 2, .kv_len = 290, .causal = true};
 }
+/// Both queries share a tile of rows, so that a key which only one of them sees is read for both.
+inline Case shared_tile_case(int bits) {
+  Case c = decode_case();
+  c.key_bits = c.value_bits = bits;
+  c.query_heads = 4;
+  return c;
+}
 inline Case prefill_case() {
   return {.head_dim = 96, .query_heads = 8, .kv_heads = 2, .query_len = 17, .kv_len = 190, .causal = true};
 }
@@ -148,7 +155,8 @@ inline turboquant::AttendParams shape_of(const Case& c) {
 /// Calls every operation that the tests call, for the recorder.
 inline void record_launches() {
   for (const auto& c : attention_cases(true)) emulator::attend(shape_of(c));
-  for (const auto& c : {decode_case(), prefill_case()}) emulator::attend(shape_of(c));
+  for (const auto& c : {decode_case(), shared_tile_case(3), shared_tile_case(2), prefill_case()})
+    emulator::attend(shape_of(c));
   for (const auto& v : variants()) emulator::attend(shape_of(v.c), v.splits);
   for (const auto& c : codec_cases()) {
     turboquant::EncodeParams side;

@@ -208,10 +208,11 @@ void expect_same_poison(const std::vector<float>& got, const std::vector<float>&
   }
 }
 
-const cases::Case kDecodeCase = emulator::decode_case(), kPrefillCase = emulator::prefill_case();
+const cases::Case kDecodeCase = emulator::decode_case(), kSharedTileCase = emulator::shared_tile_case(3),
+                  kDecodePairsCase = emulator::shared_tile_case(2), kPrefillCase = emulator::prefill_case();
 
 TEST(MetalRules, BadKeysAndValuesPoisonOnlyRowsThatSeeThem) {
-  for (auto c : {kDecodeCase, kPrefillCase}) {
+  for (auto c : {kDecodeCase, kSharedTileCase, kDecodePairsCase, kPrefillCase}) {
     for (bool values : {false, true}) {
       for (uint16_t bad : {uint16_t(0x7e00), uint16_t(0x7c00)}) {
         SCOPED_TRACE(c.name() + (values ? " values" : " keys"));
@@ -226,7 +227,7 @@ TEST(MetalRules, BadKeysAndValuesPoisonOnlyRowsThatSeeThem) {
 }
 
 TEST(MetalRules, BadQueriesPoisonThemselves) {
-  for (auto c : {kDecodeCase, kPrefillCase}) {
+  for (auto c : {kDecodeCase, kDecodePairsCase, kPrefillCase}) {
     const auto [got, want] = run_changed(c, [&](cases::Inputs& in) {
       in.q.set(3, NAN);
       in.q.set(size_t(c.query_len) * c.head_dim + 1, INFINITY);
@@ -236,7 +237,7 @@ TEST(MetalRules, BadQueriesPoisonThemselves) {
 }
 
 TEST(MetalRules, ScalesOfAnySizeKeepTheirPrecision) {
-  for (auto c : {kDecodeCase, kPrefillCase}) {
+  for (auto c : {kDecodeCase, kDecodePairsCase, kPrefillCase}) {
     for (float size : {1e-3f, 1e4f}) {
       const auto [got, want] = run_changed(c, [&](cases::Inputs& in) {
         for (auto& s : in.values.scales) s = float_to_half(half_to_float(s) * size);
@@ -252,7 +253,7 @@ TEST(MetalRules, ScalesOfAnySizeKeepTheirPrecision) {
 }
 
 TEST(MetalRules, QueriesOfAnySizeKeepTheirPrecision) {
-  for (auto c : {kDecodeCase, kPrefillCase}) {
+  for (auto c : {kDecodeCase, kDecodePairsCase, kPrefillCase}) {
     for (float size : {1e-6f, 1e6f}) {
       const auto [got, want] = run_changed(c, [&](cases::Inputs& in) {
         for (size_t i = 0; i < in.q.size(); ++i) in.q.set(i, in.q.get(i) * size);
@@ -264,7 +265,7 @@ TEST(MetalRules, QueriesOfAnySizeKeepTheirPrecision) {
 }
 
 TEST(MetalRules, RowsThatSeeNothingAreZero) {
-  for (auto c : {kDecodeCase, kPrefillCase}) {
+  for (auto c : {kDecodeCase, kDecodePairsCase, kPrefillCase}) {
     c.ragged = true;
     const auto [got, want] = run_changed(c, [&](cases::Inputs& in) { in.starts[0] = c.kv_len - 1; });
     expect_same_poison(got, want, c.head_dim);
@@ -273,7 +274,7 @@ TEST(MetalRules, RowsThatSeeNothingAreZero) {
 }
 
 TEST(MetalRules, ALaterBlockMayBeHiddenOrFarSmaller) {
-  for (auto c : {kDecodeCase, kPrefillCase}) {
+  for (auto c : {kDecodeCase, kDecodePairsCase, kPrefillCase}) {
     // The last block holds one key, which the last query alone sees; in decode it is its SIMD-group's second.
     c.kv_len = (c.query_len == kDecodeCase.query_len ? int(metal_layout::kDecodeThreads) : 160) + 1;
     const auto [got, want] = run_changed(c, [&](cases::Inputs& in) {

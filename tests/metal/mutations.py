@@ -47,6 +47,11 @@ MUTATIONS = {
         "(b >> shift & 0x33333333u) << 2",
         "(b >> shift & 0x11111111u) << 2",
     ),
+    "2 bits: hidden NaN gets through": (
+        "decode.metal",
+        "hidden ? -INFINITY : score + log2_scale_v",
+        "score + log2_scale_v",
+    ),
     "2 bits: the wrong coordinate shares a nibble": (
         "decode.metal",
         "shared->x[r][coordinate + 16]",
