@@ -38,7 +38,7 @@ def dot(a, b):
 
 def coder(bits, centre=None, scale="same length", search=False):
     """x -> x^ with one of the scales: same length (|x^| = |x|, what the package stores), unbiased (<x, x^> = |x|^2),
-    least squares, or the paper's plain norm."""
+    least squares, the paper's plain norm, or a number: the way from same length (0) to least squares (1)."""
     if bits == 16:
         return modes.to_half
     shift = 0 if centre is None else centre.astype(mx.float32)[None, :, None]
@@ -55,6 +55,8 @@ def coder(bits, centre=None, scale="same length", search=False):
             y_hat = y_hat * (square / dot(y, y_hat))
         elif scale == "least squares":
             y_hat = y_hat * (dot(y, y_hat) / square)
+        elif isinstance(scale, float):
+            y_hat = y_hat * (1 + scale * (dot(y, y_hat) / square - 1))
         elif scale == "plain":
             plain = mx.sqrt(square) / (np.sqrt(y.shape[-1]) * UNITS[bits] * STEPS[bits])
             y_hat = y_hat * (plain / scales[..., None].astype(mx.float32))
@@ -174,6 +176,13 @@ def study_modes(name, c, others):
 
         kinds = ("same length", "unbiased")
         return {f"{b} bits, K {k}, V {v}": mixed(b, k, v) for b in (3, 2) for k in kinds for v in kinds}
+    if name == "shrink":
+
+        def shrunk(key_scale, value_scale):
+            return lambda slot: modes.FloatCache(coder(3, c[slot][0], key_scale), coder(3, c[slot][1], value_scale))
+
+        pairs = [(0.0, 0.0), (0.5, 0.5), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]
+        return {f"3 bits, K {k:g}, V {v:g} of the way to least squares": shrunk(k, v) for k, v in pairs}
     if name == "calibration":
 
         def centred(c):
@@ -217,8 +226,9 @@ def main(argv=None):
     parser.add_argument(
         "--study",
         required=True,
-        choices=("scale", "centres", "calibration", "mixed", "search", "sides", "sinks", "recent", "layers"),
+        choices=("scale", "centres", "calibration", "mixed", "shrink", "search", "sides", "sinks", "recent", "layers"),
     )
+    parser.add_argument("--calibrate-text", type=Path, nargs="*", default=[], help="more texts for `calibration`")
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--first-window", type=int, default=0)
     parser.add_argument("--only", default="", help="rows whose name contains this")
@@ -232,7 +242,12 @@ def main(argv=None):
     centres = calibrate(model, spread_windows(tokens, LENGTH, len(windows) // 9))
     others = {}
     if args.study == "calibration":
-        others = {name: calibrate(model, text) for name, text in calibration_texts(windows).items()}
+        texts = calibration_texts(windows)
+        for path in args.calibrate_text:
+            texts[f"8 windows of {path.name}"] = spread_windows(read_tokens(tokenizer, path), LENGTH, 8)
+        if len(args.calibrate_text) > 1:
+            texts["all of these files"] = np.concatenate([texts[f"8 windows of {p.name}"] for p in args.calibrate_text])
+        others = {name: calibrate(model, text) for name, text in texts.items() if args.only in name}
     apply_patch()
     hook = base.quantized_scaled_dot_product_attention
     if args.study == "recent":
@@ -249,7 +264,8 @@ def main(argv=None):
         rows.append({"row": name, **divergence.summarise(record, records["float16"])})
         r = rows[-1]
         print(
-            f"{name:32} {r['mean_kld']:8.5f} +- {r['mean_kld_stderr']:.5f}  {r['perplexity_change']:+8.3%}",
+            f"{name:32} {r['mean_kld']:8.5f} +- {r['mean_kld_stderr']:.5f}  {r['perplexity_change']:+8.3%} "
+            f"+- {r['perplexity_change_stderr']:.3%}",
             flush=True,
         )
     write_table(args.out / f"{args.study}.tsv", rows)

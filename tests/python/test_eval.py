@@ -49,7 +49,22 @@ def test_divergence_is_what_it_says(loaded, tokens):
     reference = np.exp(records["fp16"].nll[:, 10:50].mean())
     assert figures["perplexity"] / reference - 1 == pytest.approx(figures["perplexity_change"], abs=1e-5)
     assert divergence.summarise(records["fp16"], records["fp16"])["mean_kld"] == 0
+    # The standard error of a ratio of perplexities is that of the windows' own differences.
+    low, high = (records["tq2"].nll - records["fp16"].nll)[:, 10:50].mean(1)
+    expected = np.exp((low + high) / 2) * abs(high - low) / 2  # two values: s / sqrt(2) is half their distance
+    assert figures["perplexity_change_stderr"] == pytest.approx(expected, rel=1e-4)
+    halves = [{k: divergence.Record(r.nll[i], r.kld[i], r.agree[i]) for k, r in records.items()} for i in ([0], [1])]
+    joined = divergence.joined([h["tq2"] for h in halves])
+    assert all(np.array_equal(getattr(joined, k), getattr(records["tq2"], k)) for k in ("nll", "kld", "agree"))
     assert figures["mean_kld"] > 1e-3 and figures["top1_agreement"] < 1
+
+
+def test_windows_left_out():
+    tokens = np.arange(100)
+    assert cut_windows(tokens, 10, 3, 1, {2, 9})[:, 0].tolist() == [10, 30, 40]
+    assert cut_windows(tokens, 10, 2, 8)[:, 0].tolist() == [80, 90]
+    with pytest.raises(ValueError, match="need 110 tokens; the text has 100"):
+        cut_windows(tokens, 10, 2, 8, {9})
 
 
 def test_bands_cover_every_position():
@@ -116,16 +131,40 @@ def run(tmp_path, *extra):
 
 
 def test_command_writes_everything(tmp_path, capsys):
-    arguments = ["--context", "300", "--windows", "2", "--lengths", "400", "--depths", "0,1", "--pairs", "3"]
+    arguments = [
+        "--context",
+        "300",
+        "--windows",
+        "2",
+        "--batch",
+        "1",
+        "--without",
+        "0,2",
+        "--lengths",
+        "400",
+        "--depths",
+        "0,1",
+        "--pairs",
+        "3",
+    ]
     assert run(tmp_path, "--modes", "fp16,tq3,k4v2", *arguments) == 0
     out = tmp_path / "out"
     written = {p.name for p in out.iterdir()}
-    assert written == {"summary.json", "divergence.tsv", "divergence.png", "needle.tsv", "needle.png"} | {
+    assert written == {
+        "summary.json",
+        "divergence.tsv",
+        "windows.tsv",
+        "divergence.png",
+        "needle.tsv",
+        "needle.png",
+    } | {
         "list.tsv",
         "reconstruction.tsv",
     }
     summary = json.loads((out / "summary.json").read_text())
     assert summary["needle"]["tq3"]["asked"] == 2 and summary["list"]["fp16"]["asked"] == 3
+    lines = (out / "windows.tsv").read_text().splitlines()
+    assert [line.split("\t")[:2] for line in lines[1:3]] == [["fp16", "1"], ["fp16", "3"]] and len(lines) == 1 + 3 * 2
     lines = (out / "divergence.tsv").read_text().splitlines()
     assert len(lines) == 1 + 3 * 3 and lines[0].startswith("mode\tband\tstart")
     assert "k4v2" in capsys.readouterr().out
@@ -138,6 +177,7 @@ def test_command_writes_everything(tmp_path, capsys):
         (["--modes", "fp17"], "got 'fp17'"),
         (["--parts", "needles"], "got needles"),
         (["--windows", "0"], "must be at least 1"),
+        (["--context", "200000", "--windows", "1"], "need 200000 tokens; the text has"),
         (["--lengths", "1000000", "--parts", "needle"], "tokens of filler"),
     ],
 )
@@ -152,7 +192,7 @@ def test_unwritable_folder(tmp_path, capsys):
     assert "out" in capsys.readouterr().err
 
 
-def test_model_without_key_value_slots(loaded):
+def test_model_without_key_value_slots(loaded, tmp_path, monkeypatch, capsys):
     from mlx_lm.models import mamba2
 
     sizes = dict(num_heads=2, head_dim=8, vocab_size=16, hidden_size=8, intermediate_size=16, state_size=8)
@@ -165,3 +205,7 @@ def test_model_without_key_value_slots(loaded):
         calibration.calibrate(mamba2.Model(arguments), [1, 2, 3])
     with pytest.raises(ValueError, match="nothing to compress"):
         reconstruction.capture(mamba2.Model(arguments), np.array([[1, 2, 3]]))
+    monkeypatch.setattr(command, "load_model", lambda path: (mamba2.Model(arguments), loaded[1]))
+    for part in command.PARTS:
+        assert run(tmp_path, "--parts", part) == 1
+        assert "has no KVCache slot, so there is nothing to compress" in capsys.readouterr().err

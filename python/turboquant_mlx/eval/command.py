@@ -7,11 +7,13 @@ import math
 import sys
 from pathlib import Path
 
+from mlx_lm.models.cache import KVCache
 from tqdm import tqdm
 
-from ..calibration import calibrate, fingerprint, load_centres
+from ..cache import leaves
+from ..calibration import _float_caches, calibrate, fingerprint, load_centres
 from . import divergence, pictures, reconstruction, retrieval
-from .model import cut_windows, load_model, read_tokens, spread_windows
+from .model import cut_windows, load_model, read_tokens, spread_windows, window_numbers
 from .modes import parse_mode
 
 PARTS = ("divergence", "needle", "list", "reconstruction")
@@ -28,8 +30,10 @@ def _parse(argv):
     parser.add_argument("--modes", default="fp16,affine4,tq4,tq3,tq2", help="fp16, affine4, tq3, k4v3, tq3c (centred)")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--context", type=int, default=2048, help="tokens of a window")
-    parser.add_argument("--windows", type=int, default=4, help="windows in one batch")
+    parser.add_argument("--windows", type=int, default=4, help="how many of them")
     parser.add_argument("--first-window", type=int, default=0, help="number of the first window in the text")
+    parser.add_argument("--without", default="", help="numbers of windows to leave out, as those of calibration: 8,17")
+    parser.add_argument("--batch", type=int, default=6, help="windows read side by side")
     parser.add_argument("--step", type=int, default=256, help="positions given to the model at a time")
     parser.add_argument("--lengths", default="1024,4096", help="needle contexts, tokens")
     parser.add_argument("--depths", default="0,0.25,0.5,0.75,1", help="needle places, 0 is the context's beginning")
@@ -45,8 +49,14 @@ def _parse(argv):
         raise ValueError(f"[eval] --parts are {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
     args.lengths = [int(x) for x in args.lengths.split(",")]
     args.depths = [float(x) for x in args.depths.split(",")]
-    if min(args.context, args.windows, args.step, args.trials, args.pairs, *args.lengths) < 1 or args.first_window < 0:
-        raise ValueError("[eval] --context, --windows, --step, --trials, --pairs and --lengths must be at least 1")
+    args.without = {int(x) for x in args.without.split(",") if x}
+    if (
+        min(args.context, args.windows, args.batch, args.step, args.trials, args.pairs, *args.lengths) < 1
+        or args.first_window < 0
+    ):
+        raise ValueError(
+            "[eval] --context, --windows, --batch, --step, --trials, --pairs and --lengths must be at least 1"
+        )
     if len(args.depths) > len(retrieval.NAMES) or not all(0 <= d <= 1 for d in args.depths):
         raise ValueError(f"[eval] --depths must be at most {len(retrieval.NAMES)} numbers from 0 to 1")
     return args
@@ -72,11 +82,30 @@ class _Bar:
 
 
 def _divergence(args, model, tokens, centres):
-    windows = cut_windows(tokens, args.context, args.windows, args.first_window)
-    caches = {mode.name: mode.make_caches(model, centres) for mode in args.modes}
-    bar = _Bar("divergence", windows.size * len(caches))
-    records = divergence.compare(model, windows, caches, step=args.step, progress=bar)
+    windows = cut_windows(tokens, args.context, args.windows, args.first_window, args.without)
+    bar = _Bar("divergence", windows.size * len(args.modes))
+    parts = []
+    for start in range(0, len(windows), args.batch):
+        caches = {mode.name: mode.make_caches(model, centres) for mode in args.modes}
+        parts.append(
+            divergence.compare(model, windows[start : start + args.batch], caches, step=args.step, progress=bar)
+        )
+        records = {name: divergence.joined([part[name] for part in parts]) for name in caches}
+        rows = _divergence_tables(args, records)  # after each batch: what was measured stays when the rest is not
     bar.close()
+    pictures.divergence_by_position(args.out / "divergence.png", rows, args.modes[0].name)
+    print(f"{'mode':10} {'perplexity':>10} {'change':>8} {'+-':>6} {'mean KLD':>9} {'99 %':>7} {'top-1':>7}")
+    for r in rows:
+        if r["band"] == "all":
+            print(
+                f"{r['mode']:10} {r['perplexity']:10.3f} {r['perplexity_change']:+8.2%} "
+                f"{r['perplexity_change_stderr']:6.2%} {r['mean_kld']:9.5f} {r['p99_kld']:7.4f} {r['top1_agreement']:7.2%}"
+            )
+    return rows
+
+
+def _divergence_tables(args, records):
+    """Writes divergence.tsv (by mode and band) and windows.tsv (by mode and window); returns the first one's rows."""
     first = args.modes[0].name
     rows = []
     for name, record in records.items():
@@ -85,14 +114,12 @@ def _divergence(args, model, tokens, centres):
             figures = divergence.summarise(record, records[first], start, stop)
             rows.append({"mode": name, "band": "all" if whole else "part", "start": start, "stop": stop, **figures})
     write_table(args.out / "divergence.tsv", rows)
-    pictures.divergence_by_position(args.out / "divergence.png", rows, first)
-    print(f"{'mode':10} {'perplexity':>10} {'change':>8} {'mean KLD':>9} {'99 %':>7} {'top-1':>7}")
-    for r in rows:
-        if r["band"] == "all":
-            print(
-                f"{r['mode']:10} {r['perplexity']:10.3f} {r['perplexity_change']:+8.2%} {r['mean_kld']:9.5f} "
-                f"{r['p99_kld']:7.4f} {r['top1_agreement']:7.2%}"
-            )
+    own, numbers = [], window_numbers(args.windows, args.first_window, args.without)
+    for name, record in records.items():
+        for number, nll, kld, agree in zip(numbers, record.nll, record.kld, record.agree, strict=False):
+            figures = {"nll": float(nll.mean()), "mean_kld": float(kld.mean()), "top1_agreement": float(agree.mean())}
+            own.append({"mode": name, "window": number, **figures})
+    write_table(args.out / "windows.tsv", own)
     return rows
 
 
@@ -148,7 +175,9 @@ def _retrieved(what, rows):
 
 
 def _reconstruction(args, model, tokens, centres):
-    captured = reconstruction.capture(model, cut_windows(tokens, args.context, args.windows, args.first_window))
+    captured = reconstruction.capture(
+        model, cut_windows(tokens, args.context, args.windows, args.first_window, args.without)
+    )
     rows = []
     for bits in sorted({b for m in args.modes if m.kind == "tq" for b in (m.key_bits, m.value_bits)}):
         least, stored = reconstruction.theoretical(bits)
@@ -165,6 +194,8 @@ def run(args):
     (args.out / "summary.json").write_text("{}\n")  # an unwritable folder is found before the work
     pictures.pyplot()
     model, tokenizer = load_model(args.model)
+    if not any(type(c) is KVCache for _, c in leaves(_float_caches(model))):
+        raise ValueError(f"[eval] {args.model} has no KVCache slot, so there is nothing to compress")
     tokens = read_tokens(tokenizer, args.text)
     centres, source = None, None
     if args.calibrate_text:
@@ -179,6 +210,7 @@ def run(args):
         "fingerprint": fingerprint(args.model),
         "text": args.text.name,
         "windows": [args.first_window, args.windows, args.context],
+        "without": sorted(args.without),
         "seed": args.seed,
         "centres": source,
     }

@@ -57,6 +57,11 @@ def compare(model, windows, caches, *, step=256, progress=lambda tokens: None):
     return {name: Record(*(np.concatenate(x, axis=1) for x in done)) for name, done in parts.items()}
 
 
+def joined(records):
+    """One Record of several that hold different windows."""
+    return Record(*(np.concatenate([getattr(r, name) for r in records]) for name in ("nll", "kld", "agree")))
+
+
 def bands(length):
     """Position ranges that double: [(0, 256), (256, 512), (512, 1024), ...] up to `length`."""
     edges = [0, 256]
@@ -69,19 +74,24 @@ def bands(length):
 def summarise(record, reference, start=0, stop=None):
     """Figures of the positions [start, stop): a dict of floats.
 
-    perplexity and its change against the reference's (ratio - 1), mean KLD with its standard error over windows, the
+    perplexity and its change against the reference's (ratio - 1), mean KLD, both with standard errors over windows (of
+    the change: over the windows' own differences, which vary much less than perplexities do; nan for one window), the
     99th percentile and the maximum of KLD, and the share of positions whose most likely token is the same."""
     at = np.s_[:, start:stop]
     kld, nll = record.kld[at], record.nll[at]
-    per_window = kld.mean(1)
-    error = per_window.std(ddof=1) / np.sqrt(len(per_window)) if len(per_window) > 1 else float("nan")
-    change = nll.mean(dtype=np.float64) - reference.nll[at].mean(dtype=np.float64)
+
+    def error(per_window):
+        return float(per_window.std(ddof=1) / np.sqrt(len(per_window))) if len(per_window) > 1 else float("nan")
+
+    changes = (nll - reference.nll[at]).mean(1, dtype=np.float64)
+    change = changes.mean()
     return {
         "positions": int(kld.size),
         "perplexity": float(np.exp(nll.mean(dtype=np.float64))),
         "perplexity_change": float(np.expm1(change)),
+        "perplexity_change_stderr": float(np.exp(change)) * error(changes),
         "mean_kld": float(kld.mean(dtype=np.float64)),
-        "mean_kld_stderr": float(error),
+        "mean_kld_stderr": error(kld.mean(1, dtype=np.float64)),
         "p99_kld": float(np.quantile(kld, 0.99)),
         "max_kld": float(kld.max()),
         "top1_agreement": float(record.agree[at].mean(dtype=np.float64)),

@@ -36,17 +36,23 @@ def read_tokens(tokenizer, path):
     return np.array(tokenizer.encode(Path(path).read_text()), np.int32)
 
 
-def cut_windows(tokens, length, count, first=0):
-    """`count` neighbouring windows of `length` tokens, from window number `first` on: (count, length).
+def window_numbers(count, first=0, without=()):
+    """`count` numbers from `first` on, those in `without` left out."""
+    return [n for n in range(first, first + count + len(without)) if n not in without][:count]
+
+
+def cut_windows(tokens, length, count, first=0, without=()):
+    """The windows of `length` tokens of these numbers: (count, length).
 
     Raises ValueError when the text is too short for them."""
-    need = (first + count) * length
+    numbers = window_numbers(count, first, without)
+    need = (numbers[-1] + 1) * length
     if len(tokens) < need:
         raise ValueError(
             f"[eval] {count} windows of {length} tokens from window {first} on need {need} tokens; "
             f"the text has {len(tokens)}"
         )
-    return tokens[first * length : need].reshape(count, length)
+    return np.stack([tokens[n * length : (n + 1) * length] for n in numbers])
 
 
 def spread_windows(tokens, length, count):
