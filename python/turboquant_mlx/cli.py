@@ -84,7 +84,6 @@ def prepare(model, args, where, max_kv_size=None):
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import dequantize_model
 
-    from .gated_delta import enable_chunked_recurrence
     from .report import summary
     from .slots import enable
 
@@ -93,7 +92,6 @@ def prepare(model, args, where, max_kv_size=None):
         if sum(v.size for _, v in tree_flatten(model.parameters())) < 200e6:  # small enough to hold as float32
             model = dequantize_model(model)
         model.set_dtype(mx.float32)
-    enable_chunked_recurrence(model)  # where mlx-lm would loop over a prompt's tokens
     centres = _centres(args, where)
     enable(
         model,
@@ -103,6 +101,7 @@ def prepare(model, args, where, max_kv_size=None):
         seed=args.tq_seed,
         centres=centres,
         start=args.tq_start,
+        chunked_recurrence=True,
     )
     sized = hasattr(model.make_cache, "sized")
     if max_kv_size is not None and sized and args.tq_start:

@@ -7,6 +7,7 @@ from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 from .arguments import whole
 from .cache import TurboQuantKVCache, layer_name, leaves
 from .convert import DelayedTurboQuantKVCache
+from .gated_delta import enable_chunked_recurrence
 from .identity import fingerprint
 from .patch import apply_patch, record_reads
 from .rotating import TurboQuantRotatingKVCache
@@ -120,7 +121,9 @@ def _slot(path):
     return path[0] if len(path) == 1 else path
 
 
-def enable(model, bits=3, *, key_bits=None, value_bits=None, seed=0, centres=None, start=None):
+def enable(
+    model, bits=3, *, key_bits=None, value_bits=None, seed=0, centres=None, start=None, chunked_recurrence=False
+):
     """Makes `model.make_cache()` give packed caches in its `KVCache` and `RotatingKVCache` slots; other slots stay.
 
     Works for models with and without a `make_cache` of their own, and applies the patch.  Calling it again changes
@@ -132,6 +135,10 @@ def enable(model, bits=3, *, key_bits=None, value_bits=None, seed=0, centres=Non
         centres: {slot index: (keys, values)} of (H_kv, D) arrays; see turboquant_mlx.calibration.
         start (int): tokens that a cache holds as plain floats before it packs itself (mlx-lm's quantized_kv_start);
             such caches are not batched.
+        chunked_recurrence (bool): off Metal, read prompts through the linear attention of Qwen3.5 and its like 64 tokens
+            a step, where mlx-lm loops over tokens: for every model of the process, until
+            turboquant_mlx.gated_delta.disable_chunked_recurrence(); without effect on models that have no such layers.
+            Same function, other rounding.  False leaves that switch as it is.
 
     Returns:
         The number of slots that were replaced.
@@ -198,11 +205,14 @@ def enable(model, bits=3, *, key_bits=None, value_bits=None, seed=0, centres=Non
     if own is None:  # mlx-lm gives max_kv_size to such models only
         make_cache.sized = sized
     model.make_cache = make_cache
+    if chunked_recurrence:
+        enable_chunked_recurrence()
     return len(slots)
 
 
 def disable(model):
-    """Gives the model its own caches back.  The patch stays: float caches do not notice it."""
+    """Gives the model its own caches back.  The patch stays, which float caches do not notice, and so does the chunked
+    recurrence, which belongs to the process."""
     ours = vars(model).get("make_cache")
     if not hasattr(ours, "replaced"):
         return

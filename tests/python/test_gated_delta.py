@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm import load
 from mlx_lm.models import qwen3_5
-from turboquant_mlx import gated_delta
+from turboquant_mlx import disable, enable, gated_delta
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "qwen35-tiny-4bit"
 UNIT = 2.0**-24  # half the spacing of float32 at 1
@@ -298,6 +298,28 @@ def test_replaces_the_loop_only_where_it_should(chunked, monkeypatch):
     assert calls == ["chunked", "loop", "loop"]
     gated_delta.disable_chunked_recurrence()
     assert mlx_lm_gated_delta.gated_delta_ops is not gated_delta._gated_delta_ops
+
+
+def test_option_of_enable(model):
+    """The option switches it on, once all else is checked; leaving it out or disabling a model does not switch it off."""
+    loop = mlx_lm_gated_delta.gated_delta_ops
+    try:
+        enable(model)
+        assert mlx_lm_gated_delta.gated_delta_ops is loop
+        with pytest.raises(ValueError, match="got 7"):
+            enable(model, 7, chunked_recurrence=True)
+        with pytest.raises(ValueError, match="must belong to slots"):
+            enable(model, centres={0: None}, chunked_recurrence=True)
+        assert mlx_lm_gated_delta.gated_delta_ops is loop
+        enable(model, chunked_recurrence=True)
+        assert mlx_lm_gated_delta.gated_delta_ops is gated_delta._gated_delta_ops
+        enable(model)
+        disable(model)
+        assert mlx_lm_gated_delta.gated_delta_ops is gated_delta._gated_delta_ops
+    finally:
+        disable(model)
+        gated_delta.disable_chunked_recurrence()
+    assert mlx_lm_gated_delta.gated_delta_ops is loop
 
 
 @pytest.fixture(scope="module")
