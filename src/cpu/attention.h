@@ -98,13 +98,13 @@ void prepare_query(const Tile& tile, int row, const Workspace<S>& w) {
   w.query_bias[row] = -S::level_offset * sum;
   const int pos = positions<S>(tile.dim);
   uint32_t* out = reinterpret_cast<uint32_t*>(w.queries + size_t(row) * pos * 2 * S::bytes);
+  alignas(64) uint32_t a[8 * 8 + 24], b[8 * 8 + 24];  // by group and position within it
+  for (int g = 0; g < pos / 8 * kChunks<S>; ++g) S::prepare(rounded + 32 * g, a + 8 * g, b + 8 * g);
   for (int p = 0; p < pos; ++p, out += 2 * lanes) {
-    for (int c = 0; c < kChunks<S>; ++c) {
-      const int32_t* q = rounded + coordinate<S>(p, c, 0);
-      const int32_t quad[4] = {q[0], q[2], q[4], q[6]};
-      uint32_t a, b;
-      S::prepare(quad, a, b);
-      for (int t = 0; t < 4; ++t) out[4 * c + t] = a, out[lanes + 4 * c + t] = b;
+    for (int c = 0; c < kChunks<S>; ++c) {  // a quad for each of the four tokens of a chunk
+      const int at = 8 * (p / 8 * kChunks<S> + c) + p % 8;
+      store(out + 4 * c, splat<Vec<uint32_t, 16>>(a[at]));
+      store(out + lanes + 4 * c, splat<Vec<uint32_t, 16>>(b[at]));
     }
   }
 }
@@ -163,12 +163,12 @@ void score(const Workspace<S>& w, int pos, int row, int quad, typename S::Table 
   }
 }
 
-/// Scores to weights, for one row and one block.  `key_scales` and `value_scales` are finite or NaN.
+/// Scales and masks the scores of a row and a block, of which [lo, hi) are visible; returns the block's largest.
+/// `key_scales` are finite or NaN.
 template <class S>
-inline void soften(const Workspace<S>& w, int row, const float* key_scales, const float* value_scales, int lo, int hi,
-                   const Tile& tile, int t) {
+inline float finish_scores(const Workspace<S>& w, int row, const float* key_scales, int lo, int hi, const Tile& tile,
+                           int t) {
   using F = Vec<float, S::bytes>;
-  using I32 = Vec<int32_t, S::bytes>;
   constexpr int lanes = S::bytes / 4;
   float* scores = w.scores + size_t(row) * kBlock;
   F top = splat<F>(kHidden);
@@ -184,8 +184,17 @@ inline void soften(const Workspace<S>& w, int row, const float* key_scales, cons
     top = splat<F>(kHidden);
     for (int i = 0; i < kBlock; i += lanes) top = larger(load<F>(scores + i), top);
   }
+  return reduce(top, [](F a, F b) { return larger(a, b); });
+}
+
+/// Scores to weights times `value_scales`, which are finite or NaN, in place; `block` is the largest score.  Leaves the
+/// largest weight in w.step.
+template <class S>
+inline void soften(const Workspace<S>& w, int row, float block, const float* value_scales, const Tile& tile) {
+  using F = Vec<float, S::bytes>;
+  constexpr int lanes = S::bytes / 4;
+  float* scores = w.scores + size_t(row) * kBlock;
   const float old = tile.max[row];
-  const float block = reduce(top, [](F a, F b) { return larger(a, b); });
   const float now = block > old ? block : old;
   const float base = now == kHidden ? 0 : now;
   F sum = {}, most = {}, poison = {};
@@ -201,13 +210,23 @@ inline void soften(const Workspace<S>& w, int row, const float* key_scales, cons
   const float factor = old == kHidden ? 0 : exp2_of(Vec<float, 16>{old - base})[0];
   tile.max[row] = now;
   tile.sum[row] = tile.sum[row] * factor + reduce(sum + poison, [](F a, F b) { return a + b; });
-  const float largest = reduce(most, [](F a, F b) { return larger(a, b); });
-  const float inverse = largest > 1e-30f ? kLargest / largest : 0;  // below, the block is nothing
   w.factor[row] = factor;
-  w.step[row] = largest / kLargest * level_step(tile.values.bits);
+  w.step[row] = reduce(most, [](F a, F b) { return larger(a, b); });
+}
+
+/// Rounds a row's weights of a block to 16 bits.
+template <class S>
+inline void round_weights(const Workspace<S>& w, int row, int value_bits) {
+  using F = Vec<float, S::bytes>;
+  using I32 = Vec<int32_t, S::bytes>;
+  constexpr int lanes = S::bytes / 4;
+  const float* weights = w.scores + size_t(row) * kBlock;
+  const float largest = w.step[row];
+  const float inverse = largest > 1e-30f ? kLargest / largest : 0;  // below, the block is nothing
+  w.step[row] = largest / kLargest * level_step(value_bits);
   I32 total = {};
   for (int i = 0; i < kBlock; i += lanes) {
-    const F x = load<F>(scores + i) * inverse;  // within [0, kLargest], or NaN in a poisoned row: then 0
+    const F x = load<F>(weights + i) * inverse;  // within [0, kLargest], or NaN in a poisoned row: then 0
     const I32 rounded = __builtin_convertvector((x >= F{} ? x : F{}) + 0.5f, I32);
     S::put_weights(w.weights + size_t(row) * 2 * kBlockQuads, i, rounded);
     total += rounded;
@@ -311,17 +330,15 @@ void attend_blocks(const Tile& tile, const Workspace<S>& w, int begin, int end) 
     if (!fed) values.unpack();
     load_scales<S>(tile.keys.scales, t, n, key_scales);
     load_scales<S>(tile.values.scales, t, n, value_scales);
+    // In three rounds over the rows, so that the reductions of one overlap with the work of others.
+    const auto within = [](int x, int most) { return x < 0 ? 0 : x > most ? most : x; };
+    float largest[kTileRows];
     for (int r = 0; r < rows; ++r) {
-      const int lo = tile.first[r] - t, hi = tile.last[r] - t;
-      soften<S>(w, r, key_scales, value_scales,
-                lo < 0        ? 0
-                : lo > kBlock ? kBlock
-                              : lo,
-                hi < 0   ? 0
-                : hi > n ? n
-                         : hi,
-                tile, t);
+      largest[r] =
+          finish_scores<S>(w, r, key_scales, within(tile.first[r] - t, kBlock), within(tile.last[r] - t, n), tile, t);
     }
+    for (int r = 0; r < rows; ++r) soften<S>(w, r, largest[r], value_scales, tile);
+    for (int r = 0; r < rows; ++r) round_weights<S>(w, r, value_bits);
     const int next = end - t - kBlock < kBlock ? end - t - kBlock : kBlock;
     const bool more = next > 0;
     Keys keys(key_pieces, tile.keys, tile.dim, more ? t + kBlock : t, next, tile.kv_len,
@@ -351,6 +368,7 @@ template <class S>
 void attend_tile(const Tile& tile) {
   const Workspace<S> w(tile.workspace, tile.dim, tile.rows);
   const int pos = positions<S>(tile.dim), rows = tile.rows;
+  using F = Vec<float, S::bytes>;
   constexpr int lanes = S::bytes / 4;
   __builtin_memset(w.acc, 0, size_t(rows) * pos * S::bytes);
   int begin = tile.end, end = tile.begin;
@@ -370,13 +388,17 @@ void attend_tile(const Tile& tile) {
      : tile.keys.bits == 3 ? attend_blocks<S, 3>
                            : attend_blocks<S, 4>)(tile, w, begin, end);
   }
-  for (int r = 0; r < rows; ++r) {
-    for (int p = 0; p < pos; ++p) {
-      for (int c = 0; c < kChunks<S>; ++c) {
-        if (coordinate<S>(p, c, 0) >= tile.dim) continue;
-        for (int k = 0; k < 4; ++k) {
-          tile.acc[size_t(r) * tile.dim + coordinate<S>(p, c, k)] = w.acc[(size_t(r) * pos + p) * lanes + 4 * c + k];
-        }
+  for (int r = 0; r < rows; ++r) {  // positions of a plane hold its coordinates in turn
+    for (int p = 0; p < pos; p += 2) {
+      const float* at = w.acc + (size_t(r) * pos + p) * lanes;
+      const F even = load<F>(at), odd = load<F>(at + lanes);
+      float halves[2][lanes];
+      store(halves[0], interleave<float, false>(even, odd));
+      store(halves[1], interleave<float, true>(even, odd));
+      for (int c = 0; c < kChunks<S> && coordinate<S>(p, c, 0) < tile.dim; ++c) {
+        float* out = tile.acc + size_t(r) * tile.dim + coordinate<S>(p, c, 0);
+        __builtin_memcpy(out, halves[0] + 4 * c, 16);
+        __builtin_memcpy(out + 4, halves[1] + 4 * c, 16);
       }
     }
   }

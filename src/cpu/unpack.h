@@ -81,9 +81,10 @@ struct Pieces {
   Pieces(int bits, int dim) {
     const int stride = words_per_vector(bits, dim), groups = dim / 32;
     per_quad = (groups + kChunks<S> - 1) / kChunks<S>;
+    const int share = 4 * stride / per_quad;
     for (int q = 0, i = 0; q < kBlock / 4; ++q) {
       for (int g = 0; g < groups; g += kChunks<S>, ++i) {
-        const int ahead = (q * 4 + kAhead) * stride + 4 * stride * (g / kChunks<S>) / per_quad;
+        const int ahead = (q * 4 + kAhead) * stride + share * (g / kChunks<S>);
         at[i] = {q * 4 * stride + g * bits, ahead, groups - g < kChunks<S> ? groups - g : kChunks<S>};
       }
     }

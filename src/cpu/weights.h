@@ -13,12 +13,17 @@ struct ByteWeights {
   static constexpr int quad_step = 1, quad_offset = kBlock / 4;
   using I32 = Vec<int32_t, Bytes>;
 
-  static void prepare(const int32_t w[4], uint32_t& a, uint32_t& b) {
-    a = b = 0;
-    for (int k = 0; k < 4; ++k) {
-      a |= uint32_t(uint8_t((w[k] + 128) >> 8)) << (8 * k);
-      b |= uint32_t(uint8_t(w[k])) << (8 * k);
-    }
+  static void prepare(const int32_t w[32], uint32_t a[8], uint32_t b[8]) {
+    using I8 = Vec<int8_t, 32>;
+    const auto all = load<Vec<int32_t, 128>>(w);
+    const auto by_position = [](I8 v) {
+      return [&]<int... I>(std::integer_sequence<int, I...>) {
+        return I8(__builtin_shufflevector(v, v, (I / 8 * 8 + I % 4 * 2 + I / 4 % 2)...));
+      }
+      (std::make_integer_sequence<int, 32>());
+    };
+    store(a, by_position(__builtin_convertvector((all + 128) >> 8, I8)));
+    store(b, by_position(__builtin_convertvector(all, I8)));
   }
   static void put_weights(uint32_t* out, int i, I32 w) {
     uint8_t* at = reinterpret_cast<uint8_t*>(out) + i;
@@ -35,9 +40,12 @@ struct WordWeights {
   using I32 = Vec<int32_t, Bytes>;
   using I16 = Vec<int16_t, Bytes>;
 
-  static void prepare(const int32_t w[4], uint32_t& a, uint32_t& b) {
-    a = uint16_t(w[0]) | uint32_t(w[2]) << 16;
-    b = uint16_t(w[1]) | uint32_t(w[3]) << 16;
+  static void prepare(const int32_t w[32], uint32_t a[8], uint32_t b[8]) {
+    for (int p = 0; p < 8; ++p) {
+      const int32_t* quad = w + p / 2 * 8 + p % 2;
+      a[p] = uint16_t(quad[0]) | uint32_t(quad[4]) << 16;
+      b[p] = uint16_t(quad[2]) | uint32_t(quad[6]) << 16;
+    }
   }
   static void put_weights(uint32_t* out, int i, I32 w) {
     const auto words = __builtin_convertvector(w, Vec<int16_t, Bytes / 2>);
