@@ -71,7 +71,9 @@ def main(lengths):
                     times[kind].append(took)
         took = {kind: median(t) for kind, t in times.items()}
         row = "".join(f"{1 / took[kind]:9.1f}" for kind in kinds)
-        print(f"{tokens:6}  {row}{took['float32'] / took['tq3']:13.2f}{took['float16'] / took['tq3']:13.2f}", flush=True)
+        print(
+            f"{tokens:6}  {row}{took['float32'] / took['tq3']:13.2f}{took['float16'] / took['tq3']:13.2f}", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -45,7 +45,10 @@ def ours(program: str, tokens: list[int], threads: int) -> dict:
         if run["aggregate_name"] != "median":
             continue
         _, bits, length, queries, isa = run["run_name"].split("/")[:5]
-        found[f"TQ{bits} {isa}" + (", 512 queries" if queries == "512" else ""), int(length)] = run["real_time"], run["x_fp16_read"]
+        found[f"TQ{bits} {isa}" + (", 512 queries" if queries == "512" else ""), int(length)] = (
+            run["real_time"],
+            run["x_fp16_read"],
+        )
     return found
 
 
@@ -97,7 +100,9 @@ def mlx(tokens: list[int], threads: int, half: bool) -> dict:
 
 def llama(build: str, tokens: list[int], threads: int) -> dict:
     command = [sys.executable, str(HERE / "llama_cpp.py"), "--build", build, "--threads", str(threads)]
-    lines = subprocess.run([*command, *map(str, tokens)], check=True, capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run(
+        [*command, *map(str, tokens)], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
     return {(f"llama.cpp {kind}", int(n)): float(t) for kind, n, t in (line.split() for line in lines)}
 
 
@@ -111,7 +116,10 @@ def main():
     parser.add_argument("tokens", type=int, nargs="*", default=[1024, 32768, 131072])
     args = parser.parse_args()
     tq = ours(args.kernels, args.tokens, args.threads)
-    best = {n: tq[next(key for key in tq if key[1] == n and key[0].startswith("TQ3") and "queries" not in key[0])][0] for n in args.tokens}
+    best = {
+        n: tq[next(key for key in tq if key[1] == n and key[0].startswith("TQ3") and "queries" not in key[0])][0]
+        for n in args.tokens
+    }
     best_prefill = next(t for (name, _), (t, _) in tq.items() if "queries" in name)
     print(f"{args.threads} threads, microseconds")
     for (name, n), (t, ratio) in tq.items():

@@ -79,8 +79,13 @@ def draw(args, summary, metadata):
         real = [int(r["prompt_tokens"]) for r in summary if not int(r["synthetic"])]
         filled = [int(r["prompt_tokens"]) for r in summary if int(r["synthetic"])]
         if filled and name != "prompt_tps":
-            first = (max(real) + min(filled)) / 2 if real else 0
-            axis.axvspan(first, 1.04 * max(filled), color="0.92", label="caches filled synthetically")
+            first = (max(real) * min(filled)) ** 0.5 if real else min(filled) / 2
+            axis.axvspan(first, 1.2 * max(filled), color="0.92", label="caches filled synthetically")
+        places = sorted({int(r["prompt_tokens"]) for r in summary if r[name] != ""})
+        if places and places[-1] > 8 * places[0]:
+            axis.set_xscale("log")
+            axis.set_xticks(places, [f"{n / 1000:.3g}k" for n in places], rotation=60)
+            axis.set_xticks([], minor=True)
         axis.set(xlabel="context, tokens", ylabel=label)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)

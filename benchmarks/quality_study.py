@@ -36,7 +36,7 @@ def dot(a, b):
     return (a * b).sum(-1, keepdims=True)
 
 
-def coder(bits, centre=None, scale="same length", search=False):
+def coder(bits, centre=None, scale="same length", search=0):
     """x -> x^ with one of the scales: same length (|x^| = |x|, what the package stores), unbiased (<x, x^> = |x|^2),
     least squares, the paper's plain norm, or a number: the way from same length (0) to least squares (1)."""
     if bits == 16:
@@ -46,7 +46,7 @@ def coder(bits, centre=None, scale="same length", search=False):
     def code(x):
         y = x.astype(mx.float32) - shift
         if search:
-            y_hat = searched(y, bits)
+            y_hat = searched(y, bits, search)
         else:
             codes, scales = encode(y, bits)
             y_hat = decode(codes, scales, bits)
@@ -65,8 +65,8 @@ def coder(bits, centre=None, scale="same length", search=False):
     return code
 
 
-def searched(y, bits, candidates=17):
-    """Codes of the best of some scales from 0.8 to 1.2 times the usual one, then the scale that keeps the length."""
+def searched(y, bits, candidates):
+    """Codes of the best, by squared error, of so many scales from 0.8 to 1.2 times the usual one, then the scale that keeps the length."""
     signs = mx.where(mx.random.bernoulli(0.5, (y.shape[-1],), key=mx.random.key(0)), 1.0, -1.0)
     r = mx.hadamard_transform(y * signs)
     positive = np.array(LEVELS[bits], np.float32) / UNITS[bits]
@@ -190,9 +190,8 @@ def study_modes(name, c, others):
 
         return {"no centres": simple(3, centred=False)} | {text: centred(c) for text, c in others.items()}
     if name == "search":
-        return {
-            f"3 bits, {w}": simple(3, search=s) for w, s in (("nearest code", False), ("searched code and scale", True))
-        }
+        kinds = {"nearest codes": 0, "best of 5 scales": 5, "best of 17 scales": 17}
+        return {f"{b} bits, {what}": simple(b, search=n) for b in (3, 4, 2) for what, n in kinds.items()}
     if name == "sides":
         pairs = [(3, 16), (16, 3), (4, 3), (3, 4), (4, 2), (2, 4), (3, 2), (2, 3), (3, 3)]
         return {f"K{k} V{v}": simple(k, v) for k, v in pairs}
@@ -232,6 +231,7 @@ def main(argv=None):
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--first-window", type=int, default=0)
     parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--name", help="of the table's file (default: the study's)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "quality")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -268,7 +268,7 @@ def main(argv=None):
             f"+- {r['perplexity_change_stderr']:.3%}",
             flush=True,
         )
-    write_table(args.out / f"{args.study}.tsv", rows)
+    write_table(args.out / f"{args.name or args.study}.tsv", rows)
     return 0
 
 
