@@ -13,6 +13,7 @@ depend on how a prompt is chunked, batched or restored, and they are part of a c
 import argparse
 import hashlib
 import sys
+import tempfile
 from pathlib import Path
 
 import mlx.core as mx
@@ -171,6 +172,8 @@ def main(argv=None):
     try:
         if args.windows < 1 or args.length < 1:
             raise ValueError("[calibrate] --windows and --length must be at least 1")
+        with tempfile.TemporaryFile(dir=_path(args.out or args.model).parent):
+            pass  # an unwritable folder is found before the work
         model, tokenizer = load_model(args.model)
         windows = spread_windows(read_tokens(tokenizer, args.text), args.length, args.windows)
         centres = calibrate(model, windows)

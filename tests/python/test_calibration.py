@@ -91,6 +91,26 @@ def test_bad_input(model, tmp_path):
         calibration.fingerprint(tmp_path)
 
 
+def test_command(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("The functions of this section deal with connections. " * 40)
+    arguments = ["--model", str(MODEL), "--text", str(text), "--length", "64", "--windows", "2"]
+    out = tmp_path / "centres.safetensors"
+    assert calibration.main([*arguments, "--out", str(out)]) == 0
+    assert "2 windows of 64 tokens" in capsys.readouterr().out
+    assert sorted(calibration.load_centres(out, directory=MODEL)) == [3, 7]
+    for extra, message in (
+        (["--out", str(tmp_path / "nowhere" / "x.safetensors")], "nowhere"),
+        (["--out", str(text / "x.safetensors")], "text.txt"),
+        (["--length", "100000"], "a window takes 100000 tokens; the text has"),
+        (["--windows", "0"], "must be at least 1"),
+        (["--text", str(tmp_path / "none.txt")], "none.txt"),
+    ):
+        assert calibration.main([*arguments, "--out", str(tmp_path / "other.safetensors"), *extra]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "other.safetensors").exists()
+
+
 def test_a_constant_costs_nothing():
     """Attention over codes with centres is attention over the decoded vectors, and a large constant leaves no error."""
     key = mx.random.key(4)
