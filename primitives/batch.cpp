@@ -57,11 +57,9 @@ BatchKVCache BatchKVCache::merge(const std::vector<KVCache>& caches, mx::StreamO
 }
 
 void BatchKVCache::append(const mx::array& keys, const mx::array& values, mx::StreamOrDevice s) {
-  const auto rows = encode_store(coding_, keys, values, store_, s);
-  require(rows.batch() == batch(), "[append] batch must stay ", batch(), "; got ", rows.batch());
-  const int added = rows.capacity();
-  store_ = grow(store_, length_, rows, length_ + added, s).write(rows, length_, s);
-  length_ += added;
+  require(keys.ndim() == 0 || keys.shape(0) == batch(), "[append] batch must stay ", batch(), "; got ", keys.shape(0));
+  store_ = append_store(coding_, store_, length_, keys, values, s);
+  length_ += keys.shape(2);
 }
 
 View BatchKVCache::view() const {

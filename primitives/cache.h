@@ -3,7 +3,6 @@
 // A program in C++ uses it directly (examples/cpp); Python's TurboQuantKVCache is a thin wrapper.
 #pragma once
 
-#include <memory>
 #include <optional>
 
 #include "primitives/store.h"
@@ -36,16 +35,9 @@ class KVCache {
   void restore(const Store& store, int length);
 
  private:
-  /// Whether `added` tokens can be written into the buffers held without anybody noticing.
-  bool owns_room(int added) const;
-  void append_in_place(const mx::array& keys, const mx::array& values, mx::StreamOrDevice s);
-
   Coding coding_;
   std::optional<Store> store_;
   int length_ = 0;
-  /// Up to where anybody has written into the buffers, or promised to: shared with the copies that share the buffers.
-  /// Room behind it belongs to the first that takes it.
-  std::shared_ptr<int> frontier_;
 };
 
 /// A coding with checked bits and centres in the form the kernels take.

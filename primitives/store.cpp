@@ -193,4 +193,41 @@ Store grow(const std::optional<Store>& held, int length, const Store& like, int 
   return copy_with_room(held, length, like, needed, s);
 }
 
+namespace {
+
+// An append may overwrite nothing that a view or a copy can see.  Views see only tokens before their length, so room
+// that nobody was promised is free; below that, only arrays that nobody else holds are.
+bool owns_room(const std::optional<Store>& held, int length, int added) {
+  if (!held || length + added > held->capacity()) return false;
+  return (held->frontier && *held->frontier == length) || held->unshared();
+}
+
+}  // namespace
+
+Store append_store(const Coding& coding, const std::optional<Store>& held, int length, const mx::array& keys,
+                   const mx::array& values, mx::StreamOrDevice s) {
+  const auto stream = mx::to_stream(s);
+  check_sides("encode", keys, values);
+  if (held) check_follows(coding, keys.shape(), *held);
+  const int added = keys.shape(2);
+  std::vector<mx::array> arrays{keys, values};
+  if (held) arrays.insert(arrays.end(), {held->keys.codes, held->values.codes});
+  const bool possible = can_append_in_place(arrays, stream);
+  arrays.clear();  // or they would count as holders
+  if (!possible || added == 0) {
+    const auto rows = encode_store(coding, keys, values, held, stream);
+    return grow(held, length, rows, length + added, stream).write(rows, length, stream);
+  }
+  Store next = owns_room(held, length, added) ? *held
+               : held                         ? copy_with_room(held, length, *held, length + added, stream)
+                      : zeros(coding, keys.shape(0), keys.shape(1), round_up(added), keys.shape(3), stream);
+  if (!next.frontier) next.frontier = std::make_shared<int>(length);
+  const bool follows = next.written && int(next.written->size()) == length + 1;
+  next.written =
+      append_kv(keys, values, coding.key_bits, coding.value_bits, coding.seed, coding.key_centre, coding.value_centre,
+                next.keys, next.values, follows ? *next.written : nothing_to_wait_for(length, stream), stream);
+  *next.frontier = length + added;
+  return next;
+}
+
 }  // namespace turboquant::ops

@@ -25,6 +25,9 @@ struct Store {
   PackedArrays keys, values;
   /// When tokens were written in place (append_kv): the array to wait for before the four are read.
   std::optional<mx::array> written = std::nullopt;
+  /// Up to where anybody has written into these buffers, or promised to: shared with the copies that share them.  Room
+  /// behind it belongs to the first that takes it.
+  std::shared_ptr<int> frontier = nullptr;
 
   int batch() const { return keys.scales.shape(0); }
   int heads() const { return keys.scales.shape(1); }
@@ -71,6 +74,11 @@ void check_follows(const Coding& coding, const mx::Shape& shape, const Store& he
 /// Encodes keys and values (B, H_kv, N, D) and checks that they can follow `held`.
 Store encode_store(const Coding& coding, const mx::array& keys, const mx::array& values,
                    const std::optional<Store>& held, mx::StreamOrDevice s = {});
+
+/// The first `length` tokens of `held` and then keys and values, encoded: in place where that is possible and nobody
+/// can notice, else by copies as far as MLX needs them.  Throws as encode_store does.
+Store append_store(const Coding& coding, const std::optional<Store>& held, int length, const mx::array& keys,
+                   const mx::array& values, mx::StreamOrDevice s = {});
 
 /// Which kernel attention used last, for people; null before it ran.
 struct LastKernel {

@@ -15,8 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture(autouse=True)
 def on_cpu():
-    """Tests name another device when they mean one."""
-    mx.set_default_device(mx.cpu)
+    """Tests name another device when they mean one; TURBOQUANT_TEST_DEVICE=gpu runs those of the caches on a GPU."""
+    mx.set_default_device(getattr(mx, os.environ.get("TURBOQUANT_TEST_DEVICE", "cpu")))
 
 
 @pytest.fixture(scope="session")
