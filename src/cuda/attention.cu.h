@@ -98,12 +98,12 @@ struct Schedule {
   }
 };
 
-/// Copies into shared memory without passing registers; of a copy4, `bytes` are read and the rest is zero.
+/// Copies into shared memory without passing registers.
 __device__ inline void copy16(unsigned to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
-__device__ inline void copy4(unsigned to, const void* from, int bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+__device__ inline void copy4(unsigned to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
@@ -148,7 +148,7 @@ struct Rows {
     } else {
 #pragma unroll 1
       for (int word = threadIdx.x & 31; word < tokens * words; word += 32) {
-        copy4(base + 4 * at(word / words, word % words), from + word, 4);
+        copy4(base + 4 * at(word / words, word % words), from + word);
       }
     }
   }
@@ -192,9 +192,12 @@ struct Rows {
 __device__ inline void copy_scales(__half* to, const __half* keys, const __half* values, int tokens) {
   const int lane = threadIdx.x & 31;
   if (aligned_to(keys, 4) && aligned_to(values, 4)) {
-    const int token = 2 * (lane & 15), bytes = min(4, 2 * (tokens - token));
-    if (bytes > 0) {
-      copy4(unsigned(__cvta_generic_to_shared(to + 2 * lane)), (lane < 16 ? keys : values) + token, bytes);
+    const int token = 2 * (lane & 15);
+    const __half* from = (lane < 16 ? keys : values) + token;
+    if (token + 1 < tokens) {
+      copy4(unsigned(__cvta_generic_to_shared(to + 2 * lane)), from);
+    } else if (token < tokens) {
+      to[2 * lane] = *from;  // a shorter copy4 would touch all four bytes all the same
     }
   } else if (lane < tokens) {
     to[lane] = keys[lane];

@@ -104,7 +104,7 @@ struct Decode {
         const unsigned base = unsigned(__cvta_generic_to_shared(to));
         Keys::copy_whole(base, from.keys);
         Values::copy_whole(base + 4 * Keys::size, from.values);
-        copy4(base + 4 * (Keys::size + Values::size + lane), from.scales, 4);
+        copy4(base + 4 * (Keys::size + Values::size + lane), from.scales);
       } else {
         const Source here = source(tile);
         Keys::copy(to, here.keys, min(kTile, tokens));

@@ -1,7 +1,9 @@
 #include "jit.h"
 
 #include <nvrtc.h>
+#include <unistd.h>
 
+#include <atomic>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -121,7 +123,12 @@ std::string compile(const std::string& source, const std::string& architecture) 
     code.assign(std::istreambuf_iterator<char>(file), {});
   } else {
     code = run_compiler(source, architecture);
-    if (folder) std::ofstream(path, std::ios::binary) << code;
+    if (folder) {  // by another name first, since another thread or process may be about to read it
+      static std::atomic<unsigned> written = 0;
+      const auto name = path.string() + "." + std::to_string(getpid()) + "." + std::to_string(written++);
+      std::ofstream(name, std::ios::binary) << code;
+      std::filesystem::rename(name, path);
+    }
   }
   std::lock_guard lock(mutex);
   return known[key] = code;
