@@ -128,7 +128,7 @@ def metadata(args, model):
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {p: version(p) for p in ("mlx", "mlx-lm", "turboquant-kv-mlx")},
-        "commit": command_output("git", "rev-parse", "HEAD"),
+        "commit": command_output("git", "rev-parse", "HEAD") or os.environ.get("TURBOQUANT_COMMIT"),
         "changed_files": len((command_output("git", "status", "--porcelain", "-uno") or "").splitlines()),
         "activations": str(activation_dtype(model)).split(".")[-1],
         "weight_bytes": sum(v.nbytes for _, v in tree_flatten(model.parameters())),
