@@ -7,7 +7,7 @@ namespace {
 
 struct Simd : WordWeights<16> {
   static constexpr bool interleaves = false;
-  static constexpr int score_rows = 1;
+  static constexpr int score_rows = 4;
   using U8 = Vec<uint8_t, 16>;
 
   using Table = const int8_t*;
