@@ -66,7 +66,8 @@ def coder(bits, centre=None, scale="same length", search=0):
 
 
 def searched(y, bits, candidates):
-    """Codes of the best, by squared error, of so many scales from 0.8 to 1.2 times the usual one, then the scale that keeps the length."""
+    """Codes of the best of so many scales, from 0.8 to 1.2 times the usual one, by the squared error that least squares
+    leaves; then the scale that keeps the length."""
     signs = mx.where(mx.random.bernoulli(0.5, (y.shape[-1],), key=mx.random.key(0)), 1.0, -1.0)
     r = mx.hadamard_transform(y * signs)
     positive = np.array(LEVELS[bits], np.float32) / UNITS[bits]
@@ -74,7 +75,7 @@ def searched(y, bits, candidates):
     thresholds = (levels[1:] + levels[:-1]) / 2
     rms = mx.sqrt(mx.square(r).mean(-1, keepdims=True))
     best, error = mx.zeros_like(r), mx.full(rms.shape, float("inf"))
-    for factor in np.linspace(0.8, 1.2, candidates):
+    for factor in np.linspace(0.8, 1.2, candidates) if candidates > 1 else [1.0]:
         u = r / (rms * float(factor))
         index = sum((u > t).astype(mx.int32) for t in thresholds)
         found = levels[index]
@@ -218,6 +219,20 @@ def study_modes(name, c, others):
     raise ValueError(f"unknown study {name!r}")
 
 
+def against(record, other):
+    """What a row changes against another one, window by window: in mean KLD and in perplexity (ratio - 1), each with its
+    standard error.  Rows err alike on the same window, so these are smaller than the rows' own errors."""
+
+    def mean(x):
+        x = x.mean(1, dtype=np.float64)
+        return float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("nan")
+
+    (kld, kld_error), (nll, nll_error) = mean(record.kld - other.kld), mean(record.nll - other.nll)
+    return {"kld_to_first": kld, "kld_to_first_stderr": kld_error, "perplexity_to_first": float(np.expm1(nll))} | {
+        "perplexity_to_first_stderr": float(np.exp(nll)) * nll_error
+    }
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "qwen35-tiny-4bit")
@@ -259,13 +274,15 @@ def main(argv=None):
     with tqdm(total=len(measured) * LENGTH * len(caches), unit="tok", disable=None) as bar:
         records = divergence.compare(model, windows[measured], caches, progress=bar.update)
     base.quantized_scaled_dot_product_attention = hook
-    rows = []
+    rows, first = [], list(records.values())[1]
     for name, record in records.items():
-        rows.append({"row": name, **divergence.summarise(record, records["float16"])})
+        rows.append({"row": name, **divergence.summarise(record, records["float16"]), **against(record, first)})
         r = rows[-1]
         print(
             f"{name:32} {r['mean_kld']:8.5f} +- {r['mean_kld_stderr']:.5f}  {r['perplexity_change']:+8.3%} "
-            f"+- {r['perplexity_change_stderr']:.3%}",
+            f"+- {r['perplexity_change_stderr']:.3%}  against the first row {r['kld_to_first']:+.5f} "
+            f"+- {r['kld_to_first_stderr']:.5f}, {r['perplexity_to_first']:+.3%} +- "
+            f"{r['perplexity_to_first_stderr']:.3%}",
             flush=True,
         )
     write_table(args.out / f"{args.name or args.study}.tsv", rows)
