@@ -113,9 +113,9 @@ __device__ void wait_copies() {
 
 /// Packed rows of a tile in shared memory.  Rows of 32 words would put every token in the same banks, so their 16-byte
 /// chunks are permuted: by the token for keys (lanes read tokens t and 7 - t), by pairs of chunks for values.
-template <int BITS, int D, bool VALUES>
+template <int BITS, int D, bool VALUES, int TOKENS = kTile>
 struct Rows {
-  static constexpr int words = BITS * (D / 32), size = kTile * words;
+  static constexpr int words = BITS * (D / 32), size = TOKENS * words;
   static constexpr bool permuted = words == 32;
   static __device__ int at(int token, int word) {
     if constexpr (!permuted) return token * words + word;
@@ -140,10 +140,10 @@ struct Rows {
     }
   }
 
-  /// Starts the copy of `tokens` (1 to 32) rows by one warp; reads nothing beyond them.
+  /// Starts the copy of `tokens` (1 to TOKENS) rows by one warp; reads nothing beyond them.
   static __device__ void copy(unsigned* to, const unsigned* from, int tokens) {
     const unsigned base = unsigned(__cvta_generic_to_shared(to));
-    if (tokens == kTile && aligned_to(from, 16)) {
+    if (tokens == TOKENS && aligned_to(from, 16)) {
       copy_whole(base, from);
     } else {
 #pragma unroll 1
@@ -188,20 +188,23 @@ struct Rows {
   };
 };
 
-/// Starts the copy of 32 key scales and 32 value scales, of which `tokens` exist, by one warp.
-__device__ inline void copy_scales(__half* to, const __half* keys, const __half* values, int tokens) {
+/// Starts the copy of TOKENS key scales and as many value scales, of which `tokens` exist, by one warp.
+template <int TOKENS = kTile>
+__device__ void copy_scales(__half* to, const __half* keys, const __half* values, int tokens) {
   const int lane = threadIdx.x & 31;
   if (aligned_to(keys, 4) && aligned_to(values, 4)) {
-    const int token = 2 * (lane & 15);
-    const __half* from = (lane < 16 ? keys : values) + token;
-    if (token + 1 < tokens) {
+    const int token = 2 * lane % TOKENS;
+    const __half* from = (2 * lane < TOKENS ? keys : values) + token;
+    if (lane >= TOKENS) {
+      // has none
+    } else if (token + 1 < tokens) {
       copy4(unsigned(__cvta_generic_to_shared(to + 2 * lane)), from);
     } else if (token < tokens) {
       to[2 * lane] = *from;  // a shorter copy4 would touch all four bytes all the same
     }
   } else if (lane < tokens) {
     to[lane] = keys[lane];
-    to[32 + lane] = values[lane];
+    to[TOKENS + lane] = values[lane];
   }
 }
 

@@ -61,36 +61,47 @@ __device__ Number over_vector(Number x) {
   return x;
 }
 
-/// H without its factor: unscaled_hadamard of rotation.h, for all vectors of a warp at once.
-template <int D>
-__device__ void hadamard(float (&v)[8]) {
+/// H without its factor: unscaled_hadamard of rotation.h, for all vectors of a warp at once; of several such sets, too.
+template <int D, int SETS>
+__device__ void hadamard(float (&v)[SETS][8]) {
   using L = Lanes<D>;
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int half = 1; half < 8; half *= 2) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int i = 0; i < 8 * SETS; ++i) {
+      const int j = i % 8;
       if (j & half) continue;
-      const float a = v[j], b = v[j + half];
-      v[j] = a + b;
-      v[j + half] = a - b;
+      const float a = v[i / 8][j], b = v[i / 8][j + half];
+      v[i / 8][j] = a + b;
+      v[i / 8][j + half] = a - b;
     }
   }
 #pragma unroll
   for (int step = 1; step < L::block; step *= 2) {
     const float sign = lane & step ? -1.f : 1.f;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = fmaf(sign, v[j], __shfl_xor_sync(~0u, v[j], step));
+    for (auto& set : v) {
+#pragma unroll
+      for (float& x : set) x = fmaf(sign, x, __shfl_xor_sync(~0u, x, step));
+    }
   }
   if constexpr (L::odd > 1) {
     const int first = lane / L::vector * L::vector, place = lane - first;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      float sum = v[j];
-      for (int k = 1; k < L::odd; ++k) sum += __shfl_sync(~0u, v[j], first + (place + k * L::block) % L::vector);
-      v[j] -= sum * (2.f / L::odd);
+    for (auto& set : v) {
+#pragma unroll
+      for (float& x : set) {
+        float sum = x;
+        for (int k = 1; k < L::odd; ++k) sum += __shfl_sync(~0u, x, first + (place + k * L::block) % L::vector);
+        x -= sum * (2.f / L::odd);
+      }
     }
   }
+}
+template <int D>
+__device__ void hadamard(float (&v)[8]) {
+  hadamard<D>(reinterpret_cast<float(&)[1][8]>(v));
 }
 
 /// Multiplies a lane's eight coordinates, the `eighth`-th of the vector, by the random signs and by `factor`.

@@ -192,13 +192,16 @@ namespace {
 /// The call of the device function that a plan names, after AttentionArgs `a` has been filled.
 std::string attention_call(const AttentionShape& shape, const AttentionSettings& settings, const AttentionPlan& plan) {
   std::ostringstream o;
-  const bool decode = plan.method == AttentionPlan::decode;
+  const char* function = plan.method == AttentionPlan::decode ? "run_decode"
+                         : plan.method == AttentionPlan::many ? "run_rows"
+                                                              : "run_prefill";
   o << "  extern __shared__ __align__(16) unsigned char tq_shared[];\n"
-    << "  turboquant::cuda::" << (decode ? "run_decode" : "run_prefill") << "<" << shape.head_dim << ", "
-    << shape.key_bits << ", " << shape.value_bits << ", " << mask_name(settings.mask) << ", " << plan.shared_bytes
-    << ", ";
-  if (decode) {
+    << "  turboquant::cuda::" << function << "<" << shape.head_dim << ", " << shape.key_bits << ", " << shape.value_bits
+    << ", " << mask_name(settings.mask) << ", " << plan.shared_bytes << ", ";
+  if (plan.method == AttentionPlan::decode) {
     o << plan.warps << ", " << plan.stages;
+  } else if (plan.method == AttentionPlan::many) {
+    o << plan.rows << ", " << plan.stages;
   } else {
     o << plan.row_warps << ", " << plan.token_warps << ", " << truth(plan.method == AttentionPlan::split);
   }
@@ -210,7 +213,9 @@ std::string attention_call(const AttentionShape& shape, const AttentionSettings&
 Kernel scanning_kernel(const char* name, const AttentionShape& shape, const AttentionPlan& plan) {
   Kernel k;
   k.name = name + std::to_string(shape.key_bits) + std::to_string(shape.value_bits);
-  k.header = plan.method == AttentionPlan::decode ? Source::decode : Source::prefill;
+  k.header = plan.method == AttentionPlan::decode ? Source::decode
+             : plan.method == AttentionPlan::many ? Source::rows
+                                                  : Source::prefill;
   k.inputs = {"q", "key_codes", "key_scales", "value_codes", "value_scales", "written", "starts", "mask"};
   set_extent(k, scan_extent(plan));
   k.shared_bytes = plan.shared_bytes;
@@ -220,7 +225,7 @@ Kernel scanning_kernel(const char* name, const AttentionShape& shape, const Atte
 }  // namespace
 
 Extent scan_extent(const AttentionPlan& plan) {
-  const int threads = 32 * (plan.method == AttentionPlan::decode ? plan.warps : plan.row_warps * plan.token_warps);
+  const int threads = 32 * (plan.int8() ? plan.warps : plan.row_warps * plan.token_warps);
   return {{plan.blocks * threads, 1, 1}, {threads, 1, 1}};
 }
 
@@ -229,7 +234,10 @@ Extent merge_extent(const AttentionShape& shape) {
 }
 
 Kernel partial_kernel(const AttentionShape& shape, const AttentionSettings& settings, const AttentionPlan& plan) {
-  Kernel k = scanning_kernel(plan.method == AttentionPlan::decode ? "tq_decode_" : "tq_rows_", shape, plan);
+  Kernel k = scanning_kernel(plan.method == AttentionPlan::decode ? "tq_decode_"
+                             : plan.method == AttentionPlan::many ? "tq_rows_"
+                                                                  : "tq_split_",
+                             shape, plan);
   k.outputs = {"partial"};
   k.source = attention_args(shape, settings) + cache_args(settings) + "  a.partial = partial;\n" +
              attention_call(shape, settings, plan);
@@ -257,7 +265,7 @@ Kernel merge_kernel(const AttentionShape& shape, const AttentionSettings& settin
        "  a.out = out;\n"
        "  __shared__ __align__(16) float shared[turboquant::cuda::merge_shared_floats<"
     << shape.head_dim << ">()];\n  turboquant::cuda::merge_as<" << shape.head_dim << ", " << plan.rows << ", "
-    << (plan.method == AttentionPlan::decode ? 32 : 64) << ">(a, q, blockIdx.x, partial_shape[0], shared);\n";
+    << (plan.int8() ? 32 : 64) << ">(a, q, blockIdx.x, partial_shape[0], shared);\n";
   k.source = o.str();
   set_extent(k, merge_extent(shape));
   return k;

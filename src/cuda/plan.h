@@ -46,19 +46,24 @@ struct AttentionShape {
 struct AttentionPlan {
   enum Method {
     decode,  // decode.cu.h: int8 products, four query rows a block; the cache is divided among blocks, then merged
+    many,    // rows.cu.h: the same for up to 32 query rows a block, which share the unpacked cache
     split,   // prefill.cu.h, divided and merged likewise
     whole,   // prefill.cu.h: a block of query rows goes through all tokens
   };
   Method method = decode;
   int rows = 4;                        // query rows of a block
-  int warps = 8, stages = 3;           // of `decode`
+  int warps = 8, stages = 3;           // of `decode` and `many`
   int row_warps = 8, token_warps = 1;  // of the others: rows = 16 row_warps
   int blocks = 1;
   int slots = 0;  // partial results: blocks + segments; of `whole` none
   int shared_bytes = 0;
 
+  bool int8() const { return method == decode || method == many; }
   const char* name() const {
-    return method == decode ? "cuda int8 decode" : method == split ? "cuda fp16 split" : "cuda fp16 prefill";
+    return method == decode  ? "cuda int8 decode"
+           : method == many  ? "cuda int8 rows"
+           : method == split ? "cuda fp16 split"
+                             : "cuda fp16 prefill";
   }
 };
 
@@ -67,6 +72,15 @@ inline int decode_shared_bytes(const AttentionShape& s, const AttentionPlan& p) 
   const int words = 32 * (words_per_vector(s.key_bits, s.head_dim) + words_per_vector(s.value_bits, s.head_dim)) + 32;
   const int bytes =
       p.warps * p.stages * words * 4 + p.warps * 32 * 8 + 2 * p.rows * s.head_dim + 12 * p.rows + 8 * p.warps * p.rows;
+  return (bytes + 15) / 16 * 16;
+}
+
+/// sizeof(ManyRows::Shared).
+inline int many_shared_bytes(const AttentionShape& s, const AttentionPlan& p) {
+  const int words = 16 * (words_per_vector(s.key_bits, s.head_dim) + words_per_vector(s.value_bits, s.head_dim)) + 16;
+  const int groups = s.head_dim / 32, key_steps = groups > 4 ? 8 : groups > 2 ? 4 : groups;
+  const int bytes = 8 * p.stages * words * 4 + 64 * key_steps * p.rows + 2 * groups * (8 * 32 + 4) * 16 +
+                    2 * 8 * 32 * p.rows + 8 * 16 * 16 + 28 * p.rows + 8 * 8 * p.rows;
   return (bytes + 15) / 16 * 16;
 }
 
@@ -105,11 +119,34 @@ inline AttentionPlan plan_decode(const AttentionShape& s, const Device& device) 
   return p;
 }
 
-/// Up to twenty rows are decoded, four at a time: measured on an H100, six passes take as long as one over fp16 tiles.
-/// More go through fp16 tiles; where shared memory has no room for those (head_dim 256 below 112 KiB), all are decoded.
+/// `many`, if shared memory has room.
+inline bool plan_many(const AttentionShape& s, const Device& device, AttentionPlan& p) {
+  p.method = AttentionPlan::many;
+  p.rows = (std::min(s.rows(), 32) + 7) / 8 * 8;
+  for (int stages : {3, 2}) {
+    p.stages = stages;
+    p.shared_bytes = many_shared_bytes(s, p);
+    if (p.shared_bytes <= device.shared_bytes) break;
+  }
+  if (p.shared_bytes > device.shared_bytes) return false;
+  const int64_t segments = int64_t(s.batch) * s.kv_heads * ((s.rows() + p.rows - 1) / p.rows);
+  const int64_t tiles = (s.kv_len + 31) / 32;
+  p.blocks = divide(s, device, segments, tiles, 4);
+  // Weights up to 255 times levels up to 104 are summed in 32 bits: at most 65,536 tokens a block.
+  p.blocks = int(std::max<int64_t>(p.blocks, (segments * tiles + 2047) / 2048));
+  p.slots = int(p.blocks + segments);
+  return true;
+}
+
+/// Up to four rows are decoded. Up to 32 share one pass in `many` where heads have more than 128 coordinates (measured
+/// with 256). Otherwise up to twenty are decoded, four at a time: measured on an H100, six passes take as long as one
+/// over fp16 tiles. More go through fp16 tiles; where shared memory has no room for those (head_dim 256 below 112 KiB),
+/// all are decoded.
 inline AttentionPlan plan_attention(const AttentionShape& s, const Device& device) {
-  if (s.rows() <= 20) return plan_decode(s, device);
   AttentionPlan p;
+  if (s.rows() > 4 && s.rows() <= 32 && s.head_dim > 128 && plan_many(s, device, p)) return p;
+  if (s.rows() <= 20) return plan_decode(s, device);
+  p = {};
   bool fits = false;
   for (int row_warps : {2, 4, 8}) {
     AttentionPlan next = p;

@@ -136,8 +136,8 @@ def test_the_cache_on_the_gpu():
     mx.set_default_device(mx.cpu)
     assert cache.route in ("metal decode", "cuda int8 decode")
     for queries, routes in (
-        (4, ("metal prefill (simdgroup_matrix)", "cuda int8 decode")),
-        (6, PREFILL),
+        (4, ("metal prefill (simdgroup_matrix)", "cuda int8 rows")),
+        (6, ("metal prefill (simdgroup_matrix)", "cuda int8 rows")),
         (200, PREFILL),
     ):
         view.attend(mx.zeros((1, 16, queries, 256)), 1 / 16, "causal", stream=mx.gpu)
