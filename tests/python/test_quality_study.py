@@ -105,6 +105,8 @@ def test_against(study):
 @pytest.mark.parametrize("name", ["shrink", "recent", "calibration"])
 def test_command(study, monkeypatch, tmp_path, name):
     monkeypatch.setattr(study, "LENGTH", 32)
+    read = study.read_tokens
+    monkeypatch.setattr(study, "read_tokens", lambda tokenizer, path: read(tokenizer, path)[: 32 * 72])
     extra = ["--calibrate-text", str(BENCHMARKS / "README.md"), "--only", "README"] if name == "calibration" else []
     assert study.main(["--study", name, "--windows", "2", "--out", str(tmp_path), "--name", "table", *extra]) == 0
     with (tmp_path / "table.tsv").open(newline="") as file:
