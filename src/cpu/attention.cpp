@@ -28,10 +28,11 @@ struct Split {
     tiles = (rows + kTileRows - 1) / kTileRows;
     tile_rows = (rows + tiles - 1) / tiles;
     const int64_t work = int64_t(p.batch) * p.kv_heads * tiles;
-    // Some 64 tasks, of 256 to 2048 tokens unless there are tiles enough, and at most 4 MiB of partial results.
+    // Some 64 tasks, of 512 to 2048 tokens (each prepares its queries anew) unless there are tiles enough, and at most
+    // 4 MiB of partial results.
     int64_t most = std::max<int64_t>(1, (4 << 20) / (4 * int64_t(p.head_dim) * p.batch * p.query_heads * p.query_len));
     if (work >= 32) most = 1;
-    int64_t tokens = std::clamp<int64_t>(p.kv_len * work / 64, 256, 2048);
+    int64_t tokens = std::clamp<int64_t>(p.kv_len * work / 64, 512, 2048);
     tokens = std::max(tokens, (p.kv_len + most - 1) / most);
     chunk_tokens = int((tokens + kBlock - 1) / kBlock * kBlock);
     chunks = std::max(1, (p.kv_len + chunk_tokens - 1) / chunk_tokens);

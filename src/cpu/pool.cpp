@@ -38,7 +38,7 @@ struct Job {
   const std::function<void(int)>& task;
   const int count;
   std::atomic<int> next{0};
-  int helpers = 0;  // guarded by the pool's mutex
+  std::atomic<int> helpers{0};  // grows under the pool's mutex, while the job is listed
 };
 
 class Pool {
@@ -52,13 +52,21 @@ class Pool {
       const std::lock_guard lock(mutex_);
       while (threads_ < limit - 1) spawn();
       jobs_.push_back(&job);
+      ++posted_;
     }
     for (int i = 0; i < helpers; ++i) wake_.notify_one();
     for (int i; (i = job.next++) < job.count;) job.task(i);
     if (helpers > 0) {
-      std::unique_lock lock(mutex_);
-      jobs_.remove(&job);
-      done_.wait(lock, [&] { return job.helpers == 0; });
+      {
+        const std::lock_guard lock(mutex_);
+        jobs_.remove(&job);
+      }
+      // What helpers still do is at most a task each: falling asleep and being woken would often take longer.
+      const auto done = [&] { return job.helpers == 0; };
+      if (!spin(kTaskSpins, done)) {
+        std::unique_lock lock(mutex_);
+        done_.wait(lock, done);
+      }
     }
     --active_;
   }
@@ -69,11 +77,34 @@ class Pool {
     ++threads_;
   }
 
+  /// Looks up to `times` times whether `done`, some 20 to 40 ns each; says whether it was.
+  template <class Done>
+  static bool spin(int times, const Done& done) {
+    for (int i = 0; i < times; ++i) {
+      if (done()) return true;
+      relax();
+    }
+    return false;
+  }
+
+  static void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
   /// A helper's life: it joins the oldest job that has tasks left, while fewer than `limit` threads are active.
   void help() {
     std::unique_lock lock(mutex_);
     for (;;) {
       Job* job = nullptr;
+      if (const unsigned seen = posted_; !open_job()) {
+        lock.unlock();
+        spin(kIdleSpins, [&] { return posted_ != seen; });
+        lock.lock();
+      }
       wake_.wait(lock, [&] { return active_ < limit && (job = open_job()); });
       ++job->helpers;
       ++active_;
@@ -95,6 +126,9 @@ class Pool {
     }
     return nullptr;
   }
+
+  static constexpr int kTaskSpins = 2000, kIdleSpins = 1000;
+  std::atomic<unsigned> posted_{0};  // jobs, ever
 
   std::mutex mutex_;
   std::condition_variable wake_, done_;
