@@ -22,8 +22,8 @@ struct Rows<4> {
   typedef half4 halves;
 };
 
-/// Pairs of tokens whose values are added at a time, with 2 bits.
-enum Pairs { kPairs = 4 };
+/// With 2 bits: pairs of tokens whose values are added at a time; the sign bits of the two codes of a nibble.
+enum Pairs { kPairs = 4, kBothSigns = 10 };
 
 /// Threadgroup memory.
 template <int KB, int VB, int D, int R>
@@ -135,18 +135,20 @@ void add_values(Shared shared, Codes codes, int block, int count, thread float* 
 }
 
 /// Tables of the dot products of 2-bit keys: for each pair of coordinates that share a nibble, and each nibble, the
-/// R queries times the two levels.
+/// R queries times the two levels.  The nibble with both signs turned has the negative.
 template <int D, int R, class Shared>
 void fill_key_pairs(Shared shared, ushort thread_index) {
-  for (int i = thread_index; i < 8 * D; i += metal_layout::kDecodeThreads) {
-    const int pair = i / 16, nibble = i % 16, coordinate = pair / 16 * 32 + pair % 16;
+  for (int i = thread_index; i < 4 * D; i += metal_layout::kDecodeThreads) {
+    const int pair = i / 8, nibble = i % 8, coordinate = pair / 16 * 32 + pair % 16;
     const float low = float(level(2, nibble & 3)), high = float(level(2, nibble >> 2));
-    typename Rows<R>::halves dots;
+    typename Rows<R>::halves dots, negative;
     TQ_UNROLL
     for (int r = 0; r < R; ++r) {
       dots[r] = half(fma(shared->x[r][coordinate], low, shared->x[r][coordinate + 16] * high));
+      negative[r] = -dots[r];
     }
     shared->key_pairs[pair][nibble] = dots;
+    shared->key_pairs[pair][nibble ^ kBothSigns] = negative;
   }
 }
 
@@ -176,16 +178,20 @@ void add_value_pairs(Shared shared, Codes codes, int block, int count, thread fl
   constexpr int groups = D / 32, words = 2 * groups, lanes = 4 * lanes_per_token(D), pairs = 32 / lanes;
   const int group = min(int(lane) % lanes / 4, groups - 1), part = lane % 4;
   const int word = 2 * group + (part & 1), shift = part & 2;
-  const float first_level = float(level(2, lane & 3)), second_level = float(level(2, lane >> 2 & 3));
+  const int nibble = lane % 8, pair = lane / 8;
+  const float first_level = float(level(2, nibble & 3)), second_level = float(level(2, nibble >> 2));
+  static_assert(8 * kPairs == 32, "a lane makes one entry and its negative");
   for (int begin = 0; begin < metal_layout::kBlock; begin += 2 * kPairs) {
-    for (int i = lane / 16; i < kPairs; i += 2) {
-      const typename Rows<R>::type a = shared->weights[simdgroup][begin + 2 * i],
-                                   b = shared->weights[simdgroup][begin + 2 * i + 1];
-      typename Rows<R>::halves sums;
-      TQ_UNROLL
-      for (int r = 0; r < R; ++r) sums[r] = half(fma(a[r], first_level, b[r] * second_level));
-      shared->value_pairs[simdgroup][16 * i + lane % 16] = sums;
+    const typename Rows<R>::type a = shared->weights[simdgroup][begin + 2 * pair],
+                                 b = shared->weights[simdgroup][begin + 2 * pair + 1];
+    typename Rows<R>::halves sums, negative;
+    TQ_UNROLL
+    for (int r = 0; r < R; ++r) {
+      sums[r] = half(fma(a[r], first_level, b[r] * second_level));
+      negative[r] = -sums[r];
     }
+    shared->value_pairs[simdgroup][16 * pair + nibble] = sums;
+    shared->value_pairs[simdgroup][16 * pair + (nibble ^ kBothSigns)] = negative;
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (int i = lane / lanes; i < kPairs; i += pairs) {
       const int t = begin + 2 * i;

@@ -59,8 +59,8 @@ MUTATIONS = {
     ),
     "2 bits: a barrier less before the pairs' table is read": (
         "decode.metal",
-        "lane % 16] = sums;\n    }\n    simdgroup_barrier(mem_flags::mem_threadgroup);",
-        "lane % 16] = sums;\n    }",
+        "kBothSigns)] = negative;\n    simdgroup_barrier(mem_flags::mem_threadgroup);",
+        "kBothSigns)] = negative;",
     ),
     "2 bits: a barrier less before the pairs' table is written again": (
         "decode.metal",

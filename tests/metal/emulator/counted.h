@@ -129,6 +129,12 @@ struct half {
     emulator::read(this, 2);
     return Float(emulator::widen_half(bits));
   }
+  half operator-() const {
+    emulator::count(emulator::Kind::simple);
+    half h;
+    h.bits = uint16_t(bits ^ 0x8000u);
+    return h;
+  }
 };
 struct bfloat {
   uint16_t bits;

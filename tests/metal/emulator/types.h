@@ -24,8 +24,8 @@ inline To as_type(From from) {
   return to;
 }
 
-/// Storage types of 16 bits.  Conversions are explicit and there is no arithmetic, which makes a kernel say where it
-/// rounds.
+/// Storage types of 16 bits.  Conversions are explicit and there is no arithmetic but a change of sign, which makes a
+/// kernel say where it rounds.
 struct half {
   uint16_t bits;
   half() = default;
@@ -47,6 +47,11 @@ struct half {
     const uint32_t sign = uint32_t(bits & 0x8000u) << 16, rest = bits & 0x7fffu;
     if (rest >= 0x7c00u) return as_type<float>(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
     return as_type<float>(sign | as_type<uint32_t>(as_type<float>(rest << 13) * 5.192296858534828e33f));  // 2^112
+  }
+  half operator-() const {
+    half h;
+    h.bits = uint16_t(bits ^ 0x8000u);
+    return h;
   }
 };
 
