@@ -123,7 +123,9 @@ def metadata(args, model):
         "identity": identity(args),
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "device_info": {k: v for k, v in mx.device_info().items() if isinstance(v, (str, int))},
+        "device_info": {
+            k: v for k, v in mx.device_info().items() if isinstance(v, (str, int)) and k not in ("uuid", "pci_bus_id")
+        },
         "blas": Path(os.environ.get("LD_PRELOAD", "")).name or "as MLX was built",
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -195,7 +197,13 @@ def sweep(args):
         if not rows:
             writer.writeheader()
         warm = list(dict.fromkeys(mode for *_, modes in plan for mode in modes))
-        measure(model, args, warm, prompt[: 2 * args.step], 2 * args.step, False)  # the rows will record what fails
+        # What fails in the warm-up, the rows will record.  On a GPU MLX compiles a kernel when it first meets a size, which
+        # takes seconds, and a prompt's last chunk has its own.
+        lengths = [2 * args.step]
+        if mx.default_device() == mx.gpu:
+            lengths += [args.step + n % args.step for _, n, synthetic in contexts(args) if not synthetic]
+        for length in dict.fromkeys(lengths):
+            measure(model, args, warm, prompt[:length], length, False)
         for scale, tokens, synthetic, repetition, modes in plan:
             if time.perf_counter() - started > args.stop_after:
                 print("[curve] stopped by --stop-after; the same command goes on from here", file=sys.stderr)
