@@ -212,6 +212,8 @@ def _watch_server(module, seen, replaced):
 
     import mlx.core as mx
 
+    from . import requests
+
     if mx.distributed.init().rank() == 0:
         try:
             _check_port(seen.host, seen.port)
@@ -244,6 +246,8 @@ def _watch_server(module, seen, replaced):
 
     replaced["ModelProvider"] = provider
     module.ModelProvider = Watched
+    replaced["ResponseGenerator"] = module.ResponseGenerator
+    module.ResponseGenerator = requests.checked(module)
     return failed
 
 

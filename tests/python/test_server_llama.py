@@ -1,6 +1,8 @@
 """The server with a small Llama, whose caches can all be trimmed: tokens of concurrent clients, of reused prefixes and
 of refused requests' neighbours are those of the one-request path, without exception."""
 
+import json
+
 import mlx.core as mx
 import pytest
 from mlx_lm import load
@@ -96,3 +98,46 @@ def test_a_request_for_a_model_that_cannot_be_packed_harms_nobody(served, alone,
     assert status >= 400 and b"head_dim must be a multiple of 32 from 32 to 256; got 80" in answer
     assert got == want[:2] + want[3:]
     assert [complete(served, prompt) for prompt in prompts[:4]] == want
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ({"prompt": ["one", "two"]}, "prompt must be one string; got list"),
+        ({"prompt": ""}, "the prompt must have at least one token; got none"),
+        ({"top_k": 8192}, "top_k must be less than the vocabulary's 8192 tokens; got 8192"),
+        ({"stop": 5}, "stop must be a string or a list of strings; got 5"),
+        ({"stop": ["end", 5]}, "stop must be a string or a list of strings; got ['end', 5]"),
+        ({"logit_bias": {"8192": 1}}, "logit_bias must be of tokens from 0 to 8191; got 8192"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias must be of tokens from 0 to 8191; got -1"),
+        ({"seed": -1}, "seed must be from 0 to 2^64 - 1; got -1"),
+    ],
+)
+def test_a_request_that_mlx_lms_thread_would_die_of_harms_nobody(served, alone, prompts, body, message):
+    """Sent while others are answered; they and those who come later get what they asked for."""
+    want = [alone(prompt) for prompt in prompts[:4]]
+
+    def ask(i):
+        if i == 2:
+            request = {"prompt": prompts[2], "max_tokens": 4, "temperature": 1.0} | body
+            return served.ask("/v1/completions", **request)
+        return complete(served, prompts[i])
+
+    got = at_once(ask, range(4))
+    status, answer = got.pop(2)
+    assert status >= 400 and message in json.loads(answer)["error"]
+    assert got == want[:2] + want[3:]
+    assert complete(served, prompts[2]) == want[2] and served.generator.generation_available()
+
+
+def test_the_largest_top_k_and_biased_tokens_are_served(served, prompts):
+    answer = served.post(
+        "/v1/completions",
+        prompt=prompts[0],
+        max_tokens=3,
+        top_k=8191,
+        temperature=1.0,
+        logit_bias={"8191": 1e4, "0": -1e4},
+        logprobs=True,
+    )
+    assert [token["id"] for token in answer["choices"][0]["logprobs"]["content"]] == [8191] * 3

@@ -1,0 +1,47 @@
+"""Checks of a server's requests.  mlx-lm's one generating thread serves every client, and what it meets in a request
+after queueing it, outside of its own checks, ends that thread or the process: a list for a prompt, an empty prompt, stop
+words that are no strings, top_k beyond the vocabulary, a logit_bias of a token that does not exist (an index that MLX
+does not check).  Here each is an error of that request alone."""
+
+import mlx.core as mx
+
+
+def checked(module):
+    """`module.ResponseGenerator` of mlx_lm.server, which refuses such requests with ValueError: the client gets the
+    message, the others their answers."""
+
+    class Checked(module.ResponseGenerator):
+        def generate(self, request, generation_args, progress_callback=None):
+            if request.request_type == "text" and not isinstance(request.prompt, str):
+                raise ValueError(f"prompt must be one string; got {type(request.prompt).__name__}")
+            words = generation_args.stop_words
+            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+                raise ValueError(f"stop must be a string or a list of strings; got {words!r}")
+            seed = generation_args.seed
+            if seed is not None and not 0 <= seed < 2**64:
+                raise ValueError(f"seed must be from 0 to 2^64 - 1; got {seed}")
+            return super().generate(request, generation_args, progress_callback)
+
+        def _tokenize(self, tokenizer, request, args):
+            """Runs in the generating thread, with the request's model loaded, where mlx-lm catches what it raises."""
+            found = super()._tokenize(tokenizer, request, args)
+            if not found[0]:
+                raise ValueError("the prompt must have at least one token; got none")
+            if args.sampling.top_k > 0 or args.logits.logit_bias:
+                _check_vocabulary(args, _vocabulary(self.model_provider.model))
+            return found
+
+    return Checked
+
+
+def _check_vocabulary(args, size):
+    if args.sampling.top_k >= size:
+        raise ValueError(f"top_k must be less than the vocabulary's {size} tokens; got {args.sampling.top_k}")
+    strange = [token for token in args.logits.logit_bias or {} if not 0 <= token < size]
+    if strange:
+        raise ValueError(f"logit_bias must be of tokens from 0 to {size - 1}; got {strange[0]}")
+
+
+def _vocabulary(model):
+    """The number of logits, from the shape of a graph that nobody computes."""
+    return model(mx.zeros((1, 1), mx.int32)).shape[-1]
