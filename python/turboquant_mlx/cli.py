@@ -5,6 +5,7 @@ import argparse
 import functools
 import importlib
 import json
+import os
 import socket
 import sys
 import threading
@@ -34,7 +35,7 @@ def tq_options():
     group.add_argument("--tq-value-bits", type=int, choices=(2, 3, 4), help="bits of values (default: --tq-bits)")
     group.add_argument(
         "--tq-start",
-        type=_tokens,
+        type=_tokens(0),
         metavar="N",
         help="hold up to N tokens as plain floats, then pack (the server then answers one request at a time; not "
         "together with --max-kv-size)",
@@ -55,14 +56,19 @@ def tq_options():
     return parser
 
 
-def _tokens(text):
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number of tokens; got {text!r}") from None
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0; got {value}")
-    return value
+def _tokens(least):
+    """Reads a number of tokens from an option."""
+
+    def read(text):
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number of tokens; got {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}; got {value}")
+        return value
+
+    return read
 
 
 def _centres(args, where):
@@ -121,6 +127,7 @@ def _peek(command, rest):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--max-kv-size", type=int)
     parser.add_argument("--draft-model")
+    parser.add_argument("--prompt-cache-file")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
     for flag in ("--kv-bits", "--kv-group-size", "--quantized-kv-start"):
@@ -152,6 +159,10 @@ def _run_program(command, argv):
     if {"-h", "--help"} & set(rest):
         print(options.format_help().split("\n\n", 1)[1])
     seen = _peek(command, rest)
+    if command == "cache-prompt" and seen.prompt_cache_file:  # before the work, which may take long
+        folder = Path(seen.prompt_cache_file).parent
+        if not os.access(folder, os.W_OK):
+            _fail(command, f"cannot write to {folder}")
     if command == "server" and seen.draft_model:
         # mlx-lm 0.32.2 files such caches one token short of their key, and the next request to share the prefix
         # answers from the wrong place, with float caches too.
@@ -259,9 +270,9 @@ def _parser(command, description):
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=command == "batch", help="a local model directory or Hugging Face repo")
-    parser.add_argument("--max-tokens", "-m", type=int, default=100)
-    parser.add_argument("--max-kv-size", type=int, help="tokens a cache holds at most")
-    parser.add_argument("--prefill-step-size", type=int, default=2048)
+    parser.add_argument("--max-tokens", "-m", type=_tokens(1), default=100)
+    parser.add_argument("--max-kv-size", type=_tokens(1), help="tokens a cache holds at most")
+    parser.add_argument("--prefill-step-size", type=_tokens(1), default=2048)
     parser.add_argument("--ignore-chat-template", action="store_true")
     return parser
 

@@ -31,6 +31,8 @@ def _check_complete(file_name):
             raise ValueError(f"[load_prompt_cache] {file_name} is no complete safetensors file") from error
     if size < end:
         raise ValueError(f"[load_prompt_cache] {file_name} is truncated: it has {size} of {end} bytes")
+    if size > end:
+        raise ValueError(f"[load_prompt_cache] {file_name} was altered: it has {size} bytes and describes {end}")
 
 
 def _kind(cache):

@@ -328,6 +328,13 @@ def test_a_truncated_file_is_refused(saved, kept):
         load_prompt_cache(saved)
 
 
+def test_a_file_with_bytes_behind_its_end_is_refused(saved):
+    whole = saved.read_bytes()
+    saved.write_bytes(whole + b"x")
+    with pytest.raises(ValueError, match=f"was altered: it has {len(whole) + 1} bytes and describes {len(whole)}"):
+        load_prompt_cache(saved)
+
+
 def rewritten(cache, **changes):
     """The state of a cache with other fields and a checksum that fits them."""
     from turboquant_mlx.identity import Identity
