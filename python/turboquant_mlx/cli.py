@@ -199,7 +199,7 @@ def _run_program(command, argv):
     for name, original in replaced.items():
         setattr(module, name, checked_cache if name == "load_prompt_cache" else prepared(original))
     serving = command == "server" and not {"-h", "--help"} & set(rest)
-    failed = _watch_server(module, seen, replaced) if serving else []
+    failed, over = _watch_server(module, seen, replaced) if serving else ([], threading.Event())
     argv, sys.argv = sys.argv, [f"python -m turboquant_mlx {command}", *rest]
     try:
         module.main()
@@ -209,6 +209,7 @@ def _run_program(command, argv):
     except (ValueError, OSError) as error:
         _fail(command, error)
     finally:
+        over.set()
         sys.argv = argv
         for name, original in replaced.items():
             setattr(module, name, original)
@@ -218,7 +219,7 @@ def _run_program(command, argv):
 
 def _watch_server(module, seen, replaced):
     """Refuses a taken port first; stops the server when its own model cannot be loaded, rather than leave it
-    up and deaf.  Returns the list that such a failure lands in."""
+    up and deaf.  Returns the list that such a failure lands in, and the event to set when the server is over."""
     import _thread
 
     import mlx.core as mx
@@ -230,7 +231,15 @@ def _watch_server(module, seen, replaced):
             _check_port(seen.host, seen.port)
         except OSError as error:
             _fail("server", f"cannot listen on {seen.host}:{seen.port}: {error.strerror or error}")
-    failed = []
+    failed, over = [], threading.Event()
+
+    def interrupt():
+        # mlx-lm starts its thread before its HTTP loop, which alone can catch this; one that comes too early is lost.
+        wait = 1.0
+        while not over.wait(wait):
+            _thread.interrupt_main()
+            wait = 5.0
+
     provider = module.ModelProvider
     load_default = provider.load_default
 
@@ -239,8 +248,7 @@ def _watch_server(module, seen, replaced):
             load_default(self)
         except Exception as error:
             failed.append(error)
-            # mlx-lm starts this thread before its HTTP loop; interrupt once that loop can catch it.
-            threading.Timer(1.0, _thread.interrupt_main).start()
+            threading.Thread(target=interrupt, daemon=True).start()
             raise
 
     class Watched(provider):
@@ -259,7 +267,7 @@ def _watch_server(module, seen, replaced):
     module.ModelProvider = Watched
     replaced["ResponseGenerator"] = module.ResponseGenerator
     module.ResponseGenerator = requests.checked(module)
-    return failed
+    return failed, over
 
 
 def _parser(command, description):
