@@ -85,7 +85,7 @@ struct CodecKey {
 
 /// What the text of an attention kernel depends on: of the shape, only what selects code.
 struct AttentionKey {
-  bool merge, one_row;
+  bool merge, one_row, even;
   cuda::AttentionSettings settings;
   int query_heads, kv_heads, query_len, head_dim, key_bits, value_bits;
   int method, rows, warps, stages, row_warps, token_warps, shared_bytes;
@@ -94,7 +94,7 @@ struct AttentionKey {
 
 AttentionKey key_of(bool merge, const cuda::AttentionShape& s, const cuda::AttentionSettings& settings,
                     const cuda::AttentionPlan& p) {
-  return {merge,      s.batch == 1, settings,      s.query_heads, s.kv_heads, std::min(s.query_len, 9),
+  return {merge,      s.batch == 1, p.parts > 0,   settings,      s.query_heads, s.kv_heads, std::min(s.query_len, 9),
           s.head_dim, s.key_bits,   s.value_bits,  p.method,      p.rows,     p.warps,
           p.stages,   p.row_warps,  p.token_warps, p.shared_bytes};
 }

@@ -16,6 +16,7 @@ struct Decode {
   static constexpr int kRows = 4;
   using Keys = Rows<KEY_BITS, D, false>;
   using Values = Rows<VALUE_BITS, D, true>;
+  using Source = TileSource<Keys, Values, kTile>;
   using KeyShare = Share<D, 4>;
   using ValueShare = Share<D, 8>;
   static constexpr int kKeySteps = KeyShare::per_thread * KeyShare::words;
@@ -42,7 +43,7 @@ struct Decode {
 
   const AttentionArgs& a;
   Shared& shared;
-  int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  int lane = threadIdx.x & 31, warp = warp_index(), g = lane / 4, t = lane % 4;
 
   // Of the segment in hand.
   int b, kv_head, first_row;
@@ -54,67 +55,17 @@ struct Decode {
 
   __device__ Decode(const AttentionArgs& args, Shared& memory) : a(args), shared(memory) {}
 
-  __device__ void run(int block, int launched) {
-    const Schedule<kTile> schedule(a, kRows, launched);
-    if (block >= schedule.blocks) return;
-    unsigned tile = schedule.begin(block), base = 0;
-    const unsigned end = schedule.begin(block + 1);
-    for (int row = 0; tile < end; ++row) {
-      const Range r = schedule.tiles(a, row);
-      const unsigned count = r.last - r.first, all = count * schedule.segments_per_row;
-      while (tile < end && tile < base + all) {
-        const int local = int((tile - base) / count);
-        const unsigned start = base + local * count, stop = min(end, start + count);
-        segment(row, local, r.first + int(tile - start), r.first + int(stop - start),
-                block + row * schedule.segments_per_row + local);
-        tile = stop;
-      }
-      base += all;
-    }
-  }
-
-  /// Where a warp's next tile is copied from; of scales, this lane's four bytes (lanes 0 to 15: keys; the rest:
-  /// values).
-  struct Source {
-    const unsigned *keys, *values;
-    const __half* scales;
-    bool aligned;  // for wide copies
-  };
-
-  __device__ Source source(int tile) const {
-    const long long row = (long long)tile * kTile;
-    const __half* key_scales = a.key_scales + b * a.key_scale_strides[0] + kv_head * a.key_scale_strides[1] + row;
-    const __half* value_scales =
-        a.value_scales + b * a.value_scale_strides[0] + kv_head * a.value_scale_strides[1] + row;
-    Source from;
-    from.keys = a.key_codes + b * a.key_code_strides[0] + kv_head * a.key_code_strides[1] + row * Keys::words;
-    from.values = a.value_codes + b * a.value_code_strides[0] + kv_head * a.value_code_strides[1] + row * Values::words;
-    from.scales = (lane < 16 ? key_scales : value_scales) + 2 * (lane & 15);
-    from.aligned = aligned_to(from.keys, 16) && aligned_to(from.values, 16) && aligned_to(key_scales, 4) &&
-                   aligned_to(value_scales, 4);
-    return from;
+  __device__ void run() {
+    for_each_piece<kTile, kRows>(a, [this](int row, int local, int first_tile, int last_tile, int slot) {
+      segment(row, local, first_tile, last_tile, slot);
+    });
   }
 
   /// Starts the copy of a tile into a stage of the ring, if there is one; `from` goes on to this warp's next.
   __device__ void start_copy(Source& from, int tile, int last, int stage) {
     if (tile < last) {
-      unsigned* to = shared.ring[warp][stage];
-      const int tokens = a.kv_len - tile * kTile;
-      if (from.aligned && tokens >= kTile) {
-        const unsigned base = unsigned(__cvta_generic_to_shared(to));
-        Keys::copy_whole(base, from.keys);
-        Values::copy_whole(base + 4 * Keys::size, from.values);
-        copy4(base + 4 * (Keys::size + Values::size + lane), from.scales);
-      } else {
-        const Source here = source(tile);
-        Keys::copy(to, here.keys, min(kTile, tokens));
-        Values::copy(to + Keys::size, here.values, min(kTile, tokens));
-        const __half* key_scales = a.key_scales + b * a.key_scale_strides[0] + kv_head * a.key_scale_strides[1];
-        const __half* value_scales = a.value_scales + b * a.value_scale_strides[0] + kv_head * a.value_scale_strides[1];
-        copy_scales(reinterpret_cast<__half*>(to + Keys::size + Values::size), key_scales + (long long)tile * kTile,
-                    value_scales + (long long)tile * kTile, min(kTile, tokens));
-      }
-      from.keys += WARPS * Keys::size, from.values += WARPS * Values::size, from.scales += WARPS * kTile;
+      from.copy(a, b, kv_head, tile, shared.ring[warp][stage]);
+      from.advance(WARPS);
     }
     commit_copies();
   }
@@ -172,14 +123,14 @@ struct Decode {
     row_query = row / a.group(), row_head = kv_head * a.group() + row % a.group();
     row_range = visible_keys(a, b, row_query);
 
-    // The queries' load goes first, for the first product waits for it; nothing here waits for it before the copies.
+    // All addresses are made before the first branch: at a kernel's start each parameter is a miss of the constant cache,
+    // and misses overlap only within a block of code.  The queries' load goes first, for the first product waits for
+    // it; nothing here waits for it before the copies.
+    const int mine = first_tile + warp, q_row = first_row + warp;
+    Source from(a, b, kv_head, mine);
+    const T* q_from = a.query_at<T>(b, kv_head * a.group() + q_row % a.group(), q_row / a.group(), 8 * lane);
     Raw8<T> q = {};
-    const int q_row = first_row + warp;
-    if (warp < kRows && q_row < a.rows() && lane < D / 8) {
-      q = a.load_query<T>(b, kv_head * a.group() + q_row % a.group(), q_row / a.group(), 8 * lane);
-    }
-    const int mine = first_tile + warp;
-    Source from = source(mine);
+    if (warp < kRows && q_row < a.rows() && lane < D / 8) q.load(q_from, a.q_strides[3]);
     start_copy(from, mine, last_tile, 0);  // one: more would delay the queries
     if (warp < kRows) prepare_query(q, warp);
     __syncthreads();
@@ -481,7 +432,7 @@ __device__ void run_decode(const AttentionArgs& a, const T*, const MaskT*, unsig
   using Kernel = Decode<D, KEY_BITS, VALUE_BITS, T, MASK, MaskT, WARPS, STAGES>;
   static_assert(sizeof(typename Kernel::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
   Kernel kernel(a, *reinterpret_cast<typename Kernel::Shared*>(shared));
-  kernel.run(blockIdx.x, gridDim.x);
+  kernel.run();
 }
 
 }  // namespace turboquant::cuda

@@ -1,7 +1,8 @@
 // Int8 tensor core products, and which codes of a row each thread brings to them.
 #pragma once
 
-#include "cuda/attention.cu.h"
+#include "cuda/schedule.cu.h"
+#include "cuda/tiles.cu.h"
 
 namespace turboquant::cuda {
 

@@ -37,9 +37,11 @@ int codec_blocks(int head_dim, int64_t vectors) {
 }
 
 /// Fills AttentionArgs `a` with what every attention kernel has.
-std::string attention_args(const AttentionShape& shape, const AttentionSettings& s) {
+std::string attention_args(const AttentionShape& shape, const AttentionSettings& s, const AttentionPlan& plan) {
   std::ostringstream o;
   o << "  turboquant::cuda::AttentionArgs a = {};\n"
+       "  a.even = "
+    << truth(plan.parts > 0) << ";\n"
        "  a.batch = "
     << (shape.batch == 1 ? "1" : "q_shape[0]")  // one row spares the loops over rows
     << ", a.query_heads = " << shape.query_heads << ", a.kv_heads = " << shape.kv_heads
@@ -226,7 +228,8 @@ Kernel scanning_kernel(const char* name, const AttentionShape& shape, const Atte
 
 Extent scan_extent(const AttentionPlan& plan) {
   const int threads = 32 * (plan.int8() ? plan.warps : plan.row_warps * plan.token_warps);
-  return {{plan.blocks * threads, 1, 1}, {threads, 1, 1}};
+  const int columns = plan.parts ? plan.blocks / plan.parts : 1;
+  return {{plan.blocks / columns * threads, columns, 1}, {threads, 1, 1}};
 }
 
 Extent merge_extent(const AttentionShape& shape) {
@@ -239,7 +242,7 @@ Kernel partial_kernel(const AttentionShape& shape, const AttentionSettings& sett
                                                                   : "tq_split_",
                              shape, plan);
   k.outputs = {"partial"};
-  k.source = attention_args(shape, settings) + cache_args(settings) + "  a.partial = partial;\n" +
+  k.source = attention_args(shape, settings, plan) + cache_args(settings) + "  a.partial = partial;\n" +
              attention_call(shape, settings, plan);
   return k;
 }
@@ -248,7 +251,7 @@ Kernel whole_kernel(const AttentionShape& shape, const AttentionSettings& settin
   Kernel k = scanning_kernel("tq_prefill_", shape, plan);
   k.inputs.insert(k.inputs.end(), {"sinks", "key_centre", "value_centre"});
   k.outputs = {"out"};
-  k.source = attention_args(shape, settings) + cache_args(settings) + row_args(settings) + "  a.out = out;\n" +
+  k.source = attention_args(shape, settings, plan) + cache_args(settings) + row_args(settings) + "  a.out = out;\n" +
              attention_call(shape, settings, plan);
   return k;
 }
@@ -260,7 +263,7 @@ Kernel merge_kernel(const AttentionShape& shape, const AttentionSettings& settin
   k.inputs = {"q", "written", "partial", "starts", "sinks", "key_centre", "value_centre"};
   k.outputs = {"out"};
   std::ostringstream o;
-  o << attention_args(shape, settings) << row_args(settings)
+  o << attention_args(shape, settings, plan) << row_args(settings)
     << "  a.partial = const_cast<float*>(partial);\n"
        "  a.out = out;\n"
        "  __shared__ __align__(16) float shared[turboquant::cuda::merge_shared_floats<"

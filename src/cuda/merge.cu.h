@@ -1,7 +1,7 @@
 // The end of an attention: partial results become output rows.
 #pragma once
 
-#include "cuda/attention.cu.h"
+#include "cuda/schedule.cu.h"
 
 namespace turboquant::cuda {
 
@@ -50,23 +50,13 @@ __host__ __device__ constexpr int merge_shared_floats() {
 /// [batch, query_heads, query_len], `slots` the partial results there are room for.
 template <int D, int ROWS, int TILE, class T>
 __device__ void merge(const AttentionArgs& a, int row, int slots, float* shared) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x & 31, warp = warp_index();
   const int query = row % a.query_len, head = row / a.query_len % a.query_heads, b = row / a.query_len / a.query_heads;
   const int kv_head = head / a.group(), in_group = query * a.group() + head % a.group();
   const bool has = lane < D / 8;
 
-  const int row_blocks = (a.rows() + ROWS - 1) / ROWS;
-  const Schedule<TILE> schedule(a, ROWS, slots - a.batch * a.kv_heads * row_blocks);
-  const int segment = (b * a.kv_heads + kv_head) * row_blocks + in_group / ROWS;
-  unsigned begin = 0, tiles = 0;
-  for (int i = 0; i <= b; ++i) {
-    begin += tiles * (i ? schedule.segments_per_row : 0);
-    const Range r = schedule.tiles(a, i);
-    tiles = r.last - r.first;
-  }
-  begin += tiles * (segment - b * schedule.segments_per_row);
-  const int first = tiles ? schedule.block_of(begin) : 0;
-  const int last = tiles ? schedule.block_of(begin + tiles - 1) + 1 : 0;
+  const int segment = kv_head * ((a.rows() + ROWS - 1) / ROWS) + in_group / ROWS;
+  const auto [first, last] = partial_slots<TILE, ROWS>(a, b, segment, slots);
 
   // Each warp merges every eighth partial result, five at a time so that their loads overlap.
   float top = kNothing, sum = 0, v[8] = {};
@@ -78,10 +68,9 @@ __device__ void merge(const AttentionArgs& a, int row, int slots, float* shared)
     for (int k = 0; k < 5; ++k) {
       sums[k] = make_float2(kNothing, 0);
       if (i + 8 * k >= last) continue;
-      const long long slot = (long long)(i + 8 * k + segment) * ROWS + in_group % ROWS;
-      const float* result = a.partial_row<D>(slot);
+      const float* result = a.partial_row<D>((long long)(i + 8 * k) * ROWS + in_group % ROWS);
       sums[k] = *reinterpret_cast<const float2*>(result + D);
-      if (has) load8(result + 8 * lane, x[k]);
+      if (has) load8(static_cast<const float*>(__builtin_assume_aligned(result + 8 * lane, 16)), x[k]);
     }
     const float old = top;
 #pragma unroll

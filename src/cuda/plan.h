@@ -55,7 +55,8 @@ struct AttentionPlan {
   int warps = 8, stages = 3;           // of `decode` and `many`
   int row_warps = 8, token_warps = 1;  // of the others: rows = 16 row_warps
   int blocks = 1;
-  int slots = 0;  // partial results: blocks + segments; of `whole` none
+  int parts = 0;  // of every segment, when they are divided evenly (schedule.cu.h), else 0
+  int slots = 0;  // partial results: blocks, and segments unless divided evenly; of `whole` none
   int shared_bytes = 0;
 
   bool int8() const { return method == decode || method == many; }
@@ -92,14 +93,20 @@ inline int prefill_shared_bytes(const AttentionShape& s, const AttentionPlan& p)
   return (bytes + 15) / 16 * 16;
 }
 
-/// Blocks that divide `segments` of `tiles` tiles each, at least `least` tiles a block.
-inline int divide(const AttentionShape& s, const Device& device, int64_t segments, int64_t tiles, int least) {
+/// Divides `segments` of `tiles` tiles each among blocks: at least `least` tiles a block where that leaves enough to do,
+/// and at most `most`, whose sums fit.
+inline void divide(const AttentionShape& s, const Device& device, int64_t segments, int64_t tiles, int least, int most,
+                   AttentionPlan& p) {
   const int64_t useful = std::max<int64_t>(1, segments * tiles / least);
-  const int64_t blocks = std::min<int64_t>(device.multiprocessors, useful);
-  if (s.ragged || segments > blocks) return int(blocks);
-  // Whole splits of every segment spare a block the change of segment, unless that leaves many processors idle.
-  const int64_t whole = blocks / segments * segments;
-  return int(10 * whole >= 9 * blocks || blocks < device.multiprocessors ? whole : blocks);
+  const int64_t blocks =
+      std::max(std::min<int64_t>(device.multiprocessors, useful), (segments * tiles + most - 1) / most);
+  // Equal parts of every segment spare a block the search for its run, unless that leaves many processors idle.
+  const int64_t parts = blocks / segments;
+  const bool even = !s.ragged && parts > 0 && (10 * parts * segments >= 9 * blocks || blocks < device.multiprocessors) &&
+                    parts * int64_t(most) >= tiles;
+  p.parts = even ? int(parts) : 0;
+  p.blocks = int(even ? parts * segments : blocks);
+  p.slots = int(even ? p.blocks : blocks + segments);
 }
 
 inline AttentionPlan plan_decode(const AttentionShape& s, const Device& device) {
@@ -111,11 +118,9 @@ inline AttentionPlan plan_decode(const AttentionShape& s, const Device& device) 
   }
   const int64_t segments = int64_t(s.batch) * s.kv_heads * ((s.rows() + p.rows - 1) / p.rows);
   const int64_t tiles = (s.kv_len + 31) / 32;
-  // Below four tiles a block, merging costs more than the shorter run saves.
-  p.blocks = divide(s, device, segments, tiles, 4);
-  // Weights are summed in 32 bits: at most 32,768 tokens a warp.
-  p.blocks = int(std::max<int64_t>(p.blocks, (segments * tiles + 1024 * p.warps - 1) / (1024 * p.warps)));
-  p.slots = int(p.blocks + segments);
+  // Below four tiles a block, merging costs more than the shorter run saves. Weights are summed in 32 bits: at most
+  // 32,768 tokens a warp.
+  divide(s, device, segments, tiles, 4, 1024 * p.warps, p);
   return p;
 }
 
@@ -131,10 +136,8 @@ inline bool plan_many(const AttentionShape& s, const Device& device, AttentionPl
   if (p.shared_bytes > device.shared_bytes) return false;
   const int64_t segments = int64_t(s.batch) * s.kv_heads * ((s.rows() + p.rows - 1) / p.rows);
   const int64_t tiles = (s.kv_len + 31) / 32;
-  p.blocks = divide(s, device, segments, tiles, 4);
   // Weights up to 255 times levels up to 104 are summed in 32 bits: at most 65,536 tokens a block.
-  p.blocks = int(std::max<int64_t>(p.blocks, (segments * tiles + 2047) / 2048));
-  p.slots = int(p.blocks + segments);
+  divide(s, device, segments, tiles, 4, 2048, p);
   return true;
 }
 
@@ -168,8 +171,7 @@ inline AttentionPlan plan_attention(const AttentionShape& s, const Device& devic
     return p;
   }
   p.method = AttentionPlan::split;
-  p.blocks = divide(s, device, segments, tiles, 2);
-  p.slots = int(p.blocks + segments);
+  divide(s, device, segments, tiles, 2, 1 << 20, p);
   return p;
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/merge.cu.h"
+#include "cuda/tiles.cu.h"
 
 namespace turboquant::cuda {
 
@@ -73,7 +74,7 @@ struct Prefill {
 
   const AttentionArgs& a;
   Shared& shared;
-  int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, m = warp % WM, n = warp / WM;
+  int lane = threadIdx.x & 31, warp = warp_index(), g = lane / 4, t = lane % 4, m = warp % WM, n = warp / WM;
 
   int b, kv_head, first_row;
   Range row_range[2];  // of this thread's rows, g and g + 8 of its warp's 16
@@ -103,35 +104,22 @@ struct Prefill {
     }
   }
 
-  /// This block's run of the tiles of all segments, to partial results.
-  __device__ void run_split(int block, int launched) {
-    const Schedule<kPrefillTile> schedule(a, kRows, launched);
-    if (block >= schedule.blocks) return;
+  /// This block's pieces of the cache, to partial results.
+  __device__ void run_split() {
     const int row_blocks = (a.rows() + kRows - 1) / kRows;
-    unsigned tile = schedule.begin(block), base = 0;
-    const unsigned end = schedule.begin(block + 1);
-    for (int row = 0; tile < end; ++row) {
-      const Range r = schedule.tiles(a, row);
-      const unsigned count = r.last - r.first, all = count * schedule.segments_per_row;
-      while (tile < end && tile < base + all) {
-        const int local = int((tile - base) / count);
-        const unsigned start = base + local * count, stop = min(end, start + count);
-        begin(row, local / row_blocks, local % row_blocks);
-        scan(r.first + int(tile - start), r.first + int(stop - start));
-        gather();
-        const long long slot = block + row * schedule.segments_per_row + local;
-        for (int i = threadIdx.x; i < kRows * D / 4; i += kThreads) {
-          reinterpret_cast<float4*>(a.partial_row<D>(slot * kRows + i / (D / 4)))[i % (D / 4)] =
-              *reinterpret_cast<const float4*>(&shared.result[i / (D / 4)][i % (D / 4) * 4]);
-        }
-        for (int i = threadIdx.x; i < kRows; i += kThreads) {
-          *reinterpret_cast<float2*>(a.partial_row<D>(slot * kRows + i) + D) = shared.sums[0][i];
-        }
-        __syncthreads();
-        tile = stop;
+    for_each_piece<kPrefillTile, kRows>(a, [&](int row, int local, int first_tile, int last_tile, int slot) {
+      begin(row, local / row_blocks, local % row_blocks);
+      scan(first_tile, last_tile);
+      gather();
+      for (int i = threadIdx.x; i < kRows * D / 4; i += kThreads) {
+        reinterpret_cast<float4*>(a.partial_row<D>((long long)slot * kRows + i / (D / 4)))[i % (D / 4)] =
+            *reinterpret_cast<const float4*>(&shared.result[i / (D / 4)][i % (D / 4) * 4]);
       }
-      base += all;
-    }
+      for (int i = threadIdx.x; i < kRows; i += kThreads) {
+        *reinterpret_cast<float2*>(a.partial_row<D>((long long)slot * kRows + i) + D) = shared.sums[0][i];
+      }
+      __syncthreads();
+    });
   }
 
   /// Takes up a block of query rows.
@@ -439,7 +427,7 @@ __device__ void run_prefill(const AttentionArgs& a, const T*, const MaskT*, unsi
   static_assert(sizeof(typename Kernel::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
   Kernel kernel(a, *reinterpret_cast<typename Kernel::Shared*>(shared));
   if constexpr (SPLIT) {
-    kernel.run_split(blockIdx.x, gridDim.x);
+    kernel.run_split();
   } else {
     kernel.run_whole(blockIdx.x);
   }

@@ -17,6 +17,7 @@ struct ManyRows {
   static constexpr int kTiles = kWarps * kTokens / kTile;  // of a round
   using Keys = Rows<KEY_BITS, D, false, kTokens>;
   using Values = Rows<VALUE_BITS, D, true, kTokens>;
+  using Source = TileSource<Keys, Values, kTokens>;
   using KeyShare = Share<D, 4>;
   using ValueShare = Share<D, 8>;
   static constexpr int kKeySteps = KeyShare::per_thread * KeyShare::words;
@@ -43,7 +44,7 @@ struct ManyRows {
 
   const AttentionArgs& a;
   Shared& shared;
-  int lane = threadIdx.x & 31, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  int lane = threadIdx.x & 31, warp = warp_index(), g = lane / 4, t = lane % 4;
 
   // Of the segment in hand.
   int b, kv_head, first_row, first_piece, last_piece;  // pieces: sixteen tokens
@@ -54,23 +55,10 @@ struct ManyRows {
 
   __device__ ManyRows(const AttentionArgs& args, Shared& memory) : a(args), shared(memory) {}
 
-  __device__ void run(int block, int launched) {
-    const Schedule<kTile> schedule(a, kRows, launched);
-    if (block >= schedule.blocks) return;
-    unsigned tile = schedule.begin(block), base = 0;
-    const unsigned end = schedule.begin(block + 1);
-    for (int row = 0; tile < end; ++row) {
-      const Range r = schedule.tiles(a, row);
-      const unsigned count = r.last - r.first, all = count * schedule.segments_per_row;
-      while (tile < end && tile < base + all) {
-        const int local = int((tile - base) / count);
-        const unsigned start = base + local * count, stop = min(end, start + count);
-        segment(row, local, r.first + int(tile - start), r.first + int(stop - start),
-                block + row * schedule.segments_per_row + local);
-        tile = stop;
-      }
-      base += all;
-    }
+  __device__ void run() {
+    for_each_piece<kTile, kRows>(a, [this](int row, int local, int first_tile, int last_tile, int slot) {
+      segment(row, local, first_tile, last_tile, slot);
+    });
   }
 
   __device__ int query_of(int row) const { return min(first_row + row, a.rows() - 1) / a.group(); }
@@ -85,21 +73,11 @@ struct ManyRows {
 
   __device__ int piece(int round) const { return first_piece + kWarps * round + warp; }
 
-  __device__ void start_copy(int round, int stage) {
-    const int tokens = piece(round) < last_piece ? min(kTokens, a.kv_len - piece(round) * kTokens) : 0;
-    if (tokens > 0) {
-      unsigned* to = shared.ring[warp][stage];
-      const long long row = (long long)piece(round) * kTokens;
-      Keys::copy(to, a.key_codes + b * a.key_code_strides[0] + kv_head * a.key_code_strides[1] + row * Keys::words,
-                 tokens);
-      Values::copy(
-          to + Keys::size,
-          a.value_codes + b * a.value_code_strides[0] + kv_head * a.value_code_strides[1] + row * Values::words,
-          tokens);
-      copy_scales<kTokens>(reinterpret_cast<__half*>(to + Keys::size + Values::size),
-                           a.key_scales + b * a.key_scale_strides[0] + kv_head * a.key_scale_strides[1] + row,
-                           a.value_scales + b * a.value_scale_strides[0] + kv_head * a.value_scale_strides[1] + row,
-                           tokens);
+  /// Starts the copy of this warp's piece of a round; `from` goes on to that of the next.
+  __device__ void start_copy(Source& from, int round, int stage) {
+    if (piece(round) < last_piece) {
+      from.copy(a, b, kv_head, piece(round), shared.ring[warp][stage]);
+      from.advance(kWarps);
     }
     commit_copies();
   }
@@ -110,14 +88,19 @@ struct ManyRows {
     first_piece = first_tile * (kTile / kTokens), last_piece = last_tile * (kTile / kTokens);
     const int rounds = (last_tile - first_tile + kTiles - 1) / kTiles;
 
-    Raw8<T> raw[GROUPS] = {};  // rows warp, warp + 8, ...; loaded first, for the first product waits for them
+    // All addresses before the first branch, then the queries, as in decode.cu.h.
+    Source from(a, b, kv_head, piece(0));
+    const T* q_from[GROUPS];
 #pragma unroll
     for (int r = 0; r < GROUPS; ++r) {
-      const int row = 8 * r + warp;
-      if (first_row + row < a.rows() && lane < D / 8)
-        raw[r] = a.load_query<T>(b, head_of(row), query_of(row), 8 * lane);
+      q_from[r] = a.query_at<T>(b, head_of(8 * r + warp), query_of(8 * r + warp), 8 * lane);
     }
-    start_copy(0, 0);
+    Raw8<T> raw[GROUPS] = {};  // rows warp, warp + 8, ...
+#pragma unroll
+    for (int r = 0; r < GROUPS; ++r) {
+      if (first_row + 8 * r + warp < a.rows() && lane < D / 8) raw[r].load(q_from[r], a.q_strides[3]);
+    }
+    start_copy(from, 0, 0);
     prepare_queries(raw);
     if (threadIdx.x < kRows) {
       shared.range[threadIdx.x] = visible_keys(a, b, query_of(threadIdx.x));
@@ -125,7 +108,7 @@ struct ManyRows {
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 1; i < STAGES - 1; ++i) start_copy(i, i);
+    for (int i = 1; i < STAGES - 1; ++i) start_copy(from, i, i);
 
 #pragma unroll
     for (int step = 0; step < kHeld; ++step) {
@@ -152,7 +135,7 @@ struct ManyRows {
 #pragma unroll 1
     for (int i = -1;; ++i) {
       if (i == rounds) {
-        multiply_values(i + 1 & 1, [](int) {});
+        if (rounds > 0) multiply_values(i + 1 & 1, [](int) {});
         break;
       }
       if (i >= 0) {
@@ -173,7 +156,7 @@ struct ManyRows {
         }
         rescale(down);
         __syncwarp();
-        start_copy(i + STAGES - 1, stage ? stage - 1 : STAGES - 1);
+        start_copy(from, i + STAGES - 1, stage ? stage - 1 : STAGES - 1);
       }
       if (i + 1 < rounds) {
         wait_copies<STAGES - 2>();
@@ -497,7 +480,7 @@ __device__ void run_rows(const AttentionArgs& a, const T*, const MaskT*, unsigne
   using Kernel = ManyRows<D, KEY_BITS, VALUE_BITS, T, MASK, MaskT, ROWS / 8, STAGES>;
   static_assert(sizeof(typename Kernel::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
   Kernel kernel(a, *reinterpret_cast<typename Kernel::Shared*>(shared));
-  kernel.run(blockIdx.x, gridDim.x);
+  kernel.run();
 }
 
 }  // namespace turboquant::cuda

@@ -1,0 +1,165 @@
+// Tiles of packed rows: their layout in shared memory, and the copies that bring them there.
+#pragma once
+
+#include "cuda/attention.cu.h"
+
+namespace turboquant::cuda {
+
+constexpr int kTile = 32;  // tokens
+
+/// Copies into shared memory without passing registers.
+__device__ inline void copy16(unsigned to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ inline void copy4(unsigned to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+/// Packed rows of a tile in shared memory.  Rows of 32 words would put every token in the same banks, so their 16-byte
+/// chunks are permuted: by the token for keys (lanes read tokens t and 7 - t), by pairs of chunks for values.
+template <int BITS, int D, bool VALUES, int TOKENS = kTile>
+struct Rows {
+  static constexpr int words = BITS * (D / 32), size = TOKENS * words;
+  static constexpr bool permuted = words == 32;
+  static __device__ int at(int token, int word) {
+    if constexpr (!permuted) return token * words + word;
+    return token * words + (word ^ (VALUES ? (token & 3) * 8 : (token & 7) * 4));
+  }
+
+  /// A lane's share of copying a whole tile is every 32nd chunk of 16 bytes: its i-th goes 512 bytes after the one
+  /// before, but for the permutation.
+  static constexpr int chunks = (size + 127) / 128;
+  static __device__ int lane_word() { return at((threadIdx.x & 31) * 4 / words, (threadIdx.x & 31) * 4 % words); }
+  static __device__ int chunk_word(int lane_word, int i) {
+    return (permuted && !VALUES && i % 2 ? lane_word ^ 16 : lane_word) + 128 * i;  // four tokens further
+  }
+
+  /// Starts the copy of a whole tile by one warp; `from` is 16-byte aligned and, as `to`, that of lane 0.
+  static __device__ void copy_whole(unsigned to, const unsigned* from) {
+    const int lane = threadIdx.x & 31, first = permuted ? lane_word() : 4 * lane;
+    from += 4 * lane;
+#pragma unroll
+    for (int i = 0; i < chunks; ++i) {
+      if (size % 128 == 0 || 4 * lane + 128 * i < size) copy16(to + 4 * chunk_word(first, i), from + 128 * i);
+    }
+  }
+
+  /// Starts the copy of `tokens` (1 to TOKENS) rows by one warp; reads nothing beyond them.
+  static __device__ void copy(unsigned* to, const unsigned* from, int tokens) {
+    const unsigned base = unsigned(__cvta_generic_to_shared(to));
+    if (tokens == TOKENS && aligned_to(from, 16)) {
+      copy_whole(base, from);
+    } else {
+#pragma unroll 1
+      for (int word = threadIdx.x & 31; word < tokens * words; word += 32) {
+        copy4(base + 4 * at(word / words, word % words), from + word);
+      }
+    }
+  }
+
+  /// N consecutive words of a row, from a multiple of N.
+  template <int N>
+  static __device__ void load(const unsigned* tile, int token, int word, unsigned (&out)[N]) {
+    Reader<N>(tile, token, word).load(0, out);
+  }
+
+  /// The same for rows that lie a multiple of eight tokens further, at constant distances: addresses are made once.
+  template <int N>
+  struct Reader {
+    static constexpr int width = words % 4 == 0 && N % 4 == 0 ? 4 : words % 2 == 0 && N % 2 == 0 ? 2 : 1;
+    static constexpr int starts = permuted ? (N + 3) / 4 : 1;
+    const unsigned* from[starts];
+    Reader() = default;
+    __device__ Reader(const unsigned* tile, int token, int word) {
+#pragma unroll
+      for (int i = 0; i < starts; ++i) from[i] = tile + at(token, word + 4 * i);
+    }
+    __device__ void load(int further, unsigned (&out)[N]) const {
+#pragma unroll
+      for (int i = 0; i < N; i += width) {
+        const unsigned* p = from[permuted ? i / 4 : 0] + (permuted ? i % 4 : i) + further * words;
+        if constexpr (width == 4) {
+          const uint4 x = *reinterpret_cast<const uint4*>(p);
+          out[i] = x.x, out[i + 1] = x.y, out[i + 2] = x.z, out[i + 3] = x.w;
+        } else if constexpr (width == 2) {
+          const uint2 x = *reinterpret_cast<const uint2*>(p);
+          out[i] = x.x, out[i + 1] = x.y;
+        } else {
+          out[i] = *p;
+        }
+      }
+    }
+  };
+};
+
+/// Starts the copy of TOKENS key scales and as many value scales, of which `tokens` exist, by one warp.
+template <int TOKENS = kTile>
+__device__ void copy_scales(__half* to, const __half* keys, const __half* values, int tokens) {
+  const int lane = threadIdx.x & 31;
+  if (aligned_to(keys, 4) && aligned_to(values, 4)) {
+    const int token = 2 * lane % TOKENS;
+    const __half* from = (2 * lane < TOKENS ? keys : values) + token;
+    if (lane >= TOKENS) {
+      // has none
+    } else if (token + 1 < tokens) {
+      copy4(unsigned(__cvta_generic_to_shared(to + 2 * lane)), from);
+    } else if (token < tokens) {
+      to[2 * lane] = *from;  // a shorter copy4 would touch all four bytes all the same
+    }
+  } else if (lane < tokens) {
+    to[lane] = keys[lane];
+    to[TOKENS + lane] = values[lane];
+  }
+}
+
+/// Where a warp copies its next tile of TOKENS tokens from, keys, values and scales; then its tile `step` further on.
+template <class Keys, class Values, int TOKENS>
+struct TileSource {
+  const unsigned *keys, *values;
+  const __half* scales;  // the four bytes that this lane copies: of keys in the first half of the lanes that copy any
+  bool aligned;          // for wide copies
+
+  __device__ TileSource(const AttentionArgs& a, int b, int kv_head, int tile) {
+    const long long row = (long long)tile * TOKENS;
+    const __half* key_scales = a.key_scales + b * a.key_scale_strides[0] + kv_head * a.key_scale_strides[1] + row;
+    const __half* value_scales =
+        a.value_scales + b * a.value_scale_strides[0] + kv_head * a.value_scale_strides[1] + row;
+    keys = a.key_codes + b * a.key_code_strides[0] + kv_head * a.key_code_strides[1] + row * Keys::words;
+    values = a.value_codes + b * a.value_code_strides[0] + kv_head * a.value_code_strides[1] + row * Values::words;
+    const int lane = threadIdx.x & 31;
+    scales = (lane < TOKENS / 2 ? key_scales : value_scales) + 2 * (lane % (TOKENS / 2));
+    aligned =
+        aligned_to(keys, 16) && aligned_to(values, 16) && aligned_to(key_scales, 4) && aligned_to(value_scales, 4);
+  }
+
+  /// Starts the copy of `tile`, where this source stands, into `to` (keys, values, scales).
+  __device__ void copy(const AttentionArgs& a, int b, int kv_head, int tile, unsigned* to) const {
+    const int lane = threadIdx.x & 31, tokens = a.kv_len - tile * TOKENS;
+    if (aligned && tokens >= TOKENS) {
+      const unsigned base = unsigned(__cvta_generic_to_shared(to));
+      Keys::copy_whole(base, keys);
+      Values::copy_whole(base + 4 * Keys::size, values);
+      if (TOKENS == 32 || lane < TOKENS) copy4(base + 4 * (Keys::size + Values::size + lane), scales);
+    } else if (tokens > 0) {
+      const TileSource here(a, b, kv_head, tile);
+      Keys::copy(to, here.keys, min(TOKENS, tokens));
+      Values::copy(to + Keys::size, here.values, min(TOKENS, tokens));
+      const __half* key_scales = a.key_scales + b * a.key_scale_strides[0] + kv_head * a.key_scale_strides[1];
+      const __half* value_scales = a.value_scales + b * a.value_scale_strides[0] + kv_head * a.value_scale_strides[1];
+      copy_scales<TOKENS>(reinterpret_cast<__half*>(to + Keys::size + Values::size),
+                          key_scales + (long long)tile * TOKENS, value_scales + (long long)tile * TOKENS,
+                          min(TOKENS, tokens));
+    }
+  }
+
+  __device__ void advance(int step) {
+    keys += step * Keys::size, values += step * Values::size, scales += step * TOKENS;
+  }
+};
+
+}  // namespace turboquant::cuda
