@@ -59,7 +59,8 @@ const Function& kernel_for(const Key& key, const Build& build) {
   if (found == kernels.end()) {
     const cuda::Kernel k = build();
     found = kernels
-                .emplace(key, mx::fast::cuda_kernel(k.name, k.inputs, k.outputs, k.source, header_of(k),
+                .emplace(key, mx::fast::cuda_kernel(k.name, k.inputs, k.outputs, cuda::body(k),
+                                                    header_of(k) + cuda::before_kernel(k),
                                                     /*ensure_row_contiguous=*/false, k.shared_bytes))
                 .first;
   }

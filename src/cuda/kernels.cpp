@@ -10,6 +10,9 @@ namespace {
 
 const char* truth(bool x) { return x ? "true" : "false"; }
 
+/// `__global__` as CUDA's headers define it.
+constexpr const char* kGlobal = "#undef __global__\n#define __global__ __attribute__((global))";
+
 std::string hex(uint64_t x) {
   std::ostringstream s;
   s << "0x" << std::hex << x;
@@ -99,6 +102,17 @@ const char* mask_name(MaskKind kind) {
 }
 
 }  // namespace
+
+namespace {
+
+}  // namespace
+
+std::string before_kernel(const Kernel& k) {
+  if (k.max_threads == 0) return "";
+  return std::string(kGlobal) + " __launch_bounds__(" + std::to_string(k.max_threads) + ")\n";
+}
+
+std::string body(const Kernel& k) { return (k.max_threads ? std::string(kGlobal) + "\n" : "") + k.source; }
 
 namespace {
 
@@ -203,7 +217,7 @@ std::string attention_call(const AttentionShape& shape, const AttentionSettings&
   if (plan.method == AttentionPlan::decode) {
     o << plan.warps << ", " << plan.stages;
   } else if (plan.method == AttentionPlan::many) {
-    o << plan.rows << ", " << plan.stages;
+    o << plan.rows << ", " << plan.warps << ", " << plan.stages;
   } else {
     o << plan.row_warps << ", " << plan.token_warps << ", " << truth(plan.method == AttentionPlan::split);
   }
@@ -221,6 +235,7 @@ Kernel scanning_kernel(const char* name, const AttentionShape& shape, const Atte
   k.inputs = {"q", "key_codes", "key_scales", "value_codes", "value_scales", "written", "starts", "mask"};
   set_extent(k, scan_extent(plan));
   k.shared_bytes = plan.shared_bytes;
+  if (k.block[0] > 256) k.max_threads = k.block[0];  // others may have all registers that a thread can
   return k;
 }
 

@@ -27,7 +27,12 @@ struct Kernel {
   std::string source;
   std::array<int, 3> grid{1, 1, 1}, block{1, 1, 1};  // grid in threads, as MLX counts
   int shared_bytes = 0;
+  int max_threads = 0;  // of a block, if the compiler must know
 };
+/// What goes between the header and the function, and the function's body.  MLX writes `__global__ void` by itself and
+/// takes no launch bounds, so the word is defined to bring them, and defined back within the body.
+std::string before_kernel(const Kernel& kernel);
+std::string body(const Kernel& kernel);
 
 /// Threads of a launch.
 struct Extent {

@@ -9,12 +9,16 @@ std::vector<int64_t> strides_of(int64_t batch, int64_t head, int64_t row) { retu
 
 void* writable(const void* p) { return const_cast<void*>(p); }
 
+cuda::AttentionShape shape_of(const AttendParams& p) {
+  return {p.batch,    p.query_heads, p.kv_heads,    p.query_len,        p.kv_len,
+          p.head_dim, p.keys.bits,   p.values.bits, p.starts != nullptr};
+}
+
 }  // namespace
 
 AttentionCall attention_call(const AttendParams& p, const cuda::Device& device, bool allocate,
                              const cuda::AttentionPlan* forced) {
-  const cuda::AttentionShape shape{p.batch,    p.query_heads, p.kv_heads,    p.query_len,        p.kv_len,
-                                   p.head_dim, p.keys.bits,   p.values.bits, p.starts != nullptr};
+  const auto shape = shape_of(p);
   const cuda::AttentionSettings settings{p.scale,
                                          p.seed,
                                          p.causal,
@@ -68,7 +72,7 @@ AttentionCall attention_call(const AttendParams& p, const cuda::Device& device, 
   return call;
 }
 
-void attend_on_gpu(const AttendParams& host) {
+void attend_on_gpu(const AttendParams& host, Planner planner) {
   AttendParams p = host;
   std::vector<Memory> memory;
   const auto upload = [&](auto& pointer, size_t bytes) {
@@ -97,7 +101,8 @@ void attend_on_gpu(const AttendParams& host) {
   }
   const Memory out(size_t(p.batch) * p.query_heads * p.query_len * p.head_dim * size_of(p.q.dtype));
   p.out.data = out.get();
-  const AttentionCall call = attention_call(p, current_device());
+  const cuda::AttentionPlan plan = planner(shape_of(p), current_device());
+  const AttentionCall call = attention_call(p, current_device(), true, &plan);
   for (size_t i = 0; i < call.kernels.size(); ++i) Launch(call.kernels[i], call.inputs[i], call.outputs[i])();
   check(cudaDeviceSynchronize(), "attend");
   out.download(host.out.data);
