@@ -46,11 +46,20 @@ using MutablePacked = BasicPacked<uint32_t*, uint16_t*>;
 ///   r = H (s * x),  code_i = nearest codebook level of r_i / rms(r),  scale = |x| / |levels| (so that |x^| = |x|).
 /// A zero vector has scale 0.  NaN propagates: a vector that holds NaN or infinity gets the scale NaN and codes 0.
 /// A norm beyond fp16's range gives an infinite scale, as an fp16 cache would.
+///
+/// With `feedback`, G, the errors of coordinates coded earlier move those coded later (docs/algorithm.md says how G is
+/// made and why; noise shaping, or the successive quantization of GPTQ, arXiv 2210.17323).  Everything is in levels:
+///   s0 = |r| / |levels of the nearest codes|,  u = r / s0;   then for each block b of 32 coordinates, in order,
+///   t_b = u_b - G[b, <b] e_<b,   code_b = nearest codebook level of t_b,   e_b = its levels - u_b (not - t_b);
+/// and the scale is |x| / |levels| of these codes.  A vector of 32 coordinates is one block: feedback does nothing to
+/// it.  Zero vectors, NaN and infinity are as above.  Only columns < 32 * (row / 32) of G are read; they must be
+/// finite.
 struct EncodeParams {
   int batch = 0, heads = 0, tokens = 0, head_dim = 0;
-  uint64_t seed = 0;              // of the signs
-  Tensor x;                       // [batch, heads, tokens, head_dim]
-  const float* centre = nullptr;  // [heads, head_dim], taken from every vector; null: none
+  uint64_t seed = 0;                   // of the signs
+  Tensor x;                            // [batch, heads, tokens, head_dim]
+  const float* centre = nullptr;       // [heads, head_dim], taken from every vector; null: none
+  const uint16_t* feedback = nullptr;  // [heads, head_dim, head_dim] float16, row-major; null: none
   MutablePacked out;
 };
 

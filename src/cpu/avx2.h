@@ -11,6 +11,8 @@ namespace {
 struct Avx2Loads {
   using U8 = Vec<uint8_t, 32>;
 
+  static Vec<float, 32> load_halves(const uint16_t* p) { return Vec<float, 32>(_mm256_cvtph_ps(load<__m128i>(p))); }
+
   using Table = __m256i;
   static Table table(const int8_t* p) { return _mm256_broadcastsi128_si256(load<__m128i>(p)); }
   static U8 lookup(Table table, U8 v) { return U8(_mm256_shuffle_epi8(table, __m256i(v & 0x0f))); }

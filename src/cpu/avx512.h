@@ -11,6 +11,8 @@ namespace {
 struct Avx512Loads {
   using U8 = Vec<uint8_t, 64>;
 
+  static Vec<float, 64> load_halves(const uint16_t* p) { return Vec<float, 64>(_mm512_cvtph_ps(load<__m256i>(p))); }
+
   using Table = __m512i;
   static Table table(const int8_t* p) { return _mm512_broadcast_i32x4(load<__m128i>(p)); }
   static U8 lookup(Table table, U8 v) { return U8(_mm512_shuffle_epi8(table, __m512i(v & 0x0f))); }

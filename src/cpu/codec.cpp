@@ -25,6 +25,7 @@ void encode(const EncodeParams& p) {
   const Kernels& k = kernels();
   alignas(64) float signs[256];
   fill_signs(p.seed, p.head_dim, signs);
+  const bool feedback = p.feedback && p.head_dim > 32;  // one block has none before it
   for_rows(p, [&](int b, int h, int t, int count) {
     EncodeRows rows;
     rows.dim = p.head_dim;
@@ -35,9 +36,10 @@ void encode(const EncodeParams& p) {
     rows.stride = p.x.token_stride;
     rows.centre = p.centre ? p.centre + h * p.head_dim : nullptr;
     rows.signs = signs;
+    rows.feedback = feedback ? p.feedback + int64_t(h) * p.head_dim * p.head_dim : nullptr;
     rows.codes = row_codes(p.out, p.head_dim, b, h, t);
     rows.scales = &row_scale(p.out, b, h, t);
-    k.encode(rows);
+    (feedback ? k.encode_feedback : k.encode)(rows);
   });
 }
 

@@ -35,16 +35,17 @@ inline void unpack_group(const uint32_t* words, uint32_t* plane) {
   }
 }
 
-/// Codes of `rotated` and the sum of their squared levels.  `doubled` turns a coordinate into twice its value in
-/// levels: decision thresholds are then integers (format.h), so truncation does not move a coordinate across one.
+/// Codes of `rotated`, the sizes of their levels and the sum of those squared.  `doubled` turns a coordinate into twice
+/// its value in levels: decision thresholds are then integers (format.h), so truncation does not move a coordinate
+/// across one.
 template <int bits, class F>
-inline uint32_t quantize(const float* rotated, int dim, float doubled, uint32_t* words) {
+inline uint32_t quantize(const float* rotated, int dim, float doubled, uint32_t* words, uint8_t* levels) {
   constexpr int lanes = sizeof(F) / 4, width = sizeof(F) < 32 ? 16 : 32;
   using I32 = Vec<int32_t, sizeof(F)>;
   using Narrow = Vec<uint8_t, lanes>;
   using U8 = Vec<uint8_t, width>;
   using U16 = Vec<uint16_t, width>;
-  alignas(64) uint8_t size[256], sign[256], levels[256];
+  alignas(64) uint8_t size[256], sign[256];
   for (int i = 0; i < dim; i += lanes) {
     const F x = load<F>(rotated + i), y = absolute(x) * doubled;
     const I32 whole = __builtin_convertvector(y < splat<F>(255.0f) ? y : splat<F>(255.0f), I32);
@@ -111,38 +112,59 @@ float normalize_range(float* x, int dim) {
   return as<float>(uint32_t(127 - shift) << 23);
 }
 
+/// Row t in the rotated basis, and its length.  What has none is written here, and false returned.
+template <class S>
+inline bool rotated_row(const EncodeRows& p, int t, float* x, float& norm, float& back) {
+  using F = Vec<float, S::bytes>;
+  constexpr int lanes = S::bytes / 4;
+  const char* row = static_cast<const char*>(p.x) + t * p.stride * (p.dtype == Dtype::float32 ? 4 : 2);
+  for (int i = 0; i < p.dim; i += lanes) {
+    F v = load_floats<F>(row, p.dtype, i);
+    if (p.centre) v -= load<F>(p.centre + i);
+    store(x + i, v * load<F>(p.signs + i));
+  }
+  float square = sum_of_squares<F>(x, p.dim);
+  back = 1;
+  if (!(square > 1e-20f && square < 1e30f)) {
+    back = normalize_range<F>(x, p.dim);
+    if (!(back > 0)) {
+      const int words = words_per_vector(p.bits, p.dim);
+      for (int w = 0; w < words; ++w) p.codes[int64_t(t) * words + w] = 0;
+      p.scales[t] = back == 0 ? 0 : 0x7e00;
+      return false;
+    }
+    square = sum_of_squares<F>(x, p.dim);
+  }
+  norm = __builtin_sqrtf(square);
+  hadamard<F>(x, p.dim);
+  return true;
+}
+
+/// quantize for a width known at run time.
+template <class F>
+inline uint32_t quantize(int bits, const float* rotated, int dim, float doubled, uint32_t* words, uint8_t* levels) {
+  return (bits == 2   ? quantize<2, F>
+          : bits == 3 ? quantize<3, F>
+                      : quantize<4, F>)(rotated, dim, doubled, words, levels);
+}
+
+/// The stored scale of a vector of length norm * back and codes whose squared levels add up to `square`.
+inline uint16_t stored_scale(int bits, float norm, uint32_t square, float back) {
+  return float_to_half_bits(norm / (__builtin_sqrtf(float(square)) * level_step(bits)) * back);
+}
+
 template <class S>
 void encode_rows(const EncodeRows& p) {
   using F = Vec<float, S::bytes>;
-  constexpr int lanes = S::bytes / 4;
   const int words = words_per_vector(p.bits, p.dim);
-  const char* row = static_cast<const char*>(p.x);
-  const int64_t row_bytes = p.stride * (p.dtype == Dtype::float32 ? 4 : 2);
-  for (int t = 0; t < p.count; ++t, row += row_bytes) {
+  for (int t = 0; t < p.count; ++t) {
     alignas(64) float x[256];
-    for (int i = 0; i < p.dim; i += lanes) {
-      F v = load_floats<F>(row, p.dtype, i);
-      if (p.centre) v -= load<F>(p.centre + i);
-      store(x + i, v * load<F>(p.signs + i));
-    }
-    uint32_t* const codes = p.codes + int64_t(t) * words;
-    float square = sum_of_squares<F>(x, p.dim), back = 1;
-    if (!(square > 1e-20f && square < 1e30f)) {
-      back = normalize_range<F>(x, p.dim);
-      if (!(back > 0)) {
-        for (int w = 0; w < words; ++w) codes[w] = 0;
-        p.scales[t] = back == 0 ? 0 : 0x7e00;
-        continue;
-      }
-      square = sum_of_squares<F>(x, p.dim);
-    }
-    const float norm = __builtin_sqrtf(square);
-    hadamard<F>(x, p.dim);
+    alignas(64) uint8_t levels[256];
+    float norm, back;
+    if (!rotated_row<S>(p, t, x, norm, back)) continue;
     const float doubled = 2 * unit(p.bits) * __builtin_sqrtf(float(p.dim)) / norm;
-    const uint32_t levels = (p.bits == 2   ? quantize<2, F>
-                             : p.bits == 3 ? quantize<3, F>
-                                           : quantize<4, F>)(x, p.dim, doubled, codes);
-    p.scales[t] = float_to_half_bits(norm / (__builtin_sqrtf(float(levels)) * level_step(p.bits)) * back);
+    const uint32_t square = quantize<F>(p.bits, x, p.dim, doubled, p.codes + int64_t(t) * words, levels);
+    p.scales[t] = stored_scale(p.bits, norm, square, back);
   }
 }
 

@@ -45,9 +45,10 @@ struct EncodeRows {
   int dim, count, bits;
   const void* x;
   Dtype dtype;
-  int64_t stride;       // in elements
-  const float* centre;  // [dim] or null
-  const float* signs;   // [dim] +-1
+  int64_t stride;                      // in elements
+  const float* centre;                 // [dim] or null
+  const float* signs;                  // [dim] +-1
+  const uint16_t* feedback = nullptr;  // [dim, dim] float16, of encode_feedback alone
   uint32_t* codes;
   uint16_t* scales;
 };
@@ -67,6 +68,7 @@ struct Kernels {
   size_t (*workspace_bytes)(int dim, int rows);
   void (*attend)(const Tile&);
   void (*encode)(const EncodeRows&);
+  void (*encode_feedback)(const EncodeRows&);  // dim > 32
   void (*decode)(const DecodeRows&);
   void (*hadamard)(float* x, int dim);  // the symmetric orthonormal H of rotation.h, in place
 };

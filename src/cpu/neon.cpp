@@ -16,6 +16,10 @@ struct Simd : ByteWeights<16> {
   static constexpr int score_rows = 2, level_offset = 0;
   using U8 = Vec<uint8_t, 16>;
 
+  static Vec<float, 16> load_halves(const uint16_t* p) {
+    return Vec<float, 16>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))));
+  }
+
   using Table = uint8x16_t;
   static Table table(const int8_t* p) { return load<uint8x16_t>(p); }
   static U8 lookup(Table table, U8 v) { return U8(vqtbl1q_u8(table, uint8x16_t(v & 0x0f))); }

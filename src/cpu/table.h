@@ -3,6 +3,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/codec.h"
+#include "cpu/feedback.h"
 
 namespace turboquant::cpu {
 namespace {
@@ -14,6 +15,7 @@ constexpr Kernels make_kernels(const char* name, bool (*runs_here)()) {
           workspace_bytes<S>,
           attend_tile<S>,
           encode_rows<S>,
+          encode_feedback_rows<S>,
           decode_rows<S>,
           hadamard<Vec<float, S::bytes>>};
 }

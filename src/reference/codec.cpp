@@ -11,11 +11,30 @@
 namespace turboquant::reference {
 namespace {
 
-int code_of(int bits, double coordinate) {
-  const double doubled = 2 * unit(bits) * std::abs(coordinate);
+/// The code of the level nearest to a number of levels.
+int nearest(int bits, double levels) {
   int m = 0;
-  while (m + 1 < magnitudes(bits) && doubled >= double_threshold(bits, m)) ++m;
-  return coordinate < 0 ? m + magnitudes(bits) : m;
+  while (m + 1 < magnitudes(bits) && 2 * std::abs(levels) >= double_threshold(bits, m)) ++m;
+  return levels < 0 ? m + magnitudes(bits) : m;
+}
+
+/// |levels| of codes.
+double length_of(int bits, const std::vector<int>& codes) {
+  double square = 0;
+  for (int code : codes) square += level(bits, code) * level(bits, code);
+  return std::sqrt(square);
+}
+
+/// Codes of u, in levels, block by block: the errors of the blocks before move what a block's codes are nearest to.
+void code_with_feedback(int bits, const std::vector<double>& u, const uint16_t* feedback, std::vector<int>& codes) {
+  const int dim = int(u.size());
+  std::vector<double> error(dim);
+  for (int i = 0; i < dim; ++i) {
+    double target = u[i];
+    for (int j = 0; j < i / 32 * 32; ++j) target -= double(half_to_float(feedback[i * dim + j])) * error[j];
+    codes[i] = nearest(bits, target);
+    error[i] = level(bits, codes[i]) - u[i];
+  }
 }
 
 void write_code(uint32_t* words, int bits, int i, int code) {
@@ -36,7 +55,7 @@ int read_code(const uint32_t* words, int bits, int i) {
 
 }  // namespace
 
-uint16_t encode_vector(const double* x, int dim, int bits, uint64_t seed, uint32_t* words) {
+uint16_t encode_vector(const double* x, int dim, int bits, uint64_t seed, const uint16_t* feedback, uint32_t* words) {
   std::vector<double> r(x, x + dim);
   for (int w = 0; w < words_per_vector(bits, dim); ++w) words[w] = 0;
   double square = 0;
@@ -46,13 +65,15 @@ uint16_t encode_vector(const double* x, int dim, int bits, uint64_t seed, uint32
   const double norm = std::sqrt(square);
   for (double& v : r) v /= norm;
   rotate(r.data(), dim, seed);
-  double level_square = 0;
-  for (int i = 0; i < dim; ++i) {
-    const int code = code_of(bits, r[i] * std::sqrt(double(dim)));
-    write_code(words, bits, i, code);
-    level_square += level(bits, code) * level(bits, code);
+  std::vector<int> codes(dim);
+  for (int i = 0; i < dim; ++i) codes[i] = nearest(bits, unit(bits) * r[i] * std::sqrt(double(dim)));
+  if (feedback && dim > 32) {
+    const double length = length_of(bits, codes);
+    for (double& v : r) v *= length;
+    code_with_feedback(bits, r, feedback, codes);
   }
-  return float_to_half(float(norm / (std::sqrt(level_square) * level_step(bits))));
+  for (int i = 0; i < dim; ++i) write_code(words, bits, i, codes[i]);
+  return float_to_half(float(norm / (length_of(bits, codes) * level_step(bits))));
 }
 
 void decode_vector(const uint32_t* words, uint16_t scale, int dim, int bits, uint64_t seed, double* x) {
@@ -71,8 +92,9 @@ void encode(const EncodeParams& p) {
         for (int i = 0; i < p.head_dim; ++i) {
           x[i] = load_number(p.x.data, p.x.dtype, row + i) - (p.centre ? p.centre[h * p.head_dim + i] : 0.0);
         }
+        const uint16_t* feedback = p.feedback ? p.feedback + int64_t(h) * p.head_dim * p.head_dim : nullptr;
         row_scale(p.out, b, h, t) =
-            encode_vector(x.data(), p.head_dim, p.out.bits, p.seed, row_codes(p.out, p.head_dim, b, h, t));
+            encode_vector(x.data(), p.head_dim, p.out.bits, p.seed, feedback, row_codes(p.out, p.head_dim, b, h, t));
       }
     }
   }

@@ -5,8 +5,8 @@
 
 namespace turboquant::reference {
 
-/// Writes the codes of x (dim numbers) and returns the fp16 bits of its scale.
-uint16_t encode_vector(const double* x, int dim, int bits, uint64_t seed, uint32_t* words);
+/// Writes the codes of x (dim numbers) and returns the fp16 bits of its scale.  `feedback`: [dim, dim] or null.
+uint16_t encode_vector(const double* x, int dim, int bits, uint64_t seed, const uint16_t* feedback, uint32_t* words);
 
 /// Writes dim numbers, in the original basis, without any centre.
 void decode_vector(const uint32_t* words, uint16_t scale, int dim, int bits, uint64_t seed, double* x);

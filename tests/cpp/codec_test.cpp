@@ -5,77 +5,21 @@
 #include <bit>
 #include <cmath>
 
-#include "cases.h"
 #include "golden.h"
 #include "turboquant/rotation.h"
+#include "vectors.h"
 
 namespace turboquant {
 namespace {
 
 using cases::Buffer;
-using cases::contiguous;
+using cases::code_at;
+using cases::decode_rows;
+using cases::encode_rows;
+using cases::Encoded;
+using cases::gaussian;
 
 constexpr Backend kBackends[] = {Backend::reference, Backend::cpu};
-
-/// Codes and scales of vectors [heads, tokens, dim], dense.
-struct Encoded {
-  int heads, tokens, dim, bits;
-  std::vector<uint32_t> codes;
-  std::vector<uint16_t> scales;
-  Encoded(int heads, int tokens, int dim, int bits)
-      : heads(heads),
-        tokens(tokens),
-        dim(dim),
-        bits(bits),
-        codes(size_t(heads) * tokens * words_per_vector(bits, dim), 0xdeadbeef),
-        scales(size_t(heads) * tokens, 0x1234) {}
-  MutablePacked view() {
-    const int64_t row = int64_t(tokens) * words_per_vector(bits, dim);
-    return {codes.data(), scales.data(), bits, heads * row, row, int64_t(heads) * tokens, tokens};
-  }
-  Packed packed() const {
-    const int64_t row = int64_t(tokens) * words_per_vector(bits, dim);
-    return {codes.data(), scales.data(), bits, heads * row, row, int64_t(heads) * tokens, tokens};
-  }
-};
-
-Encoded encode_rows(const Buffer& x, int heads, int tokens, int dim, int bits, Backend backend, uint64_t seed = 3,
-                    const float* centre = nullptr) {
-  Encoded e(heads, tokens, dim, bits);
-  EncodeParams p;
-  p.batch = 1, p.heads = heads, p.tokens = tokens, p.head_dim = dim, p.seed = seed, p.centre = centre;
-  p.x = contiguous<const void*>(x.bytes.data(), x.dtype, heads, tokens, dim);
-  p.out = e.view();
-  encode(p, backend);
-  return e;
-}
-
-std::vector<float> decode_rows(const Encoded& e, Backend backend, uint64_t seed = 3, const float* centre = nullptr) {
-  std::vector<float> x(size_t(e.heads) * e.tokens * e.dim, NAN);
-  DecodeParams p;
-  p.batch = 1, p.heads = e.heads, p.tokens = e.tokens, p.head_dim = e.dim, p.seed = seed, p.centre = centre;
-  p.in = e.packed();
-  p.out = contiguous<void*>(x.data(), Dtype::float32, e.heads, e.tokens, e.dim);
-  decode(p, backend);
-  return x;
-}
-
-Buffer gaussian(size_t count, Dtype dtype = Dtype::float32, uint64_t seed = 5) {
-  std::mt19937_64 rng(seed);
-  std::normal_distribution<float> normal;
-  Buffer x(dtype, count);
-  for (size_t i = 0; i < count; ++i) x.set(i, normal(rng));
-  return x;
-}
-
-int code_at(const uint32_t* words, int bits, int i) {
-  const uint32_t* group = words + i / 32 * bits;
-  int code = 0;
-  for (int bit = 0; bit < bits; ++bit) {
-    code |= int(group[bit_word(bits, i % 32, bit)] >> bit_position(bits, i % 32, bit) & 1) << bit;
-  }
-  return code;
-}
 
 /// Rotated coordinates of a vector in units of half a level: where thresholds are integers.
 std::vector<double> doubled_coordinates(const Buffer& x, size_t row, int dim, int bits, const float* centre) {

@@ -1,0 +1,147 @@
+// What codes made with error feedback must be, whoever made them: each the nearest to a target that is computed here,
+// in double, from the codes that came before it.  One code that is rounded the other way changes all that follow, so
+// codes cannot be compared with another encoder's.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "turboquant/rotation.h"
+#include "vectors.h"
+
+namespace turboquant::cases {
+
+/// One vector as an encoder was given it.
+struct FeedbackInput {
+  const Buffer& x;
+  size_t row;
+  int dim, bits;
+  uint64_t seed;
+  const float* centre;       // [dim] or null
+  const uint16_t* feedback;  // [dim, dim], of the vector's head
+};
+
+/// How an encoder may round.  The defaults are those of float32 arithmetic.
+struct FeedbackRounding {
+  double unit = 0x1p-24;     // relative error of an operation
+  double operand = 0;        // relative error of G and of e as they enter products
+  int of_a_coordinate = 16;  // roundings of a rotated coordinate, each of the vector's length at most: a stage of
+                             // butterflies each (8), the odd factor's (3), centre, norm, factors
+};
+
+/// Empty when codes and scale are right, else what is wrong.
+inline std::string wrong_with_feedback(const FeedbackInput& in, const uint32_t* words, uint16_t scale,
+                                       const FeedbackRounding& rounding = {}) {
+  const int dim = in.dim, bits = in.bits;
+  std::ostringstream wrong;
+  std::vector<double> u(dim);
+  double norm = 0;
+  for (int i = 0; i < dim; ++i) {
+    u[i] = double(in.x.get(in.row * dim + i)) - (in.centre ? in.centre[i] : 0);
+    norm += u[i] * u[i];
+  }
+  norm = std::sqrt(norm);
+  for (double& v : u) v /= norm;
+  rotate(u.data(), dim, in.seed);  // a unit vector, known to `coordinate`
+  const double coordinate = rounding.of_a_coordinate * rounding.unit;
+
+  // |levels| of the nearest codes, and the same when all coordinates beside a threshold are rounded down or up.
+  const double plain = unit(bits) * std::sqrt(double(dim));
+  double square = 0, least = 0, most = 0;
+  for (double v : u) {
+    const auto size = [&](double doubled) {
+      int m = 0;
+      while (m + 1 < magnitudes(bits) && doubled >= double_threshold(bits, m)) ++m;
+      return double(magnitude(bits, m) * magnitude(bits, m));
+    };
+    const double doubled = 2 * plain * std::abs(v), slack = 2 * plain * coordinate;
+    square += size(doubled), least += size(doubled - slack), most += size(doubled + slack);
+  }
+  const double length = std::sqrt(square), spread = std::sqrt(most / least) - 1 + 4 * rounding.unit;
+  for (double& v : u) v *= length;
+
+  double own = 0;
+  std::vector<double> error(dim);
+  for (int i = 0; i < dim; ++i) {
+    const int columns = dim == 32 ? 0 : i / 32 * 32;
+    double target = u[i], moves_with_scale = u[i], products = 0, weights = 0;
+    for (int j = 0; j < columns; ++j) {
+      const double g = half_to_float(in.feedback[i * dim + j]);
+      target -= g * error[j];
+      moves_with_scale += g * u[j];
+      products += std::abs(g * error[j]);
+      weights += std::abs(g);
+    }
+    const double tolerance = length * coordinate * (1 + weights) + spread * std::abs(moves_with_scale) +
+                             (columns + 3) * rounding.unit * (std::abs(u[i]) + products) +
+                             2 * rounding.operand * products;
+    const int code = code_at(words, bits, i), m = code & (magnitudes(bits) - 1);
+    const double doubled = 2 * (code < magnitudes(bits) ? target : -target);
+    // A vector of 32 coordinates keeps the codes of nearest levels at their own scale.
+    const double position = dim == 32 ? doubled * plain / length : doubled;
+    const bool above = position >= (m == 0 ? 0 : double_threshold(bits, m - 1)) - 2 * tolerance;
+    const bool below = m + 1 == magnitudes(bits) || position <= double_threshold(bits, m) + 2 * tolerance;
+    if (!(above && below)) {
+      wrong << "coordinate " << i << " has level " << level(bits, code) << " for the target " << target << " +- "
+            << tolerance << "; ";
+    }
+    error[i] = level(bits, code) - u[i];
+    own += level(bits, code) * level(bits, code);
+  }
+  const int want = float_to_half(float(norm / (std::sqrt(own) * level_step(bits))));
+  if (std::abs(want - int(scale)) > 1) wrong << "scale has bits " << scale << " instead of " << want;
+  return wrong.str();
+}
+
+/// Feedback [heads, dim, dim] that moves targets by some levels; NaN where nothing may be read.
+inline std::vector<uint16_t> random_feedback(int heads, int dim, uint64_t seed = 9) {
+  std::mt19937_64 rng(seed);
+  std::normal_distribution<float> normal(0, 0.06f);
+  std::vector<uint16_t> g(size_t(heads) * dim * dim);
+  for (size_t i = 0; i < g.size(); ++i) {
+    const int row = int(i / dim % dim), column = int(i % dim);
+    g[i] = column < row / 32 * 32 ? float_to_half(normal(rng)) : 0x7e00;
+  }
+  return g;
+}
+
+/// The feedback of one head for errors that count e' S e (dim x dim, row-major), as docs/algorithm.md derives it.
+inline std::vector<uint16_t> feedback_of(std::vector<double> s, int dim, uint64_t seed) {
+  // R S R': rows, then columns.
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int i = 0; i < dim; ++i) rotate(&s[size_t(i) * dim], dim, seed);
+    for (int i = 0; i < dim; ++i) {
+      for (int j = 0; j < i; ++j) std::swap(s[size_t(i) * dim + j], s[size_t(j) * dim + i]);
+    }
+  }
+  double trace = 0;
+  for (int i = 0; i < dim; ++i) trace += s[size_t(i) * dim + i];
+  for (int i = 0; i < dim; ++i) s[size_t(i) * dim + i] += 0.1 * trace / dim;
+  // s = c c', c upper triangular, from the last column on; then l = (c / its diagonal)', unit lower.
+  std::vector<double> l(s.size());
+  const auto at = [dim](std::vector<double>& a, int i, int j) -> double& { return a[size_t(i) * dim + j]; };
+  for (int j = dim - 1; j >= 0; --j) {
+    const double d = at(s, j, j);
+    for (int i = 0; i <= j; ++i) at(l, j, i) = at(s, i, j) / d;
+    for (int i = 0; i < j; ++i) {
+      for (int k = 0; k < j; ++k) at(s, i, k) -= at(l, j, i) * at(l, j, k) * d;
+    }
+  }
+  // G[b, <b] = l[b, b]^-1 l[b, <b], by forward substitution.
+  std::vector<uint16_t> g(s.size());
+  for (int b = 32; b < dim; b += 32) {
+    for (int j = 0; j < b; ++j) {
+      for (int i = b; i < b + 32; ++i) {
+        for (int k = b; k < i; ++k) at(l, i, j) -= at(l, i, k) * at(l, k, j);
+        g[size_t(i) * dim + j] = float_to_half(float(at(l, i, j)));
+      }
+    }
+  }
+  return g;
+}
+
+}  // namespace turboquant::cases
