@@ -2,9 +2,10 @@
 // tests and the benchmarks all launch through `kernels.h`, which uses this.
 //
 // Kernels (kernels.h builds each one's source; shapes in elements, all outputs dense):
-//   encode   in  x0 [x1] (B, H, N, D) any float, any strides; centre0 [centre1] (H, D) f32 or a dummy
+//   encode   in  per side x (B, H, N, D) any float, any strides; centre (H, D) f32 or a dummy; feedback (H, D, D) f16,
+//                dense, or a dummy
 //            out codes0 [codes1] (B, H, N, bits D / 32) u32, scales0 [scales1] (B, H, N) f16
-//   append   in  per side x (B, H, N, D), centre, codes (B, H, capacity, bits D / 32), scales (B, H, capacity), views
+//   append   in  per side x (B, H, N, D), centre, feedback, codes (B, H, capacity, bits D / 32), scales (B, H, capacity), views
 //                allowed; then before (n + 1) u8, whose size says that token n is the first to write
 //            out written (n + N + 1) u8, which nobody writes or reads: it stands for the codes and scales, which this
 //                kernel overwrites in place although they are inputs

@@ -115,7 +115,7 @@ void encode_on_gpu(const EncodeParams& keys, const EncodeParams* values) {
   std::vector<Array> inputs, outputs;
   std::vector<cuda::EncodeSide> what;
   const int64_t vectors = int64_t(keys.batch) * keys.heads * keys.tokens;
-  memory.reserve(8);
+  memory.reserve(10);
   for (const EncodeParams* p : sides) {
     const int words = words_per_vector(p->out.bits, p->head_dim);
     memory.emplace_back(p->x.data, p->batch * p->x.batch_stride * size_of(p->x.dtype));
@@ -128,17 +128,23 @@ void encode_on_gpu(const EncodeParams& keys, const EncodeParams* values) {
     } else {
       inputs.push_back(inputs.back());
     }
+    if (p->feedback) {
+      memory.emplace_back(p->feedback, size_t(p->heads) * p->head_dim * p->head_dim * 2);
+      inputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{p->heads, p->head_dim, p->head_dim});
+    } else {
+      inputs.push_back(inputs.back());
+    }
     memory.emplace_back(vectors * words * 4);
     outputs.emplace_back(memory.back().get(), "uint32_t", std::vector<int32_t>{p->batch, p->heads, p->tokens, words});
     memory.emplace_back(vectors * 2);
     outputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{p->batch, p->heads, p->tokens});
-    what.push_back({p->out.bits, p->centre != nullptr});
+    what.push_back({p->out.bits, p->centre != nullptr, p->feedback != nullptr});
   }
-  Launch(cuda::encode_kernel(what, keys.head_dim, keys.seed, vectors), inputs, outputs)();
+  Launch(cuda::encode_kernel(what, keys.head_dim, keys.seed, keys.batch * keys.heads, keys.tokens), inputs, outputs)();
   check(cudaDeviceSynchronize(), "encode");
   size_t at = 0;
   for (const EncodeParams* p : sides) {
-    at += p->centre ? 2 : 1;
+    at += 1 + (p->centre != nullptr) + (p->feedback != nullptr);
     memory[at++].download(p->out.codes);
     memory[at++].download(p->out.scales);
   }

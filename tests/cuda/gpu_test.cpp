@@ -9,6 +9,7 @@
 
 #include "attend.h"
 #include "cases.h"
+#include "gpu.h"
 
 namespace turboquant {
 namespace {
@@ -16,18 +17,6 @@ namespace {
 // q and the softmax weights are kept to 15 bits or more in decoding, q and the weights to fp16 where a KV head serves
 // more than eight query rows.
 constexpr double kTolerance = 5e-4, kPrefillTolerance = 1e-3;
-
-bool has_gpu() {
-  int count = 0;
-  return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
-}
-
-class Gpu : public testing::Test {
- protected:
-  void SetUp() override {
-    if (!has_gpu()) GTEST_SKIP() << "no GPU";
-  }
-};
 
 /// Calls f(0) .. f(count - 1) on all processors: compilers and the oracle are slow.
 void in_parallel(size_t count, const std::function<void(size_t)>& f) {
@@ -66,7 +55,7 @@ TEST_F(Gpu, EveryPlanMatchesTheOracle) {
         p.shared_bytes = cuda::many_shared_bytes(s, p);
         return p;
       }};
-  for (const jit::Planner planner : planners) {
+  for (const auto& planner : planners) {
     std::vector<cases::Case> table;
     for (int bits : {2, 3, 4}) {
       for (int len : {1, 2, 4}) {
@@ -211,14 +200,14 @@ TEST_F(Gpu, AppendWritesWhatEncodeGivesAndNothingElse) {
       inputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{kBatch, kHeads, kTokens, dim});
       memory.emplace_back(side->centre.data(), side->centre.size() * 4);
       inputs.emplace_back(memory.back().get(), "float", std::vector<int32_t>{kHeads, dim});
+      inputs.emplace_back();  // no feedback
       memory.emplace_back(fill.data(), fill.size());
       inputs.emplace_back(memory.back().get(), "uint32_t", std::vector<int32_t>{kBatch, kHeads, kCapacity, words});
       memory.emplace_back(fill.data(), size_t(kBatch) * kHeads * kCapacity * 2);
       inputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{kBatch, kHeads, kCapacity});
     }
     inputs.emplace_back(nullptr, "uint8_t", std::vector<int32_t>{kAt + 1});
-    const int64_t vectors = int64_t(kBatch) * kHeads * kTokens;
-    jit::Launch(cuda::append_kernel({{3, true}, {4, false}}, dim, kp.seed, vectors), inputs,
+    jit::Launch(cuda::append_kernel({{3, true}, {4, false}}, dim, kp.seed, kBatch * kHeads, kTokens), inputs,
                 {{nullptr, "uint8_t", {kAt + kTokens + 1}}})();
     jit::check(cudaDeviceSynchronize(), "append");
     for (int s = 0; s < 2; ++s) {
