@@ -1,6 +1,8 @@
 // The Metal kernels, run by the emulator, against the oracle.
 #include <gtest/gtest.h>
 
+#include <fstream>
+
 #include "golden.h"
 #include "launches.h"
 #include "turboquant/rotation.h"
@@ -34,6 +36,17 @@ TEST_P(MetalVariants, AttentionMatchesTheOracle) {
 INSTANTIATE_TEST_SUITE_P(All, MetalVariants, testing::ValuesIn(emulator::variants()), [](const auto& info) {
   return std::to_string(info.index) + "_" + info.param.c.name() + "_splits" + std::to_string(info.param.splits);
 });
+
+TEST(MetalCases, PythonReadsTheSameRows) {
+  std::ifstream file(TURBOQUANT_TEST_DATA "/cases.txt");
+  std::vector<std::string> found;
+  for (std::string line; std::getline(file, line);) found.push_back(line);
+  const auto names = emulator::names_for_python();
+  if (found == names) return;
+  std::ofstream renewed("cases.txt");
+  for (const auto& name : names) renewed << name << "\n";
+  FAIL() << "tests/data/cases.txt is out of date; cases.txt in the working directory is what it should be";
+}
 
 std::string case_name(const testing::TestParamInfo<cases::Case>& info) {
   return std::to_string(info.index) + "_" + info.param.name();
