@@ -53,12 +53,12 @@ std::string case_name(const testing::TestParamInfo<cases::Case>& info) {
 }
 INSTANTIATE_TEST_SUITE_P(All, MetalTable, testing::ValuesIn(emulator::attention_cases(false)), case_name);
 
-/// The rows that take minutes: run with --gtest_also_run_disabled_tests.
+/// The rows that take a minute together: a test of their own in ctest, so that they run beside the others.
 std::vector<cases::Case> long_rows() {
   const auto all = emulator::attention_cases(true);
   return {all.begin() + ptrdiff_t(emulator::attention_cases(false).size()), all.end()};
 }
-INSTANTIATE_TEST_SUITE_P(DISABLED_Long, MetalTable, testing::ValuesIn(long_rows()), case_name);
+INSTANTIATE_TEST_SUITE_P(Long, MetalTable, testing::ValuesIn(long_rows()), case_name);
 
 /// Vectors of one side with the edge cases in front: zero, NaN, infinity, tiny, huge, one-hot.
 std::vector<float> vectors(int count, int dim, Dtype dtype, uint64_t seed) {
