@@ -32,8 +32,8 @@ def parse(name):
 
 
 def tolerance(device, dtype):
-    """That of the C++ tests: CUDA's prefill keeps q and the weights to half (tests/cuda/gpu_test.cpp)."""
-    return (1e-3 if device == mx.gpu and not mx.metal.is_available() else 5e-4) + ROUNDING[dtype]
+    """On a GPU q and some weights are half; 1e-3 is twice what the emulator allows, since these are other numbers."""
+    return (1e-3 if device == mx.gpu else 5e-4) + ROUNDING[dtype]
 
 
 def oracle(q, k, v, scale, c, bias, starts, sinks):
