@@ -80,7 +80,8 @@ std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std:
     return packed;
   }
   Launcher launcher{stream};
-  const auto out = metal::launch_encode(launcher, sides, bits, centres, seed);
+  const auto out =
+      metal::launch_encode(launcher, sides, bits, centres, std::vector<std::optional<mx::array>>(sides.size()), seed);
   for (size_t i = 0; i < out.size(); i += 2) packed.push_back({out[i], out[i + 1]});
   return packed;
 }
