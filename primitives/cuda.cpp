@@ -201,7 +201,7 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
     cache.insert(cache.end(), {sinks, key_centre, value_centre});
     return launch(scan, cuda::scan_extent(plan), cache, {q.shape()}, {q.dtype()}, stream)[0];
   }
-  const auto partial = launch(scan, cuda::scan_extent(plan), cache, {{plan.slots, plan.rows, shape.head_dim + 4}},
+  const auto partial = launch(scan, cuda::scan_extent(plan), cache, {{plan.slots, plan.rows, plan.partial_floats(shape.head_dim)}},
                               {mx::float32}, stream)[0];
   const auto& merge =
       kernel_for(key_of(true, shape, settings, plan), [&] { return cuda::merge_kernel(shape, settings, plan); });
