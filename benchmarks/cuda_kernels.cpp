@@ -1,5 +1,6 @@
-// Times the CUDA kernels: medians of replayed CUDA graphs, microseconds a call.  Every graph walks over enough copies
-// of its inputs to leave the L2 cache (256 MiB), so a call finds its data in device memory.
+// Times the CUDA kernels: medians of replayed CUDA graphs, microseconds a call.  Every graph makes 100 calls or more, so
+// that launching it does not count, and walks over enough copies of its inputs to leave the L2 cache (256 MiB), so a call
+// finds its data in device memory.
 //
 //   cuda_kernels [NAME...]    decode, longest (one line of decode, for profilers), queries, ragged, encode, prefill;
 //   all
@@ -122,7 +123,7 @@ double time_attention(const Shape& s, double* bytes) {
   double tokens = double(s.batch) * s.kv_len;
   for (int start : s.starts) tokens -= start;
   *bytes = tokens * s.kv_heads * 2 * bytes_per_vector(s.bits, s.head_dim);
-  return time_graph(std::max(20, copies), [&](int i, cudaStream_t stream) {
+  return time_graph(std::max(100, copies), [&](int i, cudaStream_t stream) {
     for (const auto& launch : calls[i % copies]) launch(stream);
   });
 }
@@ -160,37 +161,51 @@ void ragged() {
   report("one row of the same total", {.kv_len = total});
 }
 
-void encode() {
-  const int tokens = 2048, heads = 4, dim = 256, copies = 32;
-  const int64_t vectors = int64_t(heads) * tokens;
+/// Microseconds of encoding keys and values of 4 heads, on fresh memory each time.
+double time_encode(int tokens, int bits, bool feedback) {
+  const int heads = 4, dim = 256, words = words_per_vector(bits, dim);
+  const int copies = int(std::max<int64_t>(8, int64_t(kFootprint) / (int64_t(4) * heads * tokens * dim)));
   std::mt19937_64 rng(1);
-  const auto x = random_halves(vectors * dim, rng);
-  for (int bits : {3, 4}) {
-    const int words = words_per_vector(bits, dim);
-    std::vector<jit::Memory> memory;
-    std::vector<jit::Launch> launches;
-    for (int i = 0; i < copies; ++i) {
-      std::vector<jit::Array> inputs, outputs;
-      for (int side = 0; side < 2; ++side) {
-        memory.emplace_back(x.data(), x.size() * 2);
-        inputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{1, heads, tokens, dim});
-        inputs.push_back(inputs.back());
-        memory.emplace_back(vectors * words * 4);
-        outputs.emplace_back(memory.back().get(), "uint32_t", std::vector<int32_t>{1, heads, tokens, words});
-        memory.emplace_back(vectors * 2);
-        outputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{1, heads, tokens});
-      }
-      launches.emplace_back(cuda::encode_kernel({{bits, false}, {bits, false}}, dim, 1, vectors), inputs, outputs);
+  const auto x = random_halves(size_t(heads) * tokens * dim, rng);
+  std::vector<uint16_t> g(size_t(heads) * dim * dim);
+  for (auto& v : g) v = uint16_t(0x2400 + rng() % 0x400);
+  const jit::Memory feedback_device(g.data(), g.size() * 2);
+  const jit::Array given(feedback_device.get(), "__half", {heads, dim, dim});
+  std::vector<jit::Memory> memory;
+  std::vector<jit::Launch> launches;
+  for (int i = 0; i < std::min(copies, 64); ++i) {
+    std::vector<jit::Array> inputs, outputs;
+    for (int side = 0; side < 2; ++side) {
+      memory.emplace_back(x.data(), x.size() * 2);
+      inputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{1, heads, tokens, dim});
+      inputs.push_back(inputs.back());
+      inputs.push_back(given);
+      memory.emplace_back(size_t(heads) * tokens * words * 4);
+      outputs.emplace_back(memory.back().get(), "uint32_t", std::vector<int32_t>{1, heads, tokens, words});
+      memory.emplace_back(size_t(heads) * tokens * 2);
+      outputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{1, heads, tokens});
     }
-    const double us = time_graph(copies, [&](int i, cudaStream_t s) { launches[i](s); });
-    std::printf("encode TQ%d, %d tokens x %d heads, keys and values: %.2f us\n", bits, tokens, heads, us);
+    launches.emplace_back(cuda::encode_kernel({{bits, false, feedback}, {bits, false, feedback}}, dim, 1, heads, tokens),
+                          inputs, outputs);
   }
+  return time_graph(100, [&](int i, cudaStream_t s) { launches[i % launches.size()](s); });
+}
+
+void encode() {
+  for (int tokens : {1, 2048}) {
+    for (int bits : {3, 4}) {
+      const double us = time_encode(tokens, bits, false), with = time_encode(tokens, bits, true);
+      std::printf("encode TQ%d, %d tokens x 4 heads, keys and values: %.2f us, with feedback %.2f us\n", bits, tokens, us,
+                  with);
+    }
+  }
+  const size_t bytes = size_t(2) * 4 * 2048 * 256 * 2;
   std::vector<jit::Memory> from, to;
-  for (int i = 0; i < copies; ++i) from.emplace_back(2 * x.size() * 2), to.emplace_back(2 * x.size() * 2);
-  const double us = time_graph(copies, [&](int i, cudaStream_t s) {
-    cudaMemcpyAsync(to[i].get(), from[i].get(), from[i].size(), cudaMemcpyDeviceToDevice, s);
+  for (int i = 0; i < 32; ++i) from.emplace_back(bytes), to.emplace_back(bytes);
+  const double us = time_graph(100, [&](int i, cudaStream_t s) {
+    cudaMemcpyAsync(to[i % 32].get(), from[i % 32].get(), bytes, cudaMemcpyDeviceToDevice, s);
   });
-  std::printf("copy of the same FP16 data: %.2f us\n", us);
+  std::printf("copy of 2048 tokens' FP16 data: %.2f us\n", us);
 }
 
 void prefill() {

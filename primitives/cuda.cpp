@@ -60,7 +60,8 @@ const Function& kernel_for(const Key& key, const Build& build) {
   if (found == kernels.end()) {
     const cuda::Kernel k = build();
     found = kernels
-                .emplace(key, mx::fast::cuda_kernel(k.name, k.inputs, k.outputs, k.source, header_of(k),
+                .emplace(key, mx::fast::cuda_kernel(k.name, k.inputs, k.outputs, cuda::body(k),
+                                                    header_of(k) + cuda::before_kernel(k),
                                                     /*ensure_row_contiguous=*/false, k.shared_bytes))
                 .first;
   }
@@ -139,14 +140,15 @@ std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std:
     settings.push_back({bits[i], centres[i].has_value()});
     inputs.push_back(sides[i]);
     inputs.push_back(centres[i].value_or(sides[i]));
+    inputs.push_back(sides[i]);  // no feedback
     shapes.push_back(with_last(sides[i].shape(), words_per_vector(bits[i], dim)));
     shapes.push_back(without_last(sides[i].shape()));
     dtypes.insert(dtypes.end(), {mx::uint32, mx::float16});
   }
-  const int64_t vectors = int64_t(sides[0].size()) / dim;
+  const int tokens = sides[0].shape(2), rows = sides[0].shape(0) * sides[0].shape(1);
   const auto& run = kernel_for(CodecKey{CodecKey::encode, settings, dim, seed},
-                               [&] { return cuda::encode_kernel(settings, dim, seed, vectors); });
-  const auto out = launch(run, cuda::codec_extent(dim, int(sides.size()), vectors), inputs, shapes, dtypes, stream);
+                               [&] { return cuda::encode_kernel(settings, dim, seed, rows, tokens); });
+  const auto out = launch(run, cuda::encode_extent(settings, dim, rows, tokens), inputs, shapes, dtypes, stream);
   std::vector<PackedArrays> packed;
   for (size_t i = 0; i < out.size(); i += 2) packed.push_back({out[i], out[i + 1]});
   return packed;
@@ -162,14 +164,14 @@ mx::array append(const std::vector<mx::array>& sides, const std::vector<int>& bi
   const int dim = sides[0].shape(-1);
   for (size_t i = 0; i < sides.size(); ++i) {
     settings.push_back({bits[i], centres[i].has_value()});
-    inputs.insert(inputs.end(), {sides[i], centres[i].value_or(sides[i]), to[i].codes, to[i].scales});
+    inputs.insert(inputs.end(), {sides[i], centres[i].value_or(sides[i]), sides[i], to[i].codes, to[i].scales});
   }
   inputs.push_back(before);
-  const int64_t vectors = int64_t(sides[0].size()) / dim;
+  const int tokens = sides[0].shape(2), rows = sides[0].shape(0) * sides[0].shape(1);
   const auto& run = kernel_for(CodecKey{CodecKey::append, settings, dim, seed},
-                               [&] { return cuda::append_kernel(settings, dim, seed, vectors); });
-  return launch(run, cuda::codec_extent(dim, int(sides.size()), vectors), inputs,
-                {{int(before.size()) + sides[0].shape(2)}}, {mx::uint8}, stream)[0];
+                               [&] { return cuda::append_kernel(settings, dim, seed, rows, tokens); });
+  return launch(run, cuda::encode_extent(settings, dim, rows, tokens), inputs,
+                {{int(before.size()) + tokens}}, {mx::uint8}, stream)[0];
 }
 
 mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,
@@ -178,7 +180,7 @@ mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype 
   const int64_t vectors = int64_t(packed.scales.size());
   const auto& run = kernel_for(CodecKey{CodecKey::decode, {{bits, centre.has_value()}}, dim, seed},
                                [&] { return cuda::decode_kernel(bits, centre.has_value(), dim, seed, vectors); });
-  return launch(run, cuda::codec_extent(dim, 1, vectors), {packed.codes, packed.scales, centre.value_or(packed.scales)},
+  return launch(run, cuda::decode_extent(dim, vectors), {packed.codes, packed.scales, centre.value_or(packed.scales)},
                 {with_last(packed.codes.shape(), dim)}, {dtype}, stream)[0];
 }
 

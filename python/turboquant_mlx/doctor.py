@@ -104,13 +104,16 @@ def _use_gpu(kind):
     mx.set_default_device(mx.gpu)
 
 
-def _test_suite():
-    """Runs the GPU tests of a source checkout, if this is one; returns their exit code."""
-    tests = Path.cwd() / "tests" / "python" / "test_gpu.py"
-    if not tests.is_file():
-        print("tests/python/test_gpu.py is not here: run this in a checkout to have the whole table tested")
+def _test_suite(kind):
+    """Runs the table and the GPU tests of a source checkout, if this is one; returns their exit code."""
+    tests = [Path.cwd() / "tests" / "python" / name for name in ("test_table.py", "test_gpu.py")]
+    if not all(path.is_file() for path in tests):
+        print("tests/python is not here: run this in a checkout to have the whole table tested")
         return 0
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", str(tests)], check=False).returncode
+    marker = {"metal": "metal", "cuda": "gpu"}[kind]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", marker, *map(str, tests)], check=False
+    ).returncode
 
 
 def main(argv=None):
@@ -120,17 +123,17 @@ def main(argv=None):
     which.add_argument("--metal", action="store_true", help="test and time the kernels on this Mac's GPU")
     which.add_argument("--cuda", action="store_true", help="test and time the kernels on this NVIDIA GPU")
     args = parser.parse_args(argv)
-    on_gpu = args.metal or args.cuda
-    if on_gpu:
-        _use_gpu("metal" if args.metal else "cuda")
+    kind = "metal" if args.metal else "cuda" if args.cuda else None
+    if kind:
+        _use_gpu(kind)
     for name, found in findings():
         print(f"{name:18} {found}")
     passed = True
     for name, ok, found in self_test():
         passed &= bool(ok)
         print(f"{'ok' if ok else 'FAILED':6} {name}: {found}")
-    if on_gpu:
-        passed &= _test_suite() == 0
+    if kind:
+        passed &= _test_suite(kind) == 0
         gpu_report.report()
     print("all is well" if passed else "the self-test failed: rebuild with make install, or report this output")
     return 0 if passed else 1

@@ -1,7 +1,7 @@
 # Writes OUTPUT, a C++ file with the device sources as string literals: without includes, comments and indentation, since
 # MLX hashes a kernel's text at every launch; and the same texts as files in KERNELS, which a kernel can include instead.
 #   cmake -DOUTPUT=... -DKERNELS=... -DINCLUDE=... -DSOURCE=... -P embed.cmake
-set(encode codec encode)
+set(encode codec encode feedback)
 set(merge codec attention schedule merge)
 set(decode codec attention tiles schedule int8 decode)
 set(rows codec attention tiles schedule int8 rows)

@@ -12,6 +12,7 @@ struct EncodeArgs {
   const void* x;                                // [batch, heads, tokens, D]
   long long x_strides[4];                       // in elements
   const float* centre;                          // [heads, D] or null
+  const __half* feedback;                       // [heads, D, D] or null
   unsigned* codes;                              // [batch, heads, tokens, BITS * D / 32]
   __half* scales;                               // [batch, heads, tokens]
   long long code_strides[2], scale_strides[2];  // of batch and head, in elements; rows are dense
@@ -23,65 +24,91 @@ __host__ __device__ constexpr int vectors_per_block(int warps) {
   return warps * Lanes<D>::vectors;
 }
 
-/// Encodes the vectors of block `block`.
-template <int D, int BITS, class T>
-__device__ void encode(const EncodeArgs& a, int block) {
-  using L = Lanes<D>;
-  const int lane = threadIdx.x & 31, slot = lane / L::vector, eighth = lane - slot * L::vector;
-  const int warps = blockDim.x / 32;
-  const long long count = (long long)a.batch * a.heads * a.tokens;
-  const long long vector = ((long long)block * warps + threadIdx.x / 32) * L::vectors + slot;
-  const bool active = slot < L::vectors && vector < count;
-  const long long row = active ? vector : 0;
-  const int t = int(row % a.tokens), h = int(row / a.tokens % a.heads), b = int(row / a.tokens / a.heads);
+/// A lane's eight coordinates of a vector, as the encoder knows them.
+struct Rotated {
+  float v[8];     // H (s * (x - centre)) without H's factor, divided by `unscale`
+  float square;   // |x - centre|^2, divided by its square
+  float unscale;  // a power of two; squares of wide exponents leave float's range
+  bool finite;
+  int b, h, t;  // of the vector
+  /// The square of the coordinates' RMS in v.
+  template <int D>
+  __device__ float mean_square() const {
+    return square * (float(Lanes<D>::power) / D);  // |H x| = |x|
+  }
+  __device__ bool codable() const { return finite && square > 0; }
+};
 
-  float v[8] = {};
+/// Loads and rotates `vector`, or zeros; all lanes of a warp together.
+template <int D, class T>
+__device__ void load_rotated(const EncodeArgs& a, long long vector, bool active, int eighth, Rotated& r) {
+  const long long row = active ? vector : 0;
+  r.t = int(row % a.tokens), r.h = int(row / a.tokens % a.heads), r.b = int(row / a.tokens / a.heads);
+#pragma unroll
+  for (float& v : r.v) v = 0;
   if (active) {
-    const T* x = static_cast<const T*>(a.x) + b * a.x_strides[0] + h * a.x_strides[1] + t * a.x_strides[2];
-    load8(x + 8 * eighth * a.x_strides[3], v, a.x_strides[3]);
+    const T* x = static_cast<const T*>(a.x) + r.b * a.x_strides[0] + r.h * a.x_strides[1] + r.t * a.x_strides[2];
+    load8(x + 8 * eighth * a.x_strides[3], r.v, a.x_strides[3]);
     if (a.centre) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] -= a.centre[h * D + 8 * eighth + j];
+      for (int j = 0; j < 8; ++j) r.v[j] -= a.centre[r.h * D + 8 * eighth + j];
     }
   }
-  float unscale = 1;
-  if constexpr (wide_exponent(T())) {  // squares of wide exponents leave float's range
+  r.unscale = 1;
+  if constexpr (wide_exponent(T())) {
     float top = 0;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) top = fmaxf(top, fabsf(v[j]));
+    for (float v : r.v) top = fmaxf(top, fabsf(v));
     top = over_vector<D, true>(top);
     const int exponent = min(max(254 - int(__float_as_uint(top) >> 23), 1), 253);
     if (top < __uint_as_float(0x7f800000)) {
-      unscale = __uint_as_float(unsigned(254 - exponent) << 23);
+      r.unscale = __uint_as_float(unsigned(254 - exponent) << 23);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] *= __uint_as_float(unsigned(exponent) << 23);
+      for (float& v : r.v) v *= __uint_as_float(unsigned(exponent) << 23);
     }
   }
-  float square = 0;
+  r.square = 0;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) square += v[j] * v[j];
-  square = over_vector<D>(square);
-  const bool finite = square < __uint_as_float(0x7f800000);  // false for NaN too
+  for (float v : r.v) r.square += v * v;
+  r.square = over_vector<D>(r.square);
+  r.finite = r.square < __uint_as_float(0x7f800000);  // false for NaN too
+  apply_signs(r.v, a.seed, eighth, 1.f);
+  hadamard<D>(r.v);
+}
 
-  apply_signs(v, a.seed, eighth, 1.f);
-  hadamard<D>(v);
-  // |H x| = |x|, so the RMS of the unscaled coordinates is sqrt(square * power / D).
-  const float to_levels = finite && square > 0 ? 2 * unit(BITS) * rsqrtf(square * (float(L::power) / D)) : 0.f;
-  unsigned nibbles = 0;
+/// The code of the level nearest to x, twice whose size is `doubled`.
+template <int BITS>
+__device__ unsigned nearest_code(float x, float doubled) {
+  unsigned code = x < 0 ? 1u << (BITS - 1) : 0u;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const float doubled = fabsf(v[j]) * to_levels;
-    unsigned code = v[j] < 0 ? 1u << (BITS - 1) : 0u;
-#pragma unroll
-    for (int m = 0; m + 1 < magnitudes(BITS); ++m) code += doubled >= float(double_threshold(BITS, m));
-    nibbles |= code << (4 * j);
-  }
-  if (!finite || square == 0) nibbles = 0;
+  for (int m = 0; m + 1 < magnitudes(BITS); ++m) code += doubled >= float(double_threshold(BITS, m));
+  return code;
+}
+
+/// |levels|^2 of a vector, eight codes a lane.
+template <int D, int BITS>
+__device__ unsigned level_square(unsigned nibbles) {
   constexpr unsigned low = magnitude_bytes(BITS, 0), high = BITS == 4 ? magnitude_bytes(4, 4) : low;
   const unsigned indices = nibbles & (0x11111111u * (magnitudes(BITS) - 1));
   const unsigned first = prmt(low, high, indices), second = prmt(low, high, indices >> 16);
-  const unsigned level_square = over_vector<D>(__dp4a(first, first, __dp4a(second, second, 0u)));
+  return over_vector<D>(__dp4a(first, first, __dp4a(second, second, 0u)));
+}
 
+/// The nearest codes of a lane's eight coordinates; of a vector without directions, zeros.
+template <int D, int BITS>
+__device__ unsigned nearest_codes(const Rotated& r) {
+  const float to_levels = r.codable() ? 2 * unit(BITS) * rsqrtf(r.mean_square<D>()) : 0.f;
+  unsigned nibbles = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) nibbles |= nearest_code<BITS>(r.v[j], fabsf(r.v[j]) * to_levels) << (4 * j);
+  return r.codable() ? nibbles : 0;
+}
+
+/// Packs and writes a vector's codes, eight a lane, and its scale; all lanes of a warp together.
+template <int D, int BITS>
+__device__ void write_codes(const EncodeArgs& a, const Rotated& r, bool active, int eighth, unsigned nibbles) {
+  const int lane = threadIdx.x & 31;
+  const unsigned squares = level_square<D, BITS>(nibbles);
   unsigned word = nibbles;
   bool writes = active;
   if constexpr (BITS == 3) {  // the fourth nibble word goes into the spare bits of the other three
@@ -93,14 +120,28 @@ __device__ void encode(const EncodeArgs& a, int block) {
     writes = writes && (lane & 3) < 2;
   }
   if (writes) {
-    unsigned* codes = a.codes + b * a.code_strides[0] + h * a.code_strides[1] + (long long)t * (BITS * (D / 32));
+    unsigned* codes = a.codes + r.b * a.code_strides[0] + r.h * a.code_strides[1] + (long long)r.t * (BITS * (D / 32));
     codes[eighth / 4 * BITS + (eighth & 3)] = word;
   }
   if (active && eighth == 0) {
-    const float scale = sqrtf(square) / (sqrtf(float(level_square)) * level_step(BITS)) * unscale;
-    a.scales[b * a.scale_strides[0] + h * a.scale_strides[1] + t] =
-        finite ? __float2half_rn(scale) : __ushort_as_half(0x7e00);
+    const float scale = sqrtf(r.square) / (sqrtf(float(squares)) * level_step(BITS)) * r.unscale;
+    a.scales[r.b * a.scale_strides[0] + r.h * a.scale_strides[1] + r.t] =
+        r.finite ? __float2half_rn(scale) : __ushort_as_half(0x7e00);
   }
+}
+
+/// Encodes the vectors of block `block`.
+template <int D, int BITS, class T>
+__device__ void encode(const EncodeArgs& a, int block) {
+  using L = Lanes<D>;
+  const int lane = threadIdx.x & 31, slot = lane / L::vector, eighth = lane - slot * L::vector;
+  const int warps = blockDim.x / 32;
+  const long long count = (long long)a.batch * a.heads * a.tokens;
+  const long long vector = ((long long)block * warps + threadIdx.x / 32) * L::vectors + slot;
+  const bool active = slot < L::vectors && vector < count;
+  Rotated r;
+  load_rotated<D, T>(a, vector, active, eighth, r);
+  write_codes<D, BITS>(a, r, active, eighth, nearest_codes<D, BITS>(r));
 }
 
 /// A `decode` launch; DecodeParams of turboquant.h on the device.

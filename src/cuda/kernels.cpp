@@ -2,6 +2,7 @@
 // call (tokens, strides) come from the arrays, so that one compilation serves a growing cache.
 #include "cuda/kernels.h"
 
+#include <algorithm>
 #include <bit>
 #include <sstream>
 
@@ -9,6 +10,9 @@ namespace turboquant::cuda {
 namespace {
 
 const char* truth(bool x) { return x ? "true" : "false"; }
+
+/// `__global__` as CUDA's headers define it.
+constexpr const char* kGlobal = "#undef __global__\n#define __global__ __attribute__((global))";
 
 std::string hex(uint64_t x) {
   std::ostringstream s;
@@ -29,7 +33,7 @@ std::string codec_call(const char* function, int head_dim, int bits, const std::
   return s.str();
 }
 
-constexpr int kCodecWarps = 8;
+constexpr int kCodecWarps = 8, kFeedbackTokens = 32;  // of a block of the encoder (feedback.cu.h)
 
 int codec_blocks(int head_dim, int64_t vectors) {
   const int per_block = kCodecWarps * (32 / (head_dim / 8));
@@ -102,6 +106,17 @@ const char* mask_name(MaskKind kind) {
 
 namespace {
 
+}  // namespace
+
+std::string before_kernel(const Kernel& k) {
+  if (k.max_threads == 0) return "";
+  return std::string(kGlobal) + " __launch_bounds__(" + std::to_string(k.max_threads) + ")\n";
+}
+
+std::string body(const Kernel& k) { return (k.max_threads ? std::string(kGlobal) + "\n" : "") + k.source; }
+
+namespace {
+
 void set_extent(Kernel& k, const Extent& extent) { k.grid = extent.grid, k.block = extent.block; }
 
 /// Body of a side's encoding; `place` fills where it writes.
@@ -113,25 +128,37 @@ std::string encode_side(const EncodeSide& side, int i, int head_dim, uint64_t se
     << "  a.seed = " << hex(seed) << "ull;\n  a.x = x" << i << ";\n"
     << "  for (int i = 0; i < 4; ++i) a.x_strides[i] = x" << i << "_strides[i];\n"
     << "  a.centre = " << optional(side.centred, "float", "centre" + n) << ";\n"
-    << place << codec_call("encode_as", head_dim, side.bits, "x" + n) << "  }\n";
+    << "  a.feedback = " << optional(side.feedback, "__half", "feedback" + n) << ";\n"
+    << place << codec_call(side.feedback ? "encode_feedback_as" : "encode_as", head_dim, side.bits, "x" + n) << "  }\n";
   return o.str();
 }
 
 }  // namespace
 
-Extent codec_extent(int head_dim, int sides, int64_t vectors) {
-  return {{codec_blocks(head_dim, vectors) * 32 * kCodecWarps, sides, 1}, {32 * kCodecWarps, 1, 1}};
+Extent encode_extent(const std::vector<EncodeSide>& sides, int head_dim, int64_t rows, int tokens) {
+  int64_t blocks = 0;
+  for (const EncodeSide& side : sides) {
+    const int64_t of_side =
+        side.feedback ? rows * ((tokens + kFeedbackTokens - 1) / kFeedbackTokens) : codec_blocks(head_dim, rows * tokens);
+    blocks = std::max(blocks, of_side);
+  }
+  return {{int(blocks) * 32 * kCodecWarps, int(sides.size()), 1}, {32 * kCodecWarps, 1, 1}};
 }
 
-Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t vectors) {
+Extent decode_extent(int head_dim, int64_t vectors) {
+  return {{codec_blocks(head_dim, vectors) * 32 * kCodecWarps, 1, 1}, {32 * kCodecWarps, 1, 1}};
+}
+
+Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t rows,
+                     int tokens) {
   Kernel k;
   k.name = "tq_encode";
   k.header = Source::encode;
   for (size_t i = 0; i < sides.size(); ++i) {
     const std::string n = std::to_string(i);
-    k.inputs.insert(k.inputs.end(), {"x" + n, "centre" + n});
+    k.inputs.insert(k.inputs.end(), {"x" + n, "centre" + n, "feedback" + n});
     k.outputs.insert(k.outputs.end(), {"codes" + n, "scales" + n});
-    k.name += "_" + std::to_string(sides[i].bits);
+    k.name += "_" + std::to_string(sides[i].bits) + (sides[i].feedback ? "f" : "");
     std::ostringstream place;
     place << "  a.codes = codes" << i << ", a.scales = scales" << i << ";\n"
           << "  a.scale_strides[1] = a.tokens, a.scale_strides[0] = (long long)a.heads * a.tokens;\n"
@@ -139,19 +166,20 @@ Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_
           << " * a.scale_strides[i];\n";
     k.source += encode_side(sides[i], int(i), head_dim, seed, place.str());
   }
-  set_extent(k, codec_extent(head_dim, int(sides.size()), vectors));
+  set_extent(k, encode_extent(sides, head_dim, rows, tokens));
   return k;
 }
 
-Kernel append_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t vectors) {
+Kernel append_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t rows,
+                     int tokens) {
   Kernel k;
   k.name = "tq_append";
   k.header = Source::encode;
   k.outputs = {"written"};
   for (size_t i = 0; i < sides.size(); ++i) {
     const std::string n = std::to_string(i);
-    k.inputs.insert(k.inputs.end(), {"x" + n, "centre" + n, "codes" + n, "scales" + n});
-    k.name += "_" + std::to_string(sides[i].bits);
+    k.inputs.insert(k.inputs.end(), {"x" + n, "centre" + n, "feedback" + n, "codes" + n, "scales" + n});
+    k.name += "_" + std::to_string(sides[i].bits) + (sides[i].feedback ? "f" : "");
     std::ostringstream place;
     place << "  const long long at = before_shape[0] - 1;\n"
           << "  a.codes = const_cast<unsigned*>(codes" << i << ") + at * " << words_per_vector(sides[i].bits, head_dim)
@@ -162,7 +190,7 @@ Kernel append_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_
     k.source += encode_side(sides[i], int(i), head_dim, seed, place.str());
   }
   k.inputs.push_back("before");
-  set_extent(k, codec_extent(head_dim, int(sides.size()), vectors));
+  set_extent(k, encode_extent(sides, head_dim, rows, tokens));
   return k;
 }
 
@@ -185,7 +213,7 @@ Kernel decode_kernel(int bits, bool centred, int head_dim, uint64_t seed, int64_
       ";\n"
       "  a.out = x;\n" +
       codec_call("decode_as", head_dim, bits, "x");
-  set_extent(k, codec_extent(head_dim, 1, vectors));
+  set_extent(k, decode_extent(head_dim, vectors));
   return k;
 }
 
@@ -203,7 +231,7 @@ std::string attention_call(const AttentionShape& shape, const AttentionSettings&
   if (plan.method == AttentionPlan::decode) {
     o << plan.warps << ", " << plan.stages;
   } else if (plan.method == AttentionPlan::many) {
-    o << plan.rows << ", " << plan.stages;
+    o << plan.rows << ", " << plan.warps << ", " << plan.stages;
   } else {
     o << plan.row_warps << ", " << plan.token_warps << ", " << truth(plan.method == AttentionPlan::split);
   }
@@ -221,6 +249,7 @@ Kernel scanning_kernel(const char* name, const AttentionShape& shape, const Atte
   k.inputs = {"q", "key_codes", "key_scales", "value_codes", "value_scales", "written", "starts", "mask"};
   set_extent(k, scan_extent(plan));
   k.shared_bytes = plan.shared_bytes;
+  if (k.block[0] > 256) k.max_threads = k.block[0];  // others may have all registers that a thread can
   return k;
 }
 

@@ -27,25 +27,31 @@ struct Kernel {
   std::string source;
   std::array<int, 3> grid{1, 1, 1}, block{1, 1, 1};  // grid in threads, as MLX counts
   int shared_bytes = 0;
+  int max_threads = 0;  // of a block, if the compiler must know
 };
+/// What goes between the header and the function, and the function's body.  MLX writes `__global__ void` by itself and
+/// takes no launch bounds, so the word is defined to bring them, and defined back within the body.
+std::string before_kernel(const Kernel& kernel);
+std::string body(const Kernel& kernel);
 
 /// Threads of a launch.
 struct Extent {
   std::array<int, 3> grid, block;  // grid in threads, as MLX counts
 };
-Extent codec_extent(int head_dim, int sides, int64_t vectors);
 Extent scan_extent(const AttentionPlan& plan);
 Extent merge_extent(const AttentionShape& shape);
 
 struct EncodeSide {
   int bits;
-  bool centred;
+  bool centred, feedback = false;
   auto operator<=>(const EncodeSide&) const = default;
 };
-/// One or two sides of `vectors` = batch * heads * tokens each.
-Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t vectors);
+/// One or two sides of `rows` = batch * heads rows of `tokens` vectors each.
+Extent encode_extent(const std::vector<EncodeSide>& sides, int head_dim, int64_t rows, int tokens);
+Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t rows, int tokens);
 /// The same into the buffers of a cache, in place (plan.h).
-Kernel append_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t vectors);
+Kernel append_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t rows, int tokens);
+Extent decode_extent(int head_dim, int64_t vectors);
 Kernel decode_kernel(int bits, bool centred, int head_dim, uint64_t seed, int64_t vectors);
 
 /// What an attention kernel is compiled for, beside its shape.

@@ -40,6 +40,45 @@ __device__ void finish_row(const AttentionArgs& a, int b, int head, int query, f
   store8(static_cast<T*>(a.out) + row * D + 8 * lane, v);
 }
 
+/// Adds partial results to a row: v, `sum` and `top` as in finish_row.  They are those of slots first, first + step, ...
+/// before `last`, of row `row` of ROWS; BATCH of them at a time, so that their loads overlap.
+template <int D, int ROWS, int BATCH>
+__device__ void add_partials(const AttentionArgs& a, int row, int first, int last, int step, float (&v)[8], float& sum,
+                             float& top) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll 1
+  for (int i = first; i < last; i += BATCH * step) {
+    float2 sums[BATCH];
+    float4 x[BATCH][2] = {};
+#pragma unroll
+    for (int k = 0; k < BATCH; ++k) {
+      sums[k] = make_float2(kNothing, 0);
+      if (i + k * step >= last) continue;
+      // Past the first level of the cache, which does not see what other blocks write.
+      const float* result = a.partial_row<D>((long long)(i + k * step) * ROWS + row);
+      sums[k] = __ldcg(reinterpret_cast<const float2*>(result + D));
+      if (lane < D / 8) {
+        x[k][0] = __ldcg(reinterpret_cast<const float4*>(result) + 2 * lane);
+        x[k][1] = __ldcg(reinterpret_cast<const float4*>(result) + 2 * lane + 1);
+      }
+    }
+    const float old = top;
+#pragma unroll
+    for (int k = 0; k < BATCH; ++k) top = fmaxf(top, sums[k].x);
+    const float keep = exp2_fast(old - top);
+    sum *= keep;
+#pragma unroll
+    for (float& y : v) y *= keep;
+#pragma unroll
+    for (int k = 0; k < BATCH; ++k) {
+      const float weight = exp2_fast(sums[k].x - top);
+      sum += weight * sums[k].y;
+      v[0] += weight * x[k][0].x, v[1] += weight * x[k][0].y, v[2] += weight * x[k][0].z, v[3] += weight * x[k][0].w;
+      v[4] += weight * x[k][1].x, v[5] += weight * x[k][1].y, v[6] += weight * x[k][1].z, v[7] += weight * x[k][1].w;
+    }
+  }
+}
+
 /// Shared memory of `merge`: [8 warps][D], an exponent and a sum per warp.
 template <int D>
 __host__ __device__ constexpr int merge_shared_floats() {
@@ -56,37 +95,9 @@ __device__ void merge(const AttentionArgs& a, int row, int slots, float* shared)
   const bool has = lane < D / 8;
 
   const int segment = kv_head * ((a.rows() + ROWS - 1) / ROWS) + in_group / ROWS;
-  const auto [first, last] = partial_slots<TILE, ROWS>(a, b, segment, slots);
-
-  // Each warp merges every eighth partial result, five at a time so that their loads overlap.
+  const Range partials = partial_slots<TILE, ROWS>(a, b, segment, slots);
   float top = kNothing, sum = 0, v[8] = {};
-#pragma unroll 1
-  for (int i = first + warp; i < last; i += 40) {
-    float2 sums[5];
-    float x[5][8] = {};
-#pragma unroll
-    for (int k = 0; k < 5; ++k) {
-      sums[k] = make_float2(kNothing, 0);
-      if (i + 8 * k >= last) continue;
-      const float* result = a.partial_row<D>((long long)(i + 8 * k) * ROWS + in_group % ROWS);
-      sums[k] = *reinterpret_cast<const float2*>(result + D);
-      if (has) load8(static_cast<const float*>(__builtin_assume_aligned(result + 8 * lane, 16)), x[k]);
-    }
-    const float old = top;
-#pragma unroll
-    for (int k = 0; k < 5; ++k) top = fmaxf(top, sums[k].x);
-    const float keep = exp2_fast(old - top);
-    sum *= keep;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] *= keep;
-#pragma unroll
-    for (int k = 0; k < 5; ++k) {
-      const float weight = exp2_fast(sums[k].x - top);
-      sum += weight * sums[k].y;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] += weight * x[k][j];
-    }
-  }
+  add_partials<D, ROWS, 5>(a, in_group % ROWS, partials.first + warp, partials.last, 8, v, sum, top);
   if (has) store8(shared + warp * D + 8 * lane, v);
   if (lane == 0) shared[8 * D + warp] = top, shared[8 * D + 8 + warp] = sum;
   __syncthreads();
@@ -114,7 +125,7 @@ __device__ void merge(const AttentionArgs& a, int row, int slots, float* shared)
   finish_row<D, T>(a, b, head, query, v, sum, top);
 }
 
-/// The same with T from a pointer, for generated code.
+/// `merge` with T from a pointer, for generated code.
 template <int D, int ROWS, int TILE, class T>
 __device__ void merge_as(const AttentionArgs& a, const T*, int row, int slots, float* shared) {
   merge<D, ROWS, TILE, T>(a, row, slots, shared);

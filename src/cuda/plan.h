@@ -2,9 +2,10 @@
 // tests and the benchmarks all launch through `kernels.h`, which uses this.
 //
 // Kernels (kernels.h builds each one's source; shapes in elements, all outputs dense):
-//   encode   in  x0 [x1] (B, H, N, D) any float, any strides; centre0 [centre1] (H, D) f32 or a dummy
+//   encode   in  per side x (B, H, N, D) any float, any strides; centre (H, D) f32 or a dummy; feedback (H, D, D) f16,
+//                dense, or a dummy
 //            out codes0 [codes1] (B, H, N, bits D / 32) u32, scales0 [scales1] (B, H, N) f16
-//   append   in  per side x (B, H, N, D), centre, codes (B, H, capacity, bits D / 32), scales (B, H, capacity), views
+//   append   in  per side x (B, H, N, D), centre, feedback, codes (B, H, capacity, bits D / 32), scales (B, H, capacity), views
 //                allowed; then before (n + 1) u8, whose size says that token n is the first to write
 //            out written (n + N + 1) u8, which nobody writes or reads: it stands for the codes and scales, which this
 //                kernel overwrites in place although they are inputs
@@ -79,9 +80,9 @@ inline int decode_shared_bytes(const AttentionShape& s, const AttentionPlan& p) 
 /// sizeof(ManyRows::Shared).
 inline int many_shared_bytes(const AttentionShape& s, const AttentionPlan& p) {
   const int words = 16 * (words_per_vector(s.key_bits, s.head_dim) + words_per_vector(s.value_bits, s.head_dim)) + 16;
-  const int groups = s.head_dim / 32, key_steps = groups > 4 ? 8 : groups > 2 ? 4 : groups;
-  const int bytes = 8 * p.stages * words * 4 + 64 * key_steps * p.rows + 2 * groups * (8 * 32 + 4) * 16 +
-                    2 * 8 * 32 * p.rows + 8 * 16 * 16 + 28 * p.rows + 8 * 8 * p.rows;
+  const int groups = s.head_dim / 32;
+  const int bytes = p.warps * p.stages * words * 4 + 64 * 8 * p.rows + 2 * groups * (p.warps * 64 + 4) * 4 +
+                    2 * p.warps * 32 * p.rows + p.warps * 16 * 16 + 28 * p.rows + 8 * p.warps * p.rows;
   return (bytes + 15) / 16 * 16;
 }
 
@@ -124,12 +125,19 @@ inline AttentionPlan plan_decode(const AttentionShape& s, const Device& device) 
   return p;
 }
 
-/// `many`, if shared memory has room.
+/// Tiles of all segments to a multiprocessor.
+inline int64_t tiles_each(const AttentionShape& s, const Device& device) {
+  return int64_t(s.batch) * s.kv_heads * ((s.kv_len + 31) / 32) / std::max(1, device.multiprocessors);
+}
+
+/// `many`, if shared memory has room.  Sixteen warps hide more of each other's latencies where there is enough to do, but
+/// have half the registers: enough for sixteen rows.
 inline bool plan_many(const AttentionShape& s, const Device& device, AttentionPlan& p) {
   p.method = AttentionPlan::many;
   p.rows = (std::min(s.rows(), 32) + 7) / 8 * 8;
-  for (int stages : {3, 2}) {
-    p.stages = stages;
+  for (auto [warps, stages] : {std::pair{16, 2}, {8, 3}, {8, 2}}) {
+    if (warps == 16 && (p.rows > 16 || tiles_each(s, device) < 12)) continue;
+    p.warps = warps, p.stages = stages;
     p.shared_bytes = many_shared_bytes(s, p);
     if (p.shared_bytes <= device.shared_bytes) break;
   }
@@ -141,13 +149,14 @@ inline bool plan_many(const AttentionShape& s, const Device& device, AttentionPl
   return true;
 }
 
-/// Up to four rows are decoded. Up to 32 share one pass in `many` where heads have more than 128 coordinates (measured
-/// with 256). Otherwise up to twenty are decoded, four at a time: measured on an H100, six passes take as long as one
-/// over fp16 tiles. More go through fp16 tiles; where shared memory has no room for those (head_dim 256 below 112 KiB),
-/// all are decoded.
+/// Heads of more than 128 coordinates (measured with 256): `many` for up to 32 rows, but up to four rows over long
+/// contexts are decoded; on an H100 both take as long at 64K tokens of four KV heads.  Smaller heads: up to twenty rows
+/// are decoded, four at a time; six passes take as long as one over fp16 tiles.  More rows go through fp16 tiles; where
+/// shared memory has no room for those (head_dim 256 below 112 KiB), all are decoded.
 inline AttentionPlan plan_attention(const AttentionShape& s, const Device& device) {
   AttentionPlan p;
-  if (s.rows() > 4 && s.rows() <= 32 && s.head_dim > 128 && plan_many(s, device, p)) return p;
+  const bool many = s.rows() <= 32 && s.head_dim > 128 && (s.rows() > 4 || tiles_each(s, device) <= 62);
+  if (many && plan_many(s, device, p)) return p;
   if (s.rows() <= 20) return plan_decode(s, device);
   p = {};
   bool fits = false;

@@ -1,9 +1,9 @@
-// Attention of some query rows (5 to 32 of a KV head) over a long packed cache, on int8 tensor cores.
+// Attention of some query rows (up to 32 of a KV head) over a packed cache, on int8 tensor cores.
 //
-// A block takes all rows of a KV head, so that codes are read and unpacked once.  Its eight warps work in rounds of 128
-// tokens: each scores sixteen of them against all rows and unpacks their values; weights and values then pass through
-// shared memory, for in the second product each warp takes 16 or 32 coordinates of all tokens.  Everything that passes
-// is double-buffered, so a round needs one barrier.  Numbers are as in decode.cu.h: queries and weights as high and low
+// A block takes all rows of a KV head, so that codes are read and unpacked once.  Its warps work in rounds: each scores
+// sixteen tokens against all rows and transposes their values' codes; weights and codes then pass through shared memory,
+// for in the second product each warp takes 16 or 32 coordinates of all tokens.  Everything that passes is
+// double-buffered, so a round needs one barrier.  Numbers are as in decode.cu.h: queries and weights as high and low
 // bytes, sums as integers relative to a power of two, here one for each row of the block.
 #pragma once
 
@@ -11,35 +11,41 @@
 
 namespace turboquant::cuda {
 
-template <int D, int KEY_BITS, int VALUE_BITS, class T, MaskType MASK, class MaskT, int GROUPS, int STAGES>
+template <int D, int KEY_BITS, int VALUE_BITS, class T, MaskType MASK, class MaskT, int GROUPS, int WARPS, int STAGES>
 struct ManyRows {
-  static constexpr int kWarps = 8, kRows = 8 * GROUPS, kTokens = 16;
-  static constexpr int kTiles = kWarps * kTokens / kTile;  // of a round
+  static constexpr int kRows = 8 * GROUPS, kTokens = 16;
+  static constexpr int kSteps = WARPS * kTokens / kTile;  // products of 32 tokens in a round
   using Keys = Rows<KEY_BITS, D, false, kTokens>;
   using Values = Rows<VALUE_BITS, D, true, kTokens>;
   using Source = TileSource<Keys, Values, kTokens>;
   using KeyShare = Share<D, 4>;
-  using ValueShare = Share<D, 8>;
   static constexpr int kKeySteps = KeyShare::per_thread * KeyShare::words;
-  static constexpr int kHeld = 16 / GROUPS < kKeySteps ? 16 / GROUPS : kKeySteps;  // steps whose q stays in registers
-  static constexpr int kEighths = D > 128 ? 4 : 2;  // of coordinates, eight at a time, that a warp sums
+  static constexpr int kRoom = (WARPS == 8 ? 16 : 8) / GROUPS;
+  static constexpr int kHeld = kRoom < kKeySteps ? kRoom : kKeySteps;  // steps whose q stays in registers
+  static constexpr int kEach = (kRows + WARPS - 1) / WARPS;            // queries that a warp prepares
+  static constexpr int kSets = 16 / WARPS;                             // of 16 coordinates, that a warp sums
   static constexpr int kStageWords = Keys::size + Values::size + kTokens;
-  static constexpr int kValueStride = 8 * 32 + 4;  // of a group's values; neighbours start half of the banks apart
-  static constexpr float kWeightOne = 65280;       // 255 * 256: the fixed-point weight of 1
-  static_assert(STAGES >= 2);
+  static constexpr float kWeightOne = 65280;  // 255 * 256: the fixed-point weight of 1
+  static_assert(STAGES >= 2 && D > 128, "smaller heads have fewer sets of coordinates than warps");
+
+  // Codes of four tokens at two coordinates, c and c + 2, are a word.  A group of 32 coordinates has 16 such pairs; they
+  // are the columns of two products, pair 8 s + g being column g of those of set s: its low half of one, its high half of
+  // the other.  Four words between groups, and halves exchanged for every other two of the four threads that share a
+  // group, keep reads and writes free of bank conflicts.
+  static constexpr int kGroup = WARPS * 64 + 4;
+  static __device__ int pair_at(int pair) { return kSets == 2 ? pair % 8 * 2 + pair / 8 : pair; }
 
   struct Shared {
-    alignas(16) unsigned ring[kWarps][STAGES][kStageWords];
+    alignas(16) unsigned ring[WARPS][STAGES][kStageWords];
     uint4 q[GROUPS][kKeySteps][32];  // as the products take them: high and low bytes of four coordinates, twice
-    // Of [32 tokens][16 of them][lane], the bytes of four tokens at coordinates l, 8 + l, 16 + l, 24 + l of a group.
-    uint4 values[2][D / 32][kValueStride];
-    uint4 weights[2][4][GROUPS][32];       // of [32 tokens][rows][lane]: of four tokens, high and low bytes, twice
-    float4 token_scales[kWarps][kTokens];  // of keys; of values, times kWeightOne; the latter's logarithm
+    alignas(16) unsigned values[2][D / 32][kGroup];
+    uint4 weights[2][kSteps][GROUPS][32];  // of [32 tokens][rows][lane]: of four tokens, high and low bytes, twice
+    float4 token_scales[WARPS][kTokens];   // of keys; of values, times kWeightOne; the latter's logarithm
     float q_scale[kRows];
     int q_offset[kRows][2];  // what the unsigned bytes of 4-bit keys add to the products
     Range range[kRows];
     int top[2][kRows];  // as `ordered`; proposed for even and for odd rounds
-    float2 sums[kWarps][kRows];
+    float2 sums[WARPS][kRows];
   };
 
   const AttentionArgs& a;
@@ -48,7 +54,7 @@ struct ManyRows {
 
   // Of the segment in hand.
   int b, kv_head, first_row, first_piece, last_piece;  // pieces: sixteen tokens
-  int acc[GROUPS][kEighths][4];  // rows 8r + g, coordinates 2t and 2t + 1: by high, by low bytes of the weights
+  int acc[GROUPS][2 * kSets][4];  // rows 8r + g, columns 2t and 2t + 1: by high, by low bytes of the weights
   unsigned q[kHeld][GROUPS][4];
   float s[GROUPS][4];              // scores of rows 8r + g
   float top[GROUPS], sum[GROUPS];  // exponents that weights are relative to; their sums over this thread's tokens
@@ -71,13 +77,13 @@ struct ManyRows {
   }
   static __device__ float from_ordered(int i) { return __int_as_float(i ^ (i >> 31 & 0x7fffffff)); }
 
-  __device__ int piece(int round) const { return first_piece + kWarps * round + warp; }
+  __device__ int piece(int round) const { return first_piece + WARPS * round + warp; }
 
   /// Starts the copy of this warp's piece of a round; `from` goes on to that of the next.
   __device__ void start_copy(Source& from, int round, int stage) {
     if (piece(round) < last_piece) {
       from.copy(a, b, kv_head, piece(round), shared.ring[warp][stage]);
-      from.advance(kWarps);
+      from.advance(WARPS);
     }
     commit_copies();
   }
@@ -86,19 +92,20 @@ struct ManyRows {
     const int row_blocks = (a.rows() + kRows - 1) / kRows;
     b = batch_row, kv_head = local / row_blocks, first_row = local % row_blocks * kRows;
     first_piece = first_tile * (kTile / kTokens), last_piece = last_tile * (kTile / kTokens);
-    const int rounds = (last_tile - first_tile + kTiles - 1) / kTiles;
+    const int rounds = (last_tile - first_tile + kSteps - 1) / kSteps;
 
     // All addresses before the first branch, then the queries, as in decode.cu.h.
     Source from(a, b, kv_head, piece(0));
-    const T* q_from[GROUPS];
+    const T* q_from[kEach];
 #pragma unroll
-    for (int r = 0; r < GROUPS; ++r) {
-      q_from[r] = a.query_at<T>(b, head_of(8 * r + warp), query_of(8 * r + warp), 8 * lane);
+    for (int i = 0; i < kEach; ++i) {
+      q_from[i] = a.query_at<T>(b, head_of(WARPS * i + warp), query_of(WARPS * i + warp), 8 * lane);
     }
-    Raw8<T> raw[GROUPS] = {};  // rows warp, warp + 8, ...
+    Raw8<T> raw[kEach] = {};  // rows warp, warp + WARPS, ...
 #pragma unroll
-    for (int r = 0; r < GROUPS; ++r) {
-      if (first_row + 8 * r + warp < a.rows() && lane < D / 8) raw[r].load(q_from[r], a.q_strides[3]);
+    for (int i = 0; i < kEach; ++i) {
+      const int row = WARPS * i + warp;
+      if (row < kRows && first_row + row < a.rows() && lane < D / 8) raw[i].load(q_from[i], a.q_strides[3]);
     }
     start_copy(from, 0, 0);
     prepare_queries(raw);
@@ -108,7 +115,7 @@ struct ManyRows {
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 1; i < STAGES - 1; ++i) start_copy(from, i, i);
+    for (int i = 1; i < STAGES; ++i) start_copy(from, i, i);
 
 #pragma unroll
     for (int step = 0; step < kHeld; ++step) {
@@ -131,7 +138,7 @@ struct ManyRows {
       for (auto& x : row) x[0] = x[1] = x[2] = x[3] = 0;
     }
 
-    int stage = STAGES - 1, next = 0;  // of round i and the one after
+    int stage = 0, next = 0;  // of round i and the one after
 #pragma unroll 1
     for (int i = -1;; ++i) {
       if (i == rounds) {
@@ -146,7 +153,7 @@ struct ManyRows {
         load_value_scales(scales);
         const auto between = [&](int k) {
           if (k < GROUPS) write_weights(k, i & 1, scales, down[k < GROUPS ? k : 0]);
-          k < 2 ? unpacker.transpose(k) : unpacker.store(k - 2);
+          if (k < 2) unpacker.store(k);
         };
         if (i > 0) {
           multiply_values(i + 1 & 1, between);
@@ -156,10 +163,10 @@ struct ManyRows {
         }
         rescale(down);
         __syncwarp();
-        start_copy(from, i + STAGES - 1, stage ? stage - 1 : STAGES - 1);
+        start_copy(from, i + STAGES, stage);  // where this round's values have just been read
       }
       if (i + 1 < rounds) {
-        wait_copies<STAGES - 2>();
+        wait_copies<STAGES - 1>();
         __syncwarp();
         score(shared.ring[warp][next], i + 1, sees);
       }
@@ -169,24 +176,24 @@ struct ManyRows {
     finish(slot);
   }
 
-  /// Rotates rows 8r + warp and splits them into int8 parts, in the order of the products.
-  __device__ void prepare_queries(const Raw8<T> (&raw)[GROUPS]) {
-    uint4 parts[GROUPS];
-    float scale[GROUPS];
-    int offset[GROUPS][2];
+  /// Rotates rows warp, warp + WARPS, ... and splits them into int8 parts, in the order of the products.
+  __device__ void prepare_queries(const Raw8<T> (&raw)[kEach]) {
+    if (warp >= kRows) return;
+    uint4 parts[kEach];
+    float scale[kEach];
+    int offset[kEach][2];
     split_queries<D, KEY_BITS>(a, raw, parts, scale, offset);
     const int group = lane / 4, part = lane % 4 / KeyShare::words;
     const int step = group % KeyShare::per_thread * KeyShare::words + lane % KeyShare::words;
 #pragma unroll
-    for (int r = 0; r < GROUPS; ++r) {
+    for (int i = 0; i < kEach; ++i) {
+      const int row = WARPS * i + warp;
       if (lane < 4 * kKeySteps) {
-        shared.q[r][step][4 * warp + group / KeyShare::per_thread + KeyShare::padded * part] = parts[r];
+        shared.q[row / 8][step][4 * (row % 8) + group / KeyShare::per_thread + KeyShare::padded * part] = parts[i];
       }
       if (lane == 0) {
-        shared.q_scale[8 * r + warp] = scale[r];
-        if constexpr (KEY_BITS == 4) {
-          shared.q_offset[8 * r + warp][0] = offset[r][0], shared.q_offset[8 * r + warp][1] = offset[r][1];
-        }
+        shared.q_scale[row] = scale[i];
+        if constexpr (KEY_BITS == 4) shared.q_offset[row][0] = offset[i][0], shared.q_offset[row][1] = offset[i][1];
       }
     }
   }
@@ -352,87 +359,80 @@ struct ManyRows {
     }
   }
 
-  /// The levels of the low four nibbles as bytes 128 + level.
-  static __device__ unsigned raised_lookup(unsigned codes) {
-    if constexpr (VALUE_BITS == 4) return lookup<4>(codes);
-    constexpr unsigned low = level_bytes(VALUE_BITS, 0), high = VALUE_BITS == 3 ? level_bytes(3, 4) : low;
-    return prmt(low ^ 0x80808080u, high ^ 0x80808080u, codes);
+  /// Signed levels of the low four nibbles.
+  static __device__ unsigned signed_lookup(unsigned codes) {
+    return VALUE_BITS == 4 ? lookup<4>(codes) ^ 0x80808080u : lookup<VALUE_BITS>(codes);
   }
 
-  /// Unpacks the values of this warp's tokens for all warps, in steps between which there is room for other work.
+  /// Transposes the codes of this warp's values for all warps, in two steps between which there is room for other work.
+  /// A thread has four tokens of group g.
   struct ValueUnpacker {
-    static constexpr int words = ValueShare::words;
-    const ValueShare share;
-    unsigned nibbles[words][4], selectors[words][4];
+    unsigned nibbles[4][4];  // [word][token]
     unsigned* to;
-    __device__ ValueUnpacker(const ManyRows& rows, const unsigned* values, int parity) : share(rows.g) {
+    int exchanged;
+    bool has;
+    __device__ ValueUnpacker(const ManyRows& rows, const unsigned* values, int parity) : has(rows.g < D / 32) {
+      const int group = has ? rows.g : 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         unsigned packed[VALUE_BITS];
-        Values::load(values, rows.token(i), share.clamped(0) * VALUE_BITS, packed);
-        const Group<VALUE_BITS> group(packed);
+        Values::load(values, rows.token(i), group * VALUE_BITS, packed);
+        const Group<VALUE_BITS> unpacked(packed);
 #pragma unroll
-        for (int w = 0; w < words; ++w) nibbles[w][i] = share.pick(group.word, w);
+        for (int w = 0; w < 4; ++w) nibbles[w][i] = unpacked.word[w];
       }
-      to = reinterpret_cast<unsigned*>(&rows.shared.values[parity][share.group][32 * rows.warp + rows.t]) +
-           share.part * words;
+      to = &rows.shared.values[parity][group][(4 * rows.warp + rows.t) * 16];
+      exchanged = (rows.t & 2) * 4;
     }
-    /// Half of the words, of one all.
-    __device__ void transpose(int half) {
-#pragma unroll
-      for (int w = 0; w < words; ++w) {
-        if (w / ((words + 1) / 2) == half) transpose_codes<VALUE_BITS>(nibbles[w], selectors[w]);
-      }
-    }
-    /// Half of the coordinates.
+    /// Pairs 4 w to 4 w + 3 come from word w.
     __device__ void store(int half) {
-      if (!share.has(0)) return;
+      unsigned out[2][4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int k = 4 * half + i, coordinate = k / 2 % 2 * 4 + k / 4 + k % 2 * 2;
-        unsigned out[words];
-#pragma unroll
-        for (int w = 0; w < words; ++w) out[w] = raised_lookup(selectors[w][k / 2] >> (k % 2 * 16));
-        unsigned* at = to + 16 * coordinate;
-        if constexpr (words == 4) {
-          *reinterpret_cast<uint4*>(at) = make_uint4(out[0], out[1], out[2], out[3]);
-        } else if constexpr (words == 2) {
-          *reinterpret_cast<uint2*>(at) = make_uint2(out[0], out[1]);
-        } else {
-          *at = out[0];
-        }
+      for (int i = 0; i < 2; ++i) transpose_codes<VALUE_BITS>(nibbles[kSets == 2 ? half + 2 * i : 2 * half + i], out[i]);
+      if (!has) return;
+      uint4* at = reinterpret_cast<uint4*>(to + (8 * half ^ exchanged));
+      if constexpr (kSets == 2) {  // words half and half + 2, pair by pair
+        at[0] = make_uint4(out[0][0], out[1][0], out[0][1], out[1][1]);
+        at[1] = make_uint4(out[0][2], out[1][2], out[0][3], out[1][3]);
+      } else {
+        at[0] = make_uint4(out[0][0], out[0][1], out[0][2], out[0][3]);
+        at[1] = make_uint4(out[1][0], out[1][1], out[1][2], out[1][3]);
       }
     }
   };
 
-  /// Adds a round's weighted values to the sums of this warp's coordinates; calls between(k) after each quarter.
+  /// First of the sets of coordinates that this warp sums.  Where a head has fewer than the warps could take, some
+  /// repeat the last ones' work for nothing.
+  __device__ int first_set() const { return min(kSets * warp, D / 16 - kSets); }
+
+  /// Adds a round's weighted values to the sums of this warp's coordinates; calls between(k) after each product.
   template <class Between>
   __device__ void multiply_values(int parity, const Between& between) {
-    // Where a head has fewer coordinates than the warps could take, some repeat the last ones' work for nothing.
-    const int first = min(kEighths * warp, D / 8 - kEighths);
-    const uint4* values = &shared.values[parity][first / 4][lane];
+    const int first = first_set();
+    const unsigned* values = &shared.values[parity][first / 2][t * 16 + (pair_at(first % 2 * 8 + g) ^ (t & 2) * 4)];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      unsigned bytes[kEighths][2];
+    for (int k = 0; k < kSteps; ++k) {
+      unsigned bytes[2 * kSets][2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint4* from = values + 64 * k + 32 * half;
-        if constexpr (kEighths == 4) {
-          const uint4 x = *from;
-          bytes[0][half] = x.x, bytes[1][half] = x.y;
-          bytes[kEighths - 2][half] = x.z, bytes[kEighths - 1][half] = x.w;
+        const unsigned* from = values + (8 * k + 4 * half) * 16;
+        unsigned codes[kSets];
+        if constexpr (kSets == 2) {
+          const uint2 x = *reinterpret_cast<const uint2*>(from);
+          codes[0] = x.x, codes[kSets - 1] = x.y;
         } else {
-          const uint2 x = reinterpret_cast<const uint2*>(from)[first / 2 % 2];
-          bytes[0][half] = x.x, bytes[1][half] = x.y;
+          codes[0] = *from;
+        }
+#pragma unroll
+        for (int i = 0; i < kSets; ++i) {
+          bytes[2 * i][half] = signed_lookup(codes[i]), bytes[2 * i + 1][half] = signed_lookup(codes[i] >> 16);
         }
       }
-#pragma unroll
-      for (auto& x : bytes) x[0] ^= 0x80808080u, x[1] ^= 0x80808080u;  // to signed; this also spares copies into pairs
 #pragma unroll
       for (int r = 0; r < GROUPS; ++r) {
         const uint4 w = shared.weights[parity][k][r][lane];
 #pragma unroll
-        for (int n = 0; n < kEighths; ++n) {
+        for (int n = 0; n < 2 * kSets; ++n) {
           mma_int8<true, false>(acc[r][n], w.x, w.y, w.z, w.w, bytes[n][0], bytes[n][1]);
         }
       }
@@ -449,23 +449,31 @@ struct ManyRows {
       sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
       if (t == 0) shared.sums[warp][8 * r + g] = make_float2(top[r], sum[r]);
     }
-    const int first = kEighths * warp, rows = min(kRows, a.rows() - first_row);
+    const int rows = min(kRows, a.rows() - first_row), odd = t & 1;
     constexpr float factor = level_step(VALUE_BITS) / kWeightOne;
 #pragma unroll
     for (int r = 0; r < GROUPS; ++r) {
-      if (first >= D / 8 || 8 * r + g >= rows) continue;
-      float* to = a.partial_row<D>((long long)slot * kRows + 8 * r + g) + 8 * first + 2 * t;
 #pragma unroll
-      for (int n = 0; n < kEighths; ++n) {
-        const auto& x = acc[r][n];
-        *reinterpret_cast<float2*>(to + 8 * n) =
-            make_float2((float(x[0]) * 256 + float(x[2])) * factor, (float(x[1]) * 256 + float(x[3])) * factor);
+      for (int i = 0; i < kSets; ++i) {
+        // Of eight coordinates, threads of even t have the even ones and their neighbours the odd; each gives half away.
+        float x[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const auto& sums = acc[r][2 * i + k % 2];
+          x[k] = (float(sums[k / 2]) * 256 + float(sums[2 + k / 2])) * factor;  // coordinates odd + 0, 2, 4, 6
+        }
+        const float low = __shfl_xor_sync(~0u, odd ? x[0] : x[2], 1), high = __shfl_xor_sync(~0u, odd ? x[1] : x[3], 1);
+        const int set = first_set() + i, first = 16 * set + 8 * (t / 2) + 4 * odd;
+        if (8 * r + g < rows) {
+          *reinterpret_cast<float4*>(a.partial_row<D>((long long)slot * kRows + 8 * r + g) + first) =
+              odd ? make_float4(low, x[2], high, x[3]) : make_float4(x[0], low, x[1], high);
+        }
       }
     }
     __syncthreads();
     if (threadIdx.x < rows) {
       float all = 0;
-      for (int w = 0; w < kWarps; ++w) all += shared.sums[w][threadIdx.x].y;
+      for (int w = 0; w < WARPS; ++w) all += shared.sums[w][threadIdx.x].y;
       *reinterpret_cast<float2*>(a.partial_row<D>((long long)slot * kRows + threadIdx.x) + D) =
           make_float2(shared.sums[0][threadIdx.x].x, all);
     }
@@ -474,10 +482,10 @@ struct ManyRows {
 };
 
 /// Entry for generated code: types from pointers, shared memory as the bytes that were planned.
-template <int D, int KEY_BITS, int VALUE_BITS, MaskType MASK, int SHARED_BYTES, int ROWS, int STAGES, class T,
+template <int D, int KEY_BITS, int VALUE_BITS, MaskType MASK, int SHARED_BYTES, int ROWS, int WARPS, int STAGES, class T,
           class MaskT>
 __device__ void run_rows(const AttentionArgs& a, const T*, const MaskT*, unsigned char* shared) {
-  using Kernel = ManyRows<D, KEY_BITS, VALUE_BITS, T, MASK, MaskT, ROWS / 8, STAGES>;
+  using Kernel = ManyRows<D, KEY_BITS, VALUE_BITS, T, MASK, MaskT, ROWS / 8, WARPS, STAGES>;
   static_assert(sizeof(typename Kernel::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
   Kernel kernel(a, *reinterpret_cast<typename Kernel::Shared*>(shared));
   kernel.run();

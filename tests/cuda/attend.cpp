@@ -9,12 +9,16 @@ std::vector<int64_t> strides_of(int64_t batch, int64_t head, int64_t row) { retu
 
 void* writable(const void* p) { return const_cast<void*>(p); }
 
+cuda::AttentionShape shape_of(const AttendParams& p) {
+  return {p.batch,    p.query_heads, p.kv_heads,    p.query_len,        p.kv_len,
+          p.head_dim, p.keys.bits,   p.values.bits, p.starts != nullptr};
+}
+
 }  // namespace
 
 AttentionCall attention_call(const AttendParams& p, const cuda::Device& device, bool allocate,
                              const cuda::AttentionPlan* forced) {
-  const cuda::AttentionShape shape{p.batch,    p.query_heads, p.kv_heads,    p.query_len,        p.kv_len,
-                                   p.head_dim, p.keys.bits,   p.values.bits, p.starts != nullptr};
+  const auto shape = shape_of(p);
   const cuda::AttentionSettings settings{p.scale,
                                          p.seed,
                                          p.causal,
@@ -68,7 +72,7 @@ AttentionCall attention_call(const AttendParams& p, const cuda::Device& device, 
   return call;
 }
 
-void attend_on_gpu(const AttendParams& host) {
+void attend_on_gpu(const AttendParams& host, Planner planner) {
   AttendParams p = host;
   std::vector<Memory> memory;
   const auto upload = [&](auto& pointer, size_t bytes) {
@@ -97,7 +101,8 @@ void attend_on_gpu(const AttendParams& host) {
   }
   const Memory out(size_t(p.batch) * p.query_heads * p.query_len * p.head_dim * size_of(p.q.dtype));
   p.out.data = out.get();
-  const AttentionCall call = attention_call(p, current_device());
+  const cuda::AttentionPlan plan = planner(shape_of(p), current_device());
+  const AttentionCall call = attention_call(p, current_device(), true, &plan);
   for (size_t i = 0; i < call.kernels.size(); ++i) Launch(call.kernels[i], call.inputs[i], call.outputs[i])();
   check(cudaDeviceSynchronize(), "attend");
   out.download(host.out.data);
@@ -110,7 +115,7 @@ void encode_on_gpu(const EncodeParams& keys, const EncodeParams* values) {
   std::vector<Array> inputs, outputs;
   std::vector<cuda::EncodeSide> what;
   const int64_t vectors = int64_t(keys.batch) * keys.heads * keys.tokens;
-  memory.reserve(8);
+  memory.reserve(10);
   for (const EncodeParams* p : sides) {
     const int words = words_per_vector(p->out.bits, p->head_dim);
     memory.emplace_back(p->x.data, p->batch * p->x.batch_stride * size_of(p->x.dtype));
@@ -123,17 +128,23 @@ void encode_on_gpu(const EncodeParams& keys, const EncodeParams* values) {
     } else {
       inputs.push_back(inputs.back());
     }
+    if (p->feedback) {
+      memory.emplace_back(p->feedback, size_t(p->heads) * p->head_dim * p->head_dim * 2);
+      inputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{p->heads, p->head_dim, p->head_dim});
+    } else {
+      inputs.push_back(inputs.back());
+    }
     memory.emplace_back(vectors * words * 4);
     outputs.emplace_back(memory.back().get(), "uint32_t", std::vector<int32_t>{p->batch, p->heads, p->tokens, words});
     memory.emplace_back(vectors * 2);
     outputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{p->batch, p->heads, p->tokens});
-    what.push_back({p->out.bits, p->centre != nullptr});
+    what.push_back({p->out.bits, p->centre != nullptr, p->feedback != nullptr});
   }
-  Launch(cuda::encode_kernel(what, keys.head_dim, keys.seed, vectors), inputs, outputs)();
+  Launch(cuda::encode_kernel(what, keys.head_dim, keys.seed, keys.batch * keys.heads, keys.tokens), inputs, outputs)();
   check(cudaDeviceSynchronize(), "encode");
   size_t at = 0;
   for (const EncodeParams* p : sides) {
-    at += p->centre ? 2 : 1;
+    at += 1 + (p->centre != nullptr) + (p->feedback != nullptr);
     memory[at++].download(p->out.codes);
     memory[at++].download(p->out.scales);
   }

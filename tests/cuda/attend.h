@@ -20,8 +20,11 @@ struct AttentionCall {
 AttentionCall attention_call(const AttendParams& p, const cuda::Device& device, bool allocate = true,
                              const cuda::AttentionPlan* forced = nullptr);
 
+using Planner = cuda::AttentionPlan (*)(const cuda::AttentionShape&, const cuda::Device&);
+
 /// Host pointers in, host results out.
-void attend_on_gpu(const AttendParams& p);
+void attend_on_gpu(const AttendParams& p, Planner planner);
+inline void attend_on_gpu(const AttendParams& p) { attend_on_gpu(p, cuda::plan_attention); }
 void encode_on_gpu(const EncodeParams& keys, const EncodeParams* values);
 void decode_on_gpu(const DecodeParams& p);
 

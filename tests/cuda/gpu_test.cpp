@@ -9,6 +9,7 @@
 
 #include "attend.h"
 #include "cases.h"
+#include "gpu.h"
 
 namespace turboquant {
 namespace {
@@ -16,18 +17,6 @@ namespace {
 // q and the softmax weights are kept to 15 bits or more in decoding, q and the weights to fp16 where a KV head serves
 // more than eight query rows.
 constexpr double kTolerance = 5e-4, kPrefillTolerance = 1e-3;
-
-bool has_gpu() {
-  int count = 0;
-  return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
-}
-
-class Gpu : public testing::Test {
- protected:
-  void SetUp() override {
-    if (!has_gpu()) GTEST_SKIP() << "no GPU";
-  }
-};
 
 /// Calls f(0) .. f(count - 1) on all processors: compilers and the oracle are slow.
 void in_parallel(size_t count, const std::function<void(size_t)>& f) {
@@ -41,6 +30,54 @@ void in_parallel(size_t count, const std::function<void(size_t)>& f) {
   for (auto& t : threads) t.join();
 }
 
+/// Compares cases with the oracle, all at once, through the plans that `planner` makes.
+std::vector<cases::Difference> compare(const std::vector<cases::Case>& table, jit::Planner planner) {
+  std::vector<cases::Difference> found(table.size());
+  in_parallel(table.size(), [&](size_t i) {
+    found[i] = cases::compare(table[i], [&](const AttendParams& p) { jit::attend_on_gpu(p, planner); });
+  });
+  return found;
+}
+
+// The table's caches are short; each kernel that a long one would choose is forced on short ones here.
+TEST_F(Gpu, EveryPlanMatchesTheOracle) {
+  const jit::Planner planners[] = {
+      cuda::plan_decode,
+      [](const cuda::AttentionShape& s, const cuda::Device& device) {
+        cuda::AttentionPlan p;
+        EXPECT_TRUE(cuda::plan_many(s, device, p));
+        return p;
+      },
+      [](const cuda::AttentionShape& s, const cuda::Device& device) {
+        cuda::AttentionPlan p;
+        EXPECT_TRUE(cuda::plan_many(s, device, p));
+        p.warps = 16, p.stages = 2;
+        p.shared_bytes = cuda::many_shared_bytes(s, p);
+        return p;
+      }};
+  for (const auto& planner : planners) {
+    std::vector<cases::Case> table;
+    for (int bits : {2, 3, 4}) {
+      for (int len : {1, 2, 4}) {
+        for (int kv_len : {1, 300, 2500}) {
+          table.push_back({.key_bits = bits, .value_bits = 2 + (bits + len) % 3, .query_len = std::min(len, kv_len),
+                           .kv_len = kv_len, .causal = len > 1});
+        }
+      }
+    }
+    for (int dim : {160, 192, 224}) table.push_back({.head_dim = dim, .query_len = 2, .kv_len = 700, .causal = true});
+    table.push_back({.query_len = 1, .kv_len = 700, .sinks = true, .centred = true, .mask = MaskKind::additive});
+    table.push_back({.query_len = 3, .kv_len = 700, .mask = MaskKind::boolean, .dtype = Dtype::bfloat16});
+    const auto found = compare(table, planner);
+    for (size_t i = 0; i < table.size(); ++i) {
+      SCOPED_TRACE(testing::Message() << table[i].name() << ", plan " << &planner - planners);
+      const double limit = kTolerance + cases::rounding(table[i].dtype);
+      EXPECT_LE(found[i].overall, limit);
+      EXPECT_LE(found[i].worst_row, limit);
+    }
+  }
+}
+
 TEST_F(Gpu, AttentionMatchesTheOracle) {
   const bool short_run = std::getenv("TURBOQUANT_SHORT");  // for compute-sanitizer, under which the table takes long
   auto table = cases::table(!short_run);
@@ -49,8 +86,7 @@ TEST_F(Gpu, AttentionMatchesTheOracle) {
     for (size_t i = 0; i < table.size(); i += 5) table[kept++] = table[i];
     table.resize(kept);
   }
-  std::vector<cases::Difference> found(table.size());
-  in_parallel(table.size(), [&](size_t i) { found[i] = cases::compare(table[i], jit::attend_on_gpu); });
+  const auto found = compare(table, cuda::plan_attention);
   double worst[2] = {};
   for (size_t i = 0; i < table.size(); ++i) {
     const auto& c = table[i];
@@ -164,14 +200,14 @@ TEST_F(Gpu, AppendWritesWhatEncodeGivesAndNothingElse) {
       inputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{kBatch, kHeads, kTokens, dim});
       memory.emplace_back(side->centre.data(), side->centre.size() * 4);
       inputs.emplace_back(memory.back().get(), "float", std::vector<int32_t>{kHeads, dim});
+      inputs.emplace_back();  // no feedback
       memory.emplace_back(fill.data(), fill.size());
       inputs.emplace_back(memory.back().get(), "uint32_t", std::vector<int32_t>{kBatch, kHeads, kCapacity, words});
       memory.emplace_back(fill.data(), size_t(kBatch) * kHeads * kCapacity * 2);
       inputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{kBatch, kHeads, kCapacity});
     }
     inputs.emplace_back(nullptr, "uint8_t", std::vector<int32_t>{kAt + 1});
-    const int64_t vectors = int64_t(kBatch) * kHeads * kTokens;
-    jit::Launch(cuda::append_kernel({{3, true}, {4, false}}, dim, kp.seed, vectors), inputs,
+    jit::Launch(cuda::append_kernel({{3, true}, {4, false}}, dim, kp.seed, kBatch * kHeads, kTokens), inputs,
                 {{nullptr, "uint8_t", {kAt + kTokens + 1}}})();
     jit::check(cudaDeviceSynchronize(), "append");
     for (int s = 0; s < 2; ++s) {

@@ -90,8 +90,8 @@ std::string type_name(Dtype dtype) {
 std::string whole_source(const cuda::Kernel& kernel, const std::vector<Array>& inputs,
                          const std::vector<Array>& outputs) {
   std::ostringstream s;
-  s << kPrelude << cuda::source_text(kernel.header) << "namespace mlx::core::cu {\n__global__ void "
-    << function_name(kernel) << "(";
+  s << kPrelude << cuda::source_text(kernel.header) << cuda::before_kernel(kernel)
+    << "namespace mlx::core::cu {\n__global__ void " << function_name(kernel) << "(";
   const char* comma = "";
   for (size_t i = 0; i < inputs.size(); ++i) {
     const std::string& name = kernel.inputs[i];
@@ -101,7 +101,7 @@ std::string whole_source(const cuda::Kernel& kernel, const std::vector<Array>& i
     if (mentions(kernel, name + "_strides")) s << ",\n    const __grid_constant__ Strides " << name << "_strides";
   }
   for (size_t i = 0; i < outputs.size(); ++i) s << ",\n    " << outputs[i].type << "* " << kernel.outputs[i];
-  s << ") {\n" << kernel.source << "}\n}\n";
+  s << ") {\n" << cuda::body(kernel) << "}\n}\n";
   std::string text = s.str();
   // An unmangled name spares looking it up.
   const size_t at = text.find("__global__ void custom_kernel_");

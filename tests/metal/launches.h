@@ -1,6 +1,8 @@
 // What the tests launch; the generator compiles a kernel for each.
 #pragma once
 
+#include <algorithm>
+#include <string>
 #include <vector>
 
 #include "cases.h"
@@ -106,6 +108,17 @@ inline std::vector<Variant> variants() {
     }
   }
   return rows;
+}
+
+/// What the Python tests run on a device that is there: names of the shared table's rows and of our own, each once.
+inline std::vector<std::string> names_for_python() {
+  std::vector<Case> rows = turboquant::cases::table();
+  for (const auto& v : variants()) rows.push_back(v.c);
+  std::vector<std::string> names;
+  for (const auto& c : rows) {
+    if (std::find(names.begin(), names.end(), c.name()) == names.end()) names.push_back(c.name());
+  }
+  return names;
 }
 
 /// One encode, of one side or two.

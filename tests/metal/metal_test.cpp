@@ -1,6 +1,8 @@
 // The Metal kernels, run by the emulator, against the oracle.
 #include <gtest/gtest.h>
 
+#include <fstream>
+
 #include "golden.h"
 #include "launches.h"
 #include "turboquant/rotation.h"
@@ -35,17 +37,28 @@ INSTANTIATE_TEST_SUITE_P(All, MetalVariants, testing::ValuesIn(emulator::variant
   return std::to_string(info.index) + "_" + info.param.c.name() + "_splits" + std::to_string(info.param.splits);
 });
 
+TEST(MetalCases, PythonReadsTheSameRows) {
+  std::ifstream file(TURBOQUANT_TEST_DATA "/cases.txt");
+  std::vector<std::string> found;
+  for (std::string line; std::getline(file, line);) found.push_back(line);
+  const auto names = emulator::names_for_python();
+  if (found == names) return;
+  std::ofstream renewed("cases.txt");
+  for (const auto& name : names) renewed << name << "\n";
+  FAIL() << "tests/data/cases.txt is out of date; cases.txt in the working directory is what it should be";
+}
+
 std::string case_name(const testing::TestParamInfo<cases::Case>& info) {
   return std::to_string(info.index) + "_" + info.param.name();
 }
 INSTANTIATE_TEST_SUITE_P(All, MetalTable, testing::ValuesIn(emulator::attention_cases(false)), case_name);
 
-/// The rows that take minutes: run with --gtest_also_run_disabled_tests.
+/// The rows that take a minute together: a test of their own in ctest, so that they run beside the others.
 std::vector<cases::Case> long_rows() {
   const auto all = emulator::attention_cases(true);
   return {all.begin() + ptrdiff_t(emulator::attention_cases(false).size()), all.end()};
 }
-INSTANTIATE_TEST_SUITE_P(DISABLED_Long, MetalTable, testing::ValuesIn(long_rows()), case_name);
+INSTANTIATE_TEST_SUITE_P(Long, MetalTable, testing::ValuesIn(long_rows()), case_name);
 
 /// Vectors of one side with the edge cases in front: zero, NaN, infinity, tiny, huge, one-hot.
 std::vector<float> vectors(int count, int dim, Dtype dtype, uint64_t seed) {

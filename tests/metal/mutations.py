@@ -67,6 +67,21 @@ MUTATIONS = {
         "      }\n    }\n    simdgroup_barrier(mem_flags::mem_threadgroup);\n  }\n}",
         "      }\n    }\n  }\n}",
     ),
+    "2 bits: the other half of the keys' table not negative": (
+        "decode.metal",
+        "negative[r] = -dots[r];",
+        "negative[r] = dots[r];",
+    ),
+    "2 bits: the other half of the values' table not negative": (
+        "decode.metal",
+        "negative[r] = -sums[r];",
+        "negative[r] = sums[r];",
+    ),
+    "prefill: a float32 query without its second half": (
+        "prefill.metal",
+        "part ? half(x[k] - float(rounded)) : rounded",
+        "part ? half(0.0f) : rounded",
+    ),
     "tiles and splits exchanged": (
         "decode.metal",
         "tile = position.x, split = position.y",

@@ -6,10 +6,11 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import MODEL
+from conftest import MODEL, ROOT
 from mlx_lm.models import gemma3_text, qwen3
 from needles import ANSWER, FACT, QUESTION
 from small_models import save_model
@@ -262,6 +263,26 @@ def test_doctor_says_when_the_gpu_asked_for_is_not_here():
         if not available:
             done = module_run("doctor", flag)
             assert done.returncode != 0 and f"[doctor] {flag}: MLX finds no such GPU here" in done.stderr
+
+
+@pytest.mark.parametrize("kind, marker", [("metal", "metal"), ("cuda", "gpu")])
+def test_doctor_runs_the_table_of_a_checkout(kind, marker, monkeypatch, tmp_path, capsys):
+    from turboquant_mlx import doctor
+
+    ran = []
+
+    def ended(command, **_):
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", ended)
+    monkeypatch.chdir(ROOT)
+    assert doctor._test_suite(kind) == 3
+    assert ran[0][4:6] == ["-m", marker]
+    assert [Path(path).name for path in ran[0][6:]] == ["test_table.py", "test_gpu.py"]
+    monkeypatch.chdir(tmp_path)
+    assert doctor._test_suite(kind) == 0 and len(ran) == 1
+    assert "run this in a checkout" in capsys.readouterr().out
 
 
 def test_the_speed_table_of_doctor():
