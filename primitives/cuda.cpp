@@ -8,6 +8,7 @@
 #include <compare>
 #include <map>
 #include <mutex>
+#include <stdexcept>
 
 #include "cuda/kernels.h"
 
@@ -95,9 +96,9 @@ struct AttentionKey {
 
 AttentionKey key_of(bool merge, const cuda::AttentionShape& s, const cuda::AttentionSettings& settings,
                     const cuda::AttentionPlan& p) {
-  return {merge,      s.batch == 1, p.parts > 0,   settings,      s.query_heads, s.kv_heads, std::min(s.query_len, 9),
-          s.head_dim, s.key_bits,   s.value_bits,  p.method,      p.rows,     p.warps,
-          p.stages,   p.row_warps,  p.token_warps, p.shared_bytes};
+  return {merge,       s.batch == 1,  p.parts > 0,   settings, s.query_heads, s.kv_heads, std::min(s.query_len, 9),
+          s.head_dim,  s.key_bits,    s.value_bits,  p.method, p.rows,        p.warps,    p.stages,
+          p.row_warps, p.token_warps, p.shared_bytes};
 }
 
 mx::Shape with_last(mx::Shape shape, int last) {
@@ -115,12 +116,21 @@ cuda::AttentionShape shape_of(const mx::array& q, const PackedArrays& keys, cons
           q.shape(3), o.key_bits, o.value_bits,        o.starts.has_value()};
 }
 
+/// The one place that goes when the kernels take feedback.
+void refuse_feedback(const std::vector<std::optional<mx::array>>& feedback) {
+  for (const auto& f : feedback) {
+    if (f) throw std::runtime_error("[encode] feedback is not built for CUDA yet: leave it out, or run on the CPU");
+  }
+}
+
 }  // namespace
 
 void set_kernel_directory(const std::string& directory) { kernel_directory() = directory; }
 
 std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
-                                 const std::vector<std::optional<mx::array>>& centres, mx::Stream stream) {
+                                 const std::vector<std::optional<mx::array>>& centres,
+                                 const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream) {
+  refuse_feedback(feedback);
   std::vector<cuda::EncodeSide> settings;
   std::vector<mx::array> inputs;
   std::vector<mx::Shape> shapes;
@@ -145,8 +155,10 @@ std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std:
 }
 
 mx::array append(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
-                 const std::vector<std::optional<mx::array>>& centres, const std::vector<PackedArrays>& to,
+                 const std::vector<std::optional<mx::array>>& centres,
+                 const std::vector<std::optional<mx::array>>& feedback, const std::vector<PackedArrays>& to,
                  const mx::array& before, mx::Stream stream) {
+  refuse_feedback(feedback);
   std::vector<cuda::EncodeSide> settings;
   std::vector<mx::array> inputs;
   const int dim = sides[0].shape(-1);
