@@ -16,6 +16,7 @@
 #include <thread>
 
 #include "cases.h"
+#include "feedback.h"
 
 using namespace turboquant;
 
@@ -138,7 +139,7 @@ void attend_benchmark(benchmark::State& state, int bits, int tokens, int queries
   force_isa("");
 }
 
-void encode_benchmark(benchmark::State& state, int bits, Dtype dtype, const std::string& isa) {
+void encode_benchmark(benchmark::State& state, int bits, Dtype dtype, const std::string& isa, bool feedback) {
   force_isa(isa);
   const int tokens = 8192;
   std::mt19937_64 rng(1);
@@ -150,6 +151,8 @@ void encode_benchmark(benchmark::State& state, int bits, Dtype dtype, const std:
   p.batch = p.heads = 1, p.tokens = tokens, p.head_dim = kHeadDim;
   p.x = cases::contiguous<const void*>(x.bytes.data(), dtype, 1, tokens, kHeadDim);
   p.out = out.view;
+  const auto g = cases::random_feedback(1, kHeadDim);
+  if (feedback) p.feedback = g.data();
   double all = 0;
   for (auto _ : state) {
     const double start = now();
@@ -195,10 +198,14 @@ int main(int argc, char** argv) {
       for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
         const char* names[] = {"f32", "f16", "bf16"};
         benchmark::RegisterBenchmark(("encode/" + std::to_string(bits) + "/" + names[int(dtype)] + "/" + isa).c_str(),
-                                     encode_benchmark, bits, dtype, isa)
+                                     encode_benchmark, bits, dtype, isa, false)
             ->UseManualTime()
             ->Unit(benchmark::kMicrosecond);
       }
+      benchmark::RegisterBenchmark(("encode_feedback/" + std::to_string(bits) + "/f16/" + isa).c_str(),
+                                   encode_benchmark, bits, Dtype::float16, isa, true)
+          ->UseManualTime()
+          ->Unit(benchmark::kMicrosecond);
     }
   }
   benchmark::RunSpecifiedBenchmarks();

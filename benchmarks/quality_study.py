@@ -254,7 +254,7 @@ def main(argv=None):
     tokens = read_tokens(tokenizer, args.text)
     windows = tokens[: len(tokens) // LENGTH * LENGTH].reshape(-1, LENGTH)
     measured = [i for i in range(len(windows)) if i % 9 != 8][args.first_window :][: args.windows]
-    centres = calibrate(model, spread_windows(tokens, LENGTH, len(windows) // 9))
+    centres = calibrate(model, spread_windows(tokens, LENGTH, len(windows) // 9), feedback=False)
     others = {}
     if args.study == "calibration":
         texts = calibration_texts(windows)
@@ -262,7 +262,7 @@ def main(argv=None):
             texts[f"8 windows of {path.name}"] = spread_windows(read_tokens(tokenizer, path), LENGTH, 8)
         if len(args.calibrate_text) > 1:
             texts["all of these files"] = np.concatenate([texts[f"8 windows of {p.name}"] for p in args.calibrate_text])
-        others = {name: calibrate(model, text) for name, text in texts.items() if args.only in name}
+        others = {name: calibrate(model, text, feedback=False) for name, text in texts.items() if args.only in name}
     apply_patch()
     hook = base.quantized_scaled_dot_product_attention
     if args.study == "recent":

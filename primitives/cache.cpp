@@ -16,6 +16,14 @@ Coding checked_coding(Coding coding) {
     if ((*centre)->dtype() == mx::float32 && (*centre)->is_available() && (*centre)->flags().row_contiguous) continue;
     *centre = mx::contiguous(mx::astype(**centre, mx::float32));
   }
+  for (auto* feedback : {&coding.key_feedback, &coding.value_feedback}) {
+    if (!*feedback) continue;
+    require((*feedback)->dtype() == mx::float16, "[cache] feedback must be float16; got ", (*feedback)->dtype());
+    require((*feedback)->ndim() == 3 && (*feedback)->shape(1) == (*feedback)->shape(2),
+            "[cache] feedback must have shape (kv_heads, head_dim, head_dim); got ", (*feedback)->shape());
+    if ((*feedback)->is_available() && (*feedback)->flags().row_contiguous) continue;
+    *feedback = mx::contiguous(**feedback);
+  }
   return coding;
 }
 

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "primitives/ops.h"
+#include "turboquant/format.h"
 #include "turboquant/rotation.h"
 
 namespace turboquant::ops {
@@ -64,6 +65,19 @@ inline std::optional<mx::array> checked_centre(const char* op, const char* name,
   // A cache's centres are in that form already, and two operations a call are not free.
   if (centre->dtype() == mx::float32 && centre->is_available() && centre->flags().row_contiguous) return centre;
   return mx::contiguous(mx::astype(*centre, mx::float32, s), false, s);
+}
+
+/// Feedback as the kernels take it: float16, (heads, head_dim, head_dim), row-contiguous; none for the one block of 32.
+inline std::optional<mx::array> checked_feedback(const char* op, const char* name,
+                                                 const std::optional<mx::array>& feedback, int heads, int head_dim,
+                                                 mx::StreamOrDevice s) {
+  if (!feedback) return std::nullopt;
+  require(feedback->dtype() == mx::float16, "[", op, "] ", name, " must be float16; got ", feedback->dtype());
+  require(feedback->shape() == mx::Shape{heads, head_dim, head_dim}, "[", op, "] ", name, " must have shape (", heads,
+          ",", head_dim, ",", head_dim, "); got ", feedback->shape());
+  if (head_dim == group_size()) return std::nullopt;
+  if (feedback->is_available() && feedback->flags().row_contiguous) return feedback;
+  return mx::contiguous(*feedback, false, s);
 }
 
 }  // namespace turboquant::ops

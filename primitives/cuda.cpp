@@ -8,6 +8,7 @@
 #include <compare>
 #include <map>
 #include <mutex>
+#include <stdexcept>
 
 #include "cuda/kernels.h"
 
@@ -95,9 +96,9 @@ struct AttentionKey {
 
 AttentionKey key_of(bool merge, const cuda::AttentionShape& s, const cuda::AttentionSettings& settings,
                     const cuda::AttentionPlan& p) {
-  return {merge,      s.batch == 1, p.parts > 0,   settings,      s.query_heads, s.kv_heads, std::min(s.query_len, 9),
-          s.head_dim, s.key_bits,   s.value_bits,  p.method,      p.rows,     p.warps,
-          p.stages,   p.row_warps,  p.token_warps, p.shared_bytes};
+  return {merge,       s.batch == 1,  p.parts > 0,   settings, s.query_heads, s.kv_heads, std::min(s.query_len, 9),
+          s.head_dim,  s.key_bits,    s.value_bits,  p.method, p.rows,        p.warps,    p.stages,
+          p.row_warps, p.token_warps, p.shared_bytes};
 }
 
 mx::Shape with_last(mx::Shape shape, int last) {
@@ -120,17 +121,18 @@ cuda::AttentionShape shape_of(const mx::array& q, const PackedArrays& keys, cons
 void set_kernel_directory(const std::string& directory) { kernel_directory() = directory; }
 
 std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
-                                 const std::vector<std::optional<mx::array>>& centres, mx::Stream stream) {
+                                 const std::vector<std::optional<mx::array>>& centres,
+                                 const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream) {
   std::vector<cuda::EncodeSide> settings;
   std::vector<mx::array> inputs;
   std::vector<mx::Shape> shapes;
   std::vector<mx::Dtype> dtypes;
   const int dim = sides[0].shape(-1);
   for (size_t i = 0; i < sides.size(); ++i) {
-    settings.push_back({bits[i], centres[i].has_value()});
+    settings.push_back({bits[i], centres[i].has_value(), feedback[i].has_value()});
     inputs.push_back(sides[i]);
     inputs.push_back(centres[i].value_or(sides[i]));
-    inputs.push_back(sides[i]);  // no feedback
+    inputs.push_back(feedback[i].value_or(sides[i]));
     shapes.push_back(with_last(sides[i].shape(), words_per_vector(bits[i], dim)));
     shapes.push_back(without_last(sides[i].shape()));
     dtypes.insert(dtypes.end(), {mx::uint32, mx::float16});
@@ -145,14 +147,16 @@ std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std:
 }
 
 mx::array append(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
-                 const std::vector<std::optional<mx::array>>& centres, const std::vector<PackedArrays>& to,
+                 const std::vector<std::optional<mx::array>>& centres,
+                 const std::vector<std::optional<mx::array>>& feedback, const std::vector<PackedArrays>& to,
                  const mx::array& before, mx::Stream stream) {
   std::vector<cuda::EncodeSide> settings;
   std::vector<mx::array> inputs;
   const int dim = sides[0].shape(-1);
   for (size_t i = 0; i < sides.size(); ++i) {
-    settings.push_back({bits[i], centres[i].has_value()});
-    inputs.insert(inputs.end(), {sides[i], centres[i].value_or(sides[i]), sides[i], to[i].codes, to[i].scales});
+    settings.push_back({bits[i], centres[i].has_value(), feedback[i].has_value()});
+    inputs.insert(inputs.end(), {sides[i], centres[i].value_or(sides[i]), feedback[i].value_or(sides[i]), to[i].codes,
+                                 to[i].scales});
   }
   inputs.push_back(before);
   const int tokens = sides[0].shape(2), rows = sides[0].shape(0) * sides[0].shape(1);
@@ -201,7 +205,7 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
     cache.insert(cache.end(), {sinks, key_centre, value_centre});
     return launch(scan, cuda::scan_extent(plan), cache, {q.shape()}, {q.dtype()}, stream)[0];
   }
-  const auto partial = launch(scan, cuda::scan_extent(plan), cache, {{plan.slots, plan.rows, shape.head_dim + 4}},
+  const auto partial = launch(scan, cuda::scan_extent(plan), cache, {{plan.slots, plan.rows, plan.partial_floats(shape.head_dim)}},
                               {mx::float32}, stream)[0];
   const auto& merge =
       kernel_for(key_of(true, shape, settings, plan), [&] { return cuda::merge_kernel(shape, settings, plan); });

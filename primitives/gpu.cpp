@@ -48,11 +48,14 @@ bool gpu_supported(std::string* why) {
   return true;
 }
 
+bool feeds_back_gpu() { return on_metal() ? metal_backend::kFeedback : cuda_backend::kFeedback; }
+
 std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
-                                     const std::vector<std::optional<mx::array>>& centres, mx::Stream stream) {
+                                     const std::vector<std::optional<mx::array>>& centres,
+                                     const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream) {
   require_gpu("encode");
-  if (on_metal()) return metal_backend::encode(sides, bits, seed, centres, stream);
-  return cuda_backend::encode(sides, bits, seed, centres, stream);
+  if (on_metal()) return metal_backend::encode(sides, bits, seed, centres, feedback, stream);
+  return cuda_backend::encode(sides, bits, seed, centres, feedback, stream);
 }
 
 bool appends_in_place_gpu() {
@@ -61,10 +64,11 @@ bool appends_in_place_gpu() {
 }
 
 mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
-                     const std::vector<std::optional<mx::array>>& centres, const std::vector<PackedArrays>& to,
+                     const std::vector<std::optional<mx::array>>& centres,
+                     const std::vector<std::optional<mx::array>>& feedback, const std::vector<PackedArrays>& to,
                      const mx::array& before, mx::Stream stream) {
   require_gpu("append");
-  return cuda_backend::append(sides, bits, seed, centres, to, before, stream);
+  return cuda_backend::append(sides, bits, seed, centres, feedback, to, before, stream);
 }
 
 mx::array decode_gpu(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,

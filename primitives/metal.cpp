@@ -3,6 +3,8 @@
 
 #include <mlx/fast.h>
 
+#include <stdexcept>
+
 #include "metal/launch.h"
 
 namespace turboquant::ops::metal_backend {
@@ -68,7 +70,11 @@ mx::Shape with_last(mx::Shape shape, int last) {
 }  // namespace
 
 std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
-                                 const std::vector<std::optional<mx::array>>& centres, mx::Stream stream) {
+                                 const std::vector<std::optional<mx::array>>& centres,
+                                 const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream) {
+  for (const auto& f : feedback) {  // the one place that goes when the kernel takes feedback
+    if (f) throw std::runtime_error("[encode] feedback is not built for Metal yet: leave it out, or run on the CPU");
+  }
   std::vector<PackedArrays> packed;
   if (sides[0].size() == 0) {
     auto scales_shape = sides[0].shape();

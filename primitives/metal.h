@@ -5,8 +5,12 @@
 
 namespace turboquant::ops::metal_backend {
 
+/// Whether encode feeds errors forward; until then it refuses `feedback`.
+inline constexpr bool kFeedback = false;
+
 std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
-                                 const std::vector<std::optional<mx::array>>& centres, mx::Stream stream);
+                                 const std::vector<std::optional<mx::array>>& centres,
+                                 const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream);
 
 mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,
                  const std::optional<mx::array>& centre, mx::Stream stream);

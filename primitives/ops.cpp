@@ -38,27 +38,30 @@ mx::Shape without_last(mx::Shape shape) {
 }
 
 PackedArrays encode_rank4(const mx::array& x, int bits, uint64_t seed, const std::optional<mx::array>& centre,
-                          mx::Stream stream) {
+                          const std::optional<mx::array>& feedback, mx::Stream stream) {
   std::vector<mx::array> inputs{x};
-  if (centre) inputs.push_back(*centre);
-  auto outputs =
-      mx::array::make_arrays({with_last(x.shape(), words_per_vector(bits, x.shape(-1))), without_last(x.shape())},
-                             {mx::uint32, mx::float16}, std::make_shared<Encode>(stream, bits, seed), inputs);
+  for (const auto* extra : {&centre, &feedback}) {
+    if (*extra) inputs.push_back(**extra);
+  }
+  auto outputs = mx::array::make_arrays(
+      {with_last(x.shape(), words_per_vector(bits, x.shape(-1))), without_last(x.shape())}, {mx::uint32, mx::float16},
+      std::make_shared<Encode>(stream, bits, seed, centre.has_value()), inputs);
   return {outputs[0], outputs[1]};
 }
 
 }  // namespace
 
 PackedArrays encode(const mx::array& x, int bits, uint64_t seed, const std::optional<mx::array>& centre,
-                    mx::StreamOrDevice s) {
+                    const std::optional<mx::array>& feedback, mx::StreamOrDevice s) {
   check_bits("encode", "bits", bits);
   check_vectors("encode", "x", x);
   const auto stream = mx::to_stream(s);
   const auto shape = as_rank4(x.shape());
-  const auto checked = checked_centre("encode", "centre", centre, shape[1], shape[3], stream);
+  const auto shift = checked_centre("encode", "centre", centre, shape[1], shape[3], stream);
+  const auto fed = checked_feedback("encode", "feedback", feedback, shape[1], shape[3], stream);
   const auto rank4 = x.shape() == shape ? x : mx::reshape(x, shape, stream);
-  auto packed = on_gpu(stream) ? encode_gpu({rank4}, {bits}, seed, {checked}, stream)[0]
-                               : encode_rank4(rank4, bits, seed, checked, stream);
+  auto packed = on_gpu(stream) ? encode_gpu({rank4}, {bits}, seed, {shift}, {fed}, stream)[0]
+                               : encode_rank4(rank4, bits, seed, shift, fed, stream);
   if (x.shape() == shape) return packed;
   return {mx::reshape(packed.codes, with_last(x.shape(), packed.codes.shape(-1)), stream),
           mx::reshape(packed.scales, without_last(x.shape()), stream)};
@@ -66,17 +69,24 @@ PackedArrays encode(const mx::array& x, int bits, uint64_t seed, const std::opti
 
 namespace {
 
-/// Checks what encode_kv and append_kv take; the centres in the form that kernels take.
-std::vector<std::optional<mx::array>> checked_sides(const char* op, const mx::array& keys, const mx::array& values,
-                                                    int key_bits, int value_bits,
-                                                    const std::optional<mx::array>& key_centre,
-                                                    const std::optional<mx::array>& value_centre, mx::Stream stream) {
+/// What shapes the codes of keys and values, in the form that kernels take.
+struct CheckedSides {
+  std::vector<std::optional<mx::array>> centres, feedback;
+};
+
+/// Checks what encode_kv and append_kv take.
+CheckedSides checked_sides(const char* op, const mx::array& keys, const mx::array& values, int key_bits, int value_bits,
+                           const std::optional<mx::array>& key_centre, const std::optional<mx::array>& value_centre,
+                           const std::optional<mx::array>& key_feedback, const std::optional<mx::array>& value_feedback,
+                           mx::Stream stream) {
   check_bits(op, "key_bits", key_bits);
   check_bits(op, "value_bits", value_bits);
   check_sides(op, keys, values);
   const int heads = keys.shape(1), dim = keys.shape(3);
-  return {checked_centre(op, "key_centre", key_centre, heads, dim, stream),
-          checked_centre(op, "value_centre", value_centre, heads, dim, stream)};
+  return {{checked_centre(op, "key_centre", key_centre, heads, dim, stream),
+           checked_centre(op, "value_centre", value_centre, heads, dim, stream)},
+          {checked_feedback(op, "key_feedback", key_feedback, heads, dim, stream),
+           checked_feedback(op, "value_feedback", value_feedback, heads, dim, stream)}};
 }
 
 }  // namespace
@@ -84,15 +94,18 @@ std::vector<std::optional<mx::array>> checked_sides(const char* op, const mx::ar
 std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx::array& values, int key_bits,
                                                 int value_bits, uint64_t seed,
                                                 const std::optional<mx::array>& key_centre,
-                                                const std::optional<mx::array>& value_centre, mx::StreamOrDevice s) {
+                                                const std::optional<mx::array>& value_centre,
+                                                const std::optional<mx::array>& key_feedback,
+                                                const std::optional<mx::array>& value_feedback, mx::StreamOrDevice s) {
   const auto stream = mx::to_stream(s);
-  const auto centres = checked_sides("encode", keys, values, key_bits, value_bits, key_centre, value_centre, stream);
+  const auto [centres, feedback] = checked_sides("encode", keys, values, key_bits, value_bits, key_centre, value_centre,
+                                                 key_feedback, value_feedback, stream);
   if (on_gpu(stream)) {
-    auto sides = encode_gpu({keys, values}, {key_bits, value_bits}, seed, centres, stream);
+    auto sides = encode_gpu({keys, values}, {key_bits, value_bits}, seed, centres, feedback, stream);
     return {sides[0], sides[1]};
   }
-  return {encode_rank4(keys, key_bits, seed, centres[0], stream),
-          encode_rank4(values, value_bits, seed, centres[1], stream)};
+  return {encode_rank4(keys, key_bits, seed, centres[0], feedback[0], stream),
+          encode_rank4(values, value_bits, seed, centres[1], feedback[1], stream)};
 }
 
 bool can_append_in_place(const std::vector<mx::array>& arrays, mx::Stream stream) {
@@ -102,10 +115,12 @@ bool can_append_in_place(const std::vector<mx::array>& arrays, mx::Stream stream
 
 mx::array append_kv(const mx::array& keys, const mx::array& values, int key_bits, int value_bits, uint64_t seed,
                     const std::optional<mx::array>& key_centre, const std::optional<mx::array>& value_centre,
+                    const std::optional<mx::array>& key_feedback, const std::optional<mx::array>& value_feedback,
                     const PackedArrays& keys_to, const PackedArrays& values_to, const mx::array& before,
                     mx::StreamOrDevice s) {
   const auto stream = mx::to_stream(s);
-  const auto centres = checked_sides("append", keys, values, key_bits, value_bits, key_centre, value_centre, stream);
+  const auto [centres, feedback] = checked_sides("append", keys, values, key_bits, value_bits, key_centre, value_centre,
+                                                 key_feedback, value_feedback, stream);
   require(can_append_in_place({keys, values}, stream), "[append] in place needs a CUDA stream and no transformation");
   for (auto [to, bits, name] : {std::tuple{&keys_to, key_bits, "keys"}, {&values_to, value_bits, "values"}}) {
     check_packed("append", name, *to, bits);
@@ -114,7 +129,8 @@ mx::array append_kv(const mx::array& keys, const mx::array& values, int key_bits
                 to->codes.shape(3) == words_per_vector(bits, keys.shape(3)),
             "[append] the ", name, "' buffers must have room for ", room, "; got codes ", to->codes.shape());
   }
-  return append_gpu({keys, values}, {key_bits, value_bits}, seed, centres, {keys_to, values_to}, before, stream);
+  return append_gpu({keys, values}, {key_bits, value_bits}, seed, centres, feedback, {keys_to, values_to}, before,
+                    stream);
 }
 
 mx::array nothing_to_wait_for(int n, mx::StreamOrDevice s) {

@@ -24,15 +24,18 @@ struct PackedArrays {
 };
 
 /// Encodes x (..., D), float16, bfloat16 or float32.  `centre` (H, D) is taken from every vector of head H, the third
-/// axis from the end of x (B, H, N, D).
+/// axis from the end of x (B, H, N, D); `feedback` (H, D, D) float16 feeds errors forward (EncodeParams in
+/// turboquant/turboquant.h).
 PackedArrays encode(const mx::array& x, int bits, uint64_t seed, const std::optional<mx::array>& centre = std::nullopt,
-                    mx::StreamOrDevice s = {});
+                    const std::optional<mx::array>& feedback = std::nullopt, mx::StreamOrDevice s = {});
 
 /// Both sides of a cache at once: keys and values (B, H, N, D).  One kernel on a GPU.
 std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx::array& values, int key_bits,
                                                 int value_bits, uint64_t seed,
                                                 const std::optional<mx::array>& key_centre = std::nullopt,
                                                 const std::optional<mx::array>& value_centre = std::nullopt,
+                                                const std::optional<mx::array>& key_feedback = std::nullopt,
+                                                const std::optional<mx::array>& value_feedback = std::nullopt,
                                                 mx::StreamOrDevice s = {});
 
 /// Whether `append_kv` can serve these arrays on this stream: CUDA, and no transformation is being traced.
@@ -45,6 +48,7 @@ bool can_append_in_place(const std::vector<mx::array>& arrays, mx::Stream stream
 /// The caller makes sure that nobody else counts on the tokens overwritten.
 mx::array append_kv(const mx::array& keys, const mx::array& values, int key_bits, int value_bits, uint64_t seed,
                     const std::optional<mx::array>& key_centre, const std::optional<mx::array>& value_centre,
+                    const std::optional<mx::array>& key_feedback, const std::optional<mx::array>& value_feedback,
                     const PackedArrays& keys_to, const PackedArrays& values_to, const mx::array& before,
                     mx::StreamOrDevice s = {});
 

@@ -101,7 +101,10 @@ void Encode::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::arra
   p.batch = x.shape(0), p.heads = x.shape(1), p.tokens = x.shape(2), p.head_dim = x.shape(3);
   p.seed = seed_;
   p.x = tensor(x);
-  if (inputs.size() > 1) p.centre = inputs[1].data<float>();
+  if (centred_) p.centre = inputs[1].data<float>();
+  if (const auto& last = inputs.back(); last.ndim() == 3) {
+    p.feedback = reinterpret_cast<const uint16_t*>(last.data<mx::float16_t>());
+  }
   const int64_t head = int64_t(p.tokens) * words_per_vector(bits_, p.head_dim);
   p.out = {outputs[0].data<uint32_t>(),
            reinterpret_cast<uint16_t*>(outputs[1].data<mx::float16_t>()),
@@ -115,7 +118,7 @@ void Encode::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::arra
 
 bool Encode::is_equivalent(const mx::Primitive& other) const {
   const auto* o = dynamic_cast<const Encode*>(&other);
-  return o && o->bits_ == bits_ && o->seed_ == seed_;
+  return o && o->bits_ == bits_ && o->seed_ == seed_ && o->centred_ == centred_;
 }
 
 std::vector<mx::Shape> Encode::output_shapes(const std::vector<mx::array>& inputs) {

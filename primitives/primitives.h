@@ -23,10 +23,11 @@ class CorePrimitive : public mx::Primitive {
   [[noreturn]] void refuse(const char* what) const;
 };
 
-/// x (B, H, N, D)[, centre (H, D)] -> codes, scales.
+/// x (B, H, N, D)[, centre (H, D)][, feedback (H, D, D)] -> codes, scales.
 class Encode : public CorePrimitive {
  public:
-  Encode(mx::Stream stream, int bits, uint64_t seed) : CorePrimitive(stream), bits_(bits), seed_(seed) {}
+  Encode(mx::Stream stream, int bits, uint64_t seed, bool centred)
+      : CorePrimitive(stream), bits_(bits), seed_(seed), centred_(centred) {}
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   bool is_equivalent(const mx::Primitive& other) const override;
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
@@ -35,6 +36,7 @@ class Encode : public CorePrimitive {
  private:
   int bits_;
   uint64_t seed_;
+  bool centred_;  // whether the input after x is a centre
 };
 
 /// codes, scales (B, H, N)[, centre (H, D)] -> x (B, H, N, D).

@@ -28,6 +28,8 @@ void check_same_coding(const char* op, const Coding& a, const Coding& b) {
   require(a.seed == b.seed, "[", op, "] caches must have the same seed; got ", a.seed, " and ", b.seed);
   require(same_array(a.key_centre, b.key_centre) && same_array(a.value_centre, b.value_centre), "[", op,
           "] caches must have the same centres");
+  require(same_array(a.key_feedback, b.key_feedback) && same_array(a.value_feedback, b.value_feedback), "[", op,
+          "] caches must have the same feedback");
 }
 
 size_t Store::nbytes() const {
@@ -145,7 +147,7 @@ void check_follows(const Coding& coding, const mx::Shape& shape, const Store& he
 Store encode_store(const Coding& coding, const mx::array& keys, const mx::array& values,
                    const std::optional<Store>& held, mx::StreamOrDevice s) {
   auto [k, v] = encode_kv(keys, values, coding.key_bits, coding.value_bits, coding.seed, coding.key_centre,
-                          coding.value_centre, s);
+                          coding.value_centre, coding.key_feedback, coding.value_feedback, s);
   if (held) check_follows(coding, keys.shape(), *held);
   return {k, v};
 }
@@ -223,9 +225,9 @@ Store append_store(const Coding& coding, const std::optional<Store>& held, int l
                       : zeros(coding, keys.shape(0), keys.shape(1), round_up(added), keys.shape(3), stream);
   if (!next.frontier) next.frontier = std::make_shared<int>(length);
   const bool follows = next.written && int(next.written->size()) == length + 1;
-  next.written =
-      append_kv(keys, values, coding.key_bits, coding.value_bits, coding.seed, coding.key_centre, coding.value_centre,
-                next.keys, next.values, follows ? *next.written : nothing_to_wait_for(length, stream), stream);
+  next.written = append_kv(keys, values, coding.key_bits, coding.value_bits, coding.seed, coding.key_centre,
+                           coding.value_centre, coding.key_feedback, coding.value_feedback, next.keys, next.values,
+                           follows ? *next.written : nothing_to_wait_for(length, stream), stream);
   *next.frontier = length + added;
   return next;
 }

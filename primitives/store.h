@@ -14,7 +14,8 @@ namespace turboquant::ops {
 struct Coding {
   int key_bits = 3, value_bits = 3;
   uint64_t seed = 0;
-  std::optional<mx::array> key_centre, value_centre;  // (H_kv, D) float32
+  std::optional<mx::array> key_centre = {}, value_centre = {};      // (H_kv, D) float32
+  std::optional<mx::array> key_feedback = {}, value_feedback = {};  // (H_kv, D, D) float16
 };
 
 /// Throws std::invalid_argument naming `op` unless both codings decode the same bits to the same vectors.

@@ -4,6 +4,7 @@
 #include "primitives/gpu.h"
 #include "primitives/ops.h"
 #include "python/convert.h"
+#include "turboquant/rotation.h"
 #include "turboquant/turboquant.h"
 
 namespace nb = nanobind;
@@ -26,11 +27,13 @@ NB_MODULE(_core, m) {
 
   m.def(
       "encode",
-      [](const mx::array& x, int bits, uint64_t seed, const Array& centre, mx::StreamOrDevice s) {
-        auto p = ops::encode(x, bits, seed, centre, s);
+      [](const mx::array& x, int bits, uint64_t seed, const Array& centre, const Array& feedback,
+         mx::StreamOrDevice s) {
+        auto p = ops::encode(x, bits, seed, centre, feedback, s);
         return std::pair{p.codes, p.scales};
       },
-      "x"_a, "bits"_a = 3, nb::kw_only(), "seed"_a = 0, "centre"_a = nb::none(), "stream"_a = nb::none());
+      "x"_a, "bits"_a = 3, nb::kw_only(), "seed"_a = 0, "centre"_a = nb::none(), "feedback"_a = nb::none(),
+      "stream"_a = nb::none());
   m.def(
       "decode",
       [](const mx::array& codes, const mx::array& scales, int bits, uint64_t seed, const Array& centre, mx::Dtype dtype,
@@ -62,6 +65,18 @@ NB_MODULE(_core, m) {
     const bool ok = ops::gpu_supported(&why);
     return std::pair{ok, why};
   });
+  m.def("feeds_back_gpu", &ops::feeds_back_gpu);
+  m.def(
+      "rotation",  // as a matrix (D, D), in double: calibration turns its metrics by it
+      [](int dim, uint64_t seed) {
+        std::vector<double> columns(size_t(dim) * dim);  // R is the transpose: its columns are rows here
+        for (int i = 0; i < dim; ++i) {
+          columns[size_t(i) * dim + i] = 1;
+          tq::rotate(&columns[size_t(i) * dim], dim, seed);
+        }
+        return columns;
+      },
+      "dim"_a, "seed"_a);
   m.def("set_kernel_directory", &ops::cuda_backend::set_kernel_directory, "directory"_a);
   m.def("available_isas", &tq::available_isas);
   m.def("current_isa", &tq::current_isa);
@@ -71,5 +86,5 @@ NB_MODULE(_core, m) {
   m.def("bytes_per_vector", &tq::bytes_per_vector, "bits"_a, "head_dim"_a);
   m.attr("FORMAT_VERSION") = TQ_FORMAT_VERSION;
   // Raise this and API in _checks.py when a binding changes: an extension of older sources is then refused by name.
-  m.attr("API") = 3;
+  m.attr("API") = 4;
 }

@@ -25,8 +25,11 @@ ops::Store store(const Arrays& a) {
 
 mx::array numbers(const std::vector<int>& v) { return mx::array(v.data(), {int(v.size())}, mx::int32); }
 
-ops::Coding coding(int key_bits, int value_bits, uint64_t seed, const Array& key_centre, const Array& value_centre) {
-  return {key_bits, value_bits, seed, key_centre, value_centre};
+/// (keys, values), each or both None.
+using Pair = std::pair<Array, Array>;
+
+ops::Coding coding(int key_bits, int value_bits, uint64_t seed, const Pair& centres, const Pair& feedback) {
+  return {key_bits, value_bits, seed, centres.first, centres.second, feedback.first, feedback.second};
 }
 
 /// What all four caches have.
@@ -55,7 +58,11 @@ nb::class_<Cache> bind_cache(nb::module_& m, const char* name) {
       .def_prop_ro("seed", [](const Cache& c) { return c.coding().seed; })
       .def_prop_ro("centres",
                    [](const Cache& c) {
-                     return std::pair{c.coding().key_centre, c.coding().value_centre};
+                     return Pair{c.coding().key_centre, c.coding().value_centre};
+                   })
+      .def_prop_ro("feedback",
+                   [](const Cache& c) {
+                     return Pair{c.coding().key_feedback, c.coding().value_feedback};
                    })
       .def_prop_ro("arrays",
                    [](const Cache& c) { return c.store() ? std::optional(arrays(*c.store())) : std::nullopt; });
@@ -101,10 +108,10 @@ void bind_caches(nb::module_& m) {
   bind_cache<ops::KVCache>(m, "KVCache")
       .def(
           "__init__",
-          [](ops::KVCache* self, int kb, int vb, uint64_t seed, const Array& kc, const Array& vc) {
-            new (self) ops::KVCache(coding(kb, vb, seed, kc, vc));
+          [](ops::KVCache* self, int kb, int vb, uint64_t seed, const Pair& centres, const Pair& feedback) {
+            new (self) ops::KVCache(coding(kb, vb, seed, centres, feedback));
           },
-          "key_bits"_a, "value_bits"_a, "seed"_a = 0, "key_centre"_a = nb::none(), "value_centre"_a = nb::none())
+          "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(), "feedback"_a = Pair())
       .def(
           "restore", [](ops::KVCache& c, const Arrays& a, int length) { c.restore(store(a), length); }, "arrays"_a,
           "length"_a)
@@ -113,10 +120,11 @@ void bind_caches(nb::module_& m) {
   bind_cache<ops::BatchKVCache>(m, "BatchKVCache")
       .def(
           "__init__",
-          [](ops::BatchKVCache* self, std::vector<int> left_padding, int kb, int vb, uint64_t seed, const Array& kc,
-             const Array& vc) { new (self) ops::BatchKVCache(std::move(left_padding), coding(kb, vb, seed, kc, vc)); },
-          "left_padding"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "key_centre"_a = nb::none(),
-          "value_centre"_a = nb::none())
+          [](ops::BatchKVCache* self, std::vector<int> left_padding, int kb, int vb, uint64_t seed, const Pair& centres,
+             const Pair& feedback) {
+            new (self) ops::BatchKVCache(std::move(left_padding), coding(kb, vb, seed, centres, feedback));
+          },
+          "left_padding"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(), "feedback"_a = Pair())
       .def_static("merge", &ops::BatchKVCache::merge, "caches"_a, "stream"_a = nb::none())
       .def("prepare", &ops::BatchKVCache::prepare, "left_padding"_a, "right_padding"_a)
       .def("finalize", &ops::BatchKVCache::finalize, "stream"_a = nb::none())
@@ -137,10 +145,12 @@ void bind_caches(nb::module_& m) {
   bind_cache<ops::RotatingKVCache>(m, "RotatingKVCache")
       .def(
           "__init__",
-          [](ops::RotatingKVCache* self, int max_size, int keep, int kb, int vb, uint64_t seed, const Array& kc,
-             const Array& vc) { new (self) ops::RotatingKVCache(max_size, keep, coding(kb, vb, seed, kc, vc)); },
-          "max_size"_a, "keep"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "key_centre"_a = nb::none(),
-          "value_centre"_a = nb::none())
+          [](ops::RotatingKVCache* self, int max_size, int keep, int kb, int vb, uint64_t seed, const Pair& centres,
+             const Pair& feedback) {
+            new (self) ops::RotatingKVCache(max_size, keep, coding(kb, vb, seed, centres, feedback));
+          },
+          "max_size"_a, "keep"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(),
+          "feedback"_a = Pair())
       .def("mask", &mask<ops::RotatingKVCache>, "n"_a, "window"_a = nb::none(), "return_array"_a = false)
       .def(
           "restore",
@@ -157,10 +167,12 @@ void bind_caches(nb::module_& m) {
   bind_cache<Batch>(m, "BatchRotatingKVCache")
       .def(
           "__init__",
-          [](Batch* self, int max_size, std::vector<int> left_padding, int kb, int vb, uint64_t seed, const Array& kc,
-             const Array& vc) { new (self) Batch(max_size, std::move(left_padding), coding(kb, vb, seed, kc, vc)); },
-          "max_size"_a, "left_padding"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "key_centre"_a = nb::none(),
-          "value_centre"_a = nb::none())
+          [](Batch* self, int max_size, std::vector<int> left_padding, int kb, int vb, uint64_t seed,
+             const Pair& centres, const Pair& feedback) {
+            new (self) Batch(max_size, std::move(left_padding), coding(kb, vb, seed, centres, feedback));
+          },
+          "max_size"_a, "left_padding"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(),
+          "feedback"_a = Pair())
       .def_static("merge", &Batch::merge, "caches"_a, "stream"_a = nb::none())
       .def("prepare", &Batch::prepare, "left_padding"_a, "lengths"_a, "right_padding"_a)
       .def("finalize", &Batch::finalize, "stream"_a = nb::none())

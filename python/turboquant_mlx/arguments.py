@@ -8,6 +8,7 @@ from typing import TypeAlias
 import mlx.core as mx
 
 Centres: TypeAlias = "tuple[mx.array | None, mx.array | None]"
+Feedback: TypeAlias = "tuple[mx.array | None, mx.array | None]"
 
 
 def whole(owner: str, name: str, number: int, least: int = 0, below: int = 2**31) -> int:
@@ -33,18 +34,27 @@ def _width(owner, name, bits):
     return found
 
 
-def coding(owner, bits, key_bits, value_bits, seed, centres):
-    """(key bits, value bits, seed, key centre, value centre): the arguments that every cache takes, checked, as the
+def _pair(owner, name, shape, pair):
+    """A pair (keys, values) of arrays or None; None is a pair of them."""
+    found = (None, None) if pair is None else pair
+    if not (
+        isinstance(found, (tuple, list))
+        and len(found) == 2
+        and all(x is None or isinstance(x, mx.array) for x in found)
+    ):
+        raise ValueError(f"[{owner}] {name} must be a pair (keys, values) of arrays {shape}; got {pair!r}")
+    return tuple(found)
+
+
+def coding(owner, bits, key_bits, value_bits, seed, centres, feedback):
+    """(key bits, value bits, seed, centres, feedback): the arguments that every cache takes, checked, as the
     extension's; see TurboQuantKVCache."""
     bits = _width(owner, "bits", bits)
     key_bits = bits if key_bits is None else _width(owner, "key_bits", key_bits)
     value_bits = bits if value_bits is None else _width(owner, "value_bits", value_bits)
-    pair = (None, None) if centres is None else centres
-    if not (
-        isinstance(pair, (tuple, list)) and len(pair) == 2 and all(c is None or isinstance(c, mx.array) for c in pair)
-    ):
-        raise ValueError(f"[{owner}] centres must be a pair (keys, values) of arrays (H_kv, D); got {centres!r}")
-    return (key_bits, value_bits, whole(owner, "seed", seed, below=2**64), *pair)
+    centres = _pair(owner, "centres", "(H_kv, D)", centres)
+    feedback = _pair(owner, "feedback", "(H_kv, D, D)", feedback)
+    return key_bits, value_bits, whole(owner, "seed", seed, below=2**64), centres, feedback
 
 
 def as_list(numbers) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from . import _core
-from .arguments import Centres, as_list, coding, padding
+from .arguments import Centres, Feedback, as_list, coding, padding
 from .cache import PackedCache, TurboQuantKVCache
 
 
@@ -28,8 +28,8 @@ class PackedBatch(PackedCache):
         self._core.filter(as_list(batch_indices))
 
     def extend(self, other: PackedBatch) -> None:
-        """Appends the rows of another batch of this kind; ValueError when bits, seeds, centres or shapes differ, or
-        windows' sizes."""
+        """Appends the rows of another batch of this kind; ValueError when bits, seeds, centres, feedback or shapes
+        differ, or windows' sizes."""
         self._core.extend(other._core)
 
     def extract(self, idx: int) -> PackedCache:
@@ -55,15 +55,17 @@ class BatchTurboQuantKVCache(PackedBatch):
         value_bits: int | None = None,
         seed: int = 0,
         centres: Centres | None = None,
+        feedback: Feedback | None = None,
     ) -> None:
         owner = type(self).__name__
-        settings = coding(owner, bits, key_bits, value_bits, seed, centres)
+        settings = coding(owner, bits, key_bits, value_bits, seed, centres, feedback)
         self._core = _core.BatchKVCache(padding(owner, left_padding), *settings)
         self._last_kernel = _core.LastKernel()
 
     @classmethod
     def merge(cls, caches: list[TurboQuantKVCache]) -> BatchTurboQuantKVCache:
-        """The batch of these TurboQuantKVCaches; ValueError when their bits, seeds, centres or shapes differ."""
+        """The batch of these TurboQuantKVCaches; ValueError when their bits, seeds, centres, feedback or
+        shapes differ."""
         strange = {type(c).__name__ for c in caches if not isinstance(c, TurboQuantKVCache)}
         if strange:
             raise ValueError(f"[merge] a packed batch is made of TurboQuantKVCache; got {sorted(strange)}")

@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import CacheList, KVCache, _BaseCache, create_attention_mask
 
 from . import _core
-from .arguments import Centres, coding
+from .arguments import Centres, Feedback, coding
 from .identity import CODEBOOK, Identity, read
 
 
@@ -75,7 +75,13 @@ class PackedCache(_BaseCache):
     def centres(self) -> Centres | None:
         """(keys, values) as given, each (H_kv, D), or None."""
         pair = self._core.centres
-        return None if pair == (None, None) else pair
+        return None if pair[0] is None and pair[1] is None else pair
+
+    @property
+    def feedback(self) -> Feedback | None:
+        """(keys, values) as given, each (H_kv, D, D) float16, or None."""
+        pair = self._core.feedback
+        return None if pair[0] is None and pair[1] is None else pair
 
     @property
     def offset(self) -> int | mx.array:
@@ -161,12 +167,12 @@ class PackedCache(_BaseCache):
 
         A tuple of key codes (B, H_kv, N, key_bits * D / 32) uint32, key scales (B, H_kv, N) float16, value codes and
         value scales likewise (these four None when nothing was appended), key centre and value centre (H_kv, D) or
-        None, and the Identity: JSON with the settings, the position and a checksum.
+        None, key feedback and value feedback (H_kv, D, D) or None, and the Identity: JSON with the settings, the position and a checksum.
 
         Setting it raises ValueError when it is no such tuple, was saved by another kind of cache or format, or does
         not match its checksum; the cache then stays as it was.
         """
-        arrays = (*self._arrays(), *self._core.centres)
+        arrays = (*self._arrays(), *self._core.centres, *self._core.feedback)
         fields = {
             "format": _core.FORMAT_VERSION,
             "kind": type(self).__name__,
@@ -186,9 +192,9 @@ class PackedCache(_BaseCache):
         except (TypeError, ValueError) as error:
             raise ValueError(f"[load] this is not the state of a {type(self).__name__}") from error
         fields = read(identity, arrays, type(self).__name__)
-        if len(arrays) != 6:
-            raise ValueError(f"[load] a {type(self).__name__} has six arrays; got {len(arrays)}")
-        coding = (fields["key_bits"], fields["value_bits"], fields["seed"], *arrays[4:])
+        if len(arrays) != 8:
+            raise ValueError(f"[load] a {type(self).__name__} has eight arrays; got {len(arrays)}")
+        coding = (fields["key_bits"], fields["value_bits"], fields["seed"], tuple(arrays[4:6]), tuple(arrays[6:]))
         self._restore(coding, fields["position"], None if arrays[0] is None else arrays[:4])
         self._last_kernel = _core.LastKernel()
         self.fingerprint = fields["model"]
@@ -222,9 +228,10 @@ class TurboQuantKVCache(PackedCache):
         key_bits, value_bits (int): instead of `bits`, each side's own width.
         seed (int): of the random signs, from 0 to 2^64 - 1.
         centres: a pair (keys, values) of (H_kv, D) arrays, taken from every vector before coding; see calibration.
+        feedback: a pair (keys, values) of (H_kv, D, D) float16 arrays, which feed errors forward; made for one seed.
 
     Raises:
-        ValueError: a width or seed that is no whole number or out of range, centres that are no pair; from
+        ValueError: a width or seed that is no whole number or out of range, centres or feedback that are no pair; from
             `update_and_fetch`, a wrong dtype, rank or head_dim, or a batch that changes size.  A failed call leaves
             the cache as it was.
     """
@@ -237,8 +244,9 @@ class TurboQuantKVCache(PackedCache):
         value_bits: int | None = None,
         seed: int = 0,
         centres: Centres | None = None,
+        feedback: Feedback | None = None,
     ) -> None:
-        self._core = _core.KVCache(*coding(type(self).__name__, bits, key_bits, value_bits, seed, centres))
+        self._core = _core.KVCache(*coding(type(self).__name__, bits, key_bits, value_bits, seed, centres, feedback))
         self._last_kernel = _core.LastKernel()
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:

@@ -1,57 +1,117 @@
-"""Centres: a constant vector per layer and KV head that is taken from keys and values before they are coded.
+"""Calibration: what a short text tells about a model's keys and values, for codes that cost less.
 
-Softmax does not see a constant added to every key, and one taken from every value is added back once to the output, so
-what remains to be coded is smaller at no cost in the loop over tokens (docs/quality.md has what that buys).  The
-centres are the means of keys (after RoPE) and values over a short text.  They are constants of a model: they do not
-depend on how a prompt is chunked, batched or restored, and they are part of a cache's identity.
+Centres are the means of keys (after RoPE) and values, a constant vector per layer and KV head that is taken from them
+before they are coded.  Softmax does not see a constant added to every key, and one taken from every value is added back
+once to the output, so what remains to be coded is smaller at no cost in the loop over tokens.  Feedback (feedback.py)
+lets the encoder put its errors where attention hardly looks, at no cost after encoding.  docs/quality.md has what both
+buy.  They are constants of a model: they do not depend on how a prompt is chunked, batched or restored, and they are
+part of a cache's identity.
 
-    centres = calibrate(model, tokens)                    # {slot: (keys, values)}, each (H_kv, D) float32
-    save_centres(centres, directory)                      # a small file beside the weights
-    enable(model, bits=3, centres=load_centres(directory))
+    found = calibrate(model, tokens)                      # {slot: Calibration}
+    save_calibration(found, directory)                    # a file beside the weights
+    enable(model, bits=3, calibration=load_calibration(directory))
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
 import hashlib
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache
 
-FILE_NAME = "turboquant_centres.safetensors"
-FORMAT = "turboquant centres 1"
+from . import feedback as fed
+
+FILE_NAME = "turboquant_calibration.safetensors"
+FORMAT = "turboquant calibration 2"
+
+
+class Calibration(NamedTuple):
+    """What is known of one slot; None stands for what is not."""
+
+    key_centre: mx.array | None = None  # (H_kv, D) float32
+    value_centre: mx.array | None = None
+    key_feedback: mx.array | None = None  # (H_kv, D, D) float16
+    value_feedback: mx.array | None = None
+    seed: int = 0  # of the rotation that feedback was made for
+
+    @property
+    def centres(self):
+        """(keys, values), as caches take them."""
+        return self[:2]
+
+    @property
+    def feedback(self):
+        """(keys, values), as caches take them; None without any."""
+        return None if self[2] is None and self[3] is None else self[2:4]
+
+    def without_feedback(self):
+        """The centres alone."""
+        return Calibration(*self[:2])
+
+
+NO_CALIBRATION = Calibration()
+
+
+def as_calibration(found):
+    """A Calibration of one, of a tuple in its order, or of None."""
+    try:
+        return NO_CALIBRATION if found is None else Calibration(*found)
+    except TypeError:
+        raise ValueError(f"[enable] calibration must hold a Calibration for each slot; got {found!r}") from None
 
 
 class _Summing(KVCache):
-    """A KVCache that adds up what it is given, in float64."""
+    """A KVCache that adds up, in float64, what it is given and what its keys are asked."""
 
     def __init__(self):
         super().__init__()
         self.sums = None
+        self.queries, self.asked, self.readers, self.updates = 0, 0, 0, 0
 
     def update_and_fetch(self, keys, values):
         sums = [np.array(x.astype(mx.float32)).sum((0, 2), dtype=np.float64) for x in (keys, values)]
         self.sums = sums if self.sums is None else [a + b for a, b in zip(self.sums, sums, strict=True)]
+        self.updates += 1
         return super().update_and_fetch(keys, values)
 
+    def watch(self, queries):
+        """Adds up q q' of the queries (B, H_q, L, D) of each KV head."""
+        heads, dim = self.sums[0].shape
+        if queries.shape[1] % heads or queries.shape[-1] != dim:
+            return
+        self.readers += 1
+        self.queries = self.queries + fed.second_moment(queries, heads)
+        self.asked += queries.size // (heads * dim)
 
-def calibrate(model, tokens, *, step=512):
-    """Means of keys and values over a text.
+
+def calibrate(model, tokens, *, step=512, seed=0, feedback=True):
+    """Means of keys and values over a text, and the feedback for them.
 
     Args:
         model: a model of mlx-lm; its caches may be packed or not.
         tokens: token ids, (N,) or (B, N): some windows of different texts, each as long as a usual prompt, because the
             rotary part of the keys' mean depends on positions (docs/quality.md).
         step (int): tokens of a row given to the model at a time; without influence on the result beyond rounding.
+        seed (int): of the caches that will use the feedback.
+        feedback (bool): False makes centres alone.
 
     Returns:
-        {slot index: (key centre, value centre)}, each (H_kv, D) float32: what `enable(centres=...)` takes.
+        {slot index: Calibration}: what `enable(calibration=...)` takes.  The keys' feedback is None where attention
+        does not go through mlx-lm's scaled_dot_product_attention; the values' where the way from attention to the
+        hidden state is not understood (feedback.Output), or where several layers read one cache.  With D = 32 there is
+        nothing to feed back.
 
     Raises:
         ValueError: no tokens, a model without KVCache slots, or keys that are not (B, H_kv, N, D).
     """
+    from .patch import watch_queries
     from .slots import _replace, _slots
 
     tokens = mx.array(tokens)
@@ -64,22 +124,45 @@ def calibrate(model, tokens, *, step=512):
         made[path] = _Summing()
         return made[path]
 
+    def watch(queries, cache):
+        if isinstance(cache, _Summing) and cache.sums is not None:
+            cache.watch(queries)
+
     original = _float_caches(model)
     caches = _replace(original, make)
     if not made:
         kinds = sorted({type(c).__name__ for _, c in _slots(original)})
         raise ValueError(f"[calibrate] the model has no KVCache slot, so there is nothing to centre; it has {kinds}")
-    for start in range(0, tokens.shape[1], step):
-        mx.eval(model(tokens[:, start : start + step], cache=caches), [c.state for c in caches])
-    centres = {}
+    outputs = _outputs(model, caches, made) if feedback else {}
+    with contextlib.ExitStack() as stack:
+        if feedback:
+            stack.enter_context(watch_queries(watch))
+        for output in outputs.values():
+            stack.enter_context(output)
+        for start in range(0, tokens.shape[1], step):
+            mx.eval(model(tokens[:, start : start + step], cache=caches), [c.state for c in caches])
+    found = {}
     for path, cache in made.items():
         if cache.sums is None:
             continue  # a slot that this model shares with another layer
         mean = [(x / tokens.size).astype(np.float32) for x in cache.sums]
         if not all(np.isfinite(x).all() for x in mean):
             raise ValueError(f"[calibrate] keys or values of slot {path[0]} are not finite")
-        centres[path[0] if len(path) == 1 else path] = tuple(mx.array(x) for x in mean)
-    return centres
+        keys = values = None
+        if cache.readers:
+            keys = fed.of_metrics(cache.queries / cache.asked, seed)
+        if path in outputs and cache.readers == cache.updates:
+            values = fed.of_metrics(outputs[path].metrics(*mean[1].shape, tokens.size), seed)
+        found[path[0] if len(path) == 1 else path] = Calibration(*map(mx.array, mean), keys, values, seed)
+    return found
+
+
+def _outputs(model, caches, made):
+    """{path: Output} of the slots whose attention module is that of the layer with the same number."""
+    if len(caches) != len(model.layers):
+        return {}
+    layers = {path: model.layers[path[0]] for path in made if len(path) == 1}
+    return {path: fed.Output(layer.self_attn) for path, layer in layers.items() if "self_attn" in layer}
 
 
 def _float_caches(model):
@@ -110,29 +193,36 @@ def _path(where):
     return where / FILE_NAME if where.is_dir() else where
 
 
-def save_centres(centres, where, *, directory=None, source=""):
-    """Writes `centres` to a file, or to turboquant_centres.safetensors in a model directory.
+def save_calibration(calibration, where, *, directory=None, source=""):
+    """Writes `calibration` to a file, or to turboquant_calibration.safetensors in a model directory.
 
     Args:
-        centres: as from `calibrate`, for models whose slots are a flat list.
+        calibration: as from `calibrate`, for models whose slots are a flat list.
         where: a directory or a file name.
-        directory: the model directory they belong to, `where` by default; the file keeps its fingerprint.
-        source (str): what they were made from, for people.
+        directory: the model directory it belongs to, `where` by default; the file keeps its fingerprint.
+        source (str): what it was made from, for people.
 
     Returns:
         The path written.
     """
     path = _path(where)
-    tensors = {}
-    for slot, (keys, values) in centres.items():
-        tensors[f"{slot}.keys"], tensors[f"{slot}.values"] = mx.array(keys), mx.array(values)
-    identity = fingerprint(directory or path.parent)
-    mx.save_safetensors(str(path), tensors, {"format": FORMAT, "model": identity, "source": source})
+    entries = {slot: as_calibration(found) for slot, found in calibration.items()}
+    tensors = {
+        f"{slot}.{name}": x
+        for slot, found in entries.items()
+        for name, x in zip(Calibration._fields, found, strict=True)
+        if isinstance(x, mx.array)
+    }
+    seeds = sorted({found.seed for found in entries.values()})
+    if len(seeds) > 1:
+        raise ValueError(f"[save_calibration] all slots must be calibrated for one seed; got {seeds}")
+    metadata = {"format": FORMAT, "model": fingerprint(directory or path.parent), "source": source}
+    mx.save_safetensors(str(path), tensors, metadata | {"seed": str(seeds[0] if seeds else 0)})
     return path
 
 
-def load_centres(where, *, directory=None):
-    """Reads what `save_centres` wrote.
+def load_calibration(where, *, directory=None):
+    """Reads what `save_calibration` wrote.
 
     Args:
         where: a model directory or a file.
@@ -142,24 +232,28 @@ def load_centres(where, *, directory=None):
         FileNotFoundError: there is no such file.
         ValueError: the file holds something else, or belongs to another model.
     """
-    path = _path(where)
+    path, again = _path(where), "make it with python -m turboquant_mlx calibrate"
     if not path.is_file():
-        raise FileNotFoundError(f"[load_centres] there is no {path}; make it with python -m turboquant_mlx calibrate")
+        raise FileNotFoundError(f"[load_calibration] there is no {path}; {again}")
     tensors, metadata = mx.load(str(path), return_metadata=True)
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"[load_centres] {path} must hold {FORMAT!r}; it holds {metadata.get('format')!r}")
+        found = metadata.get("format")
+        raise ValueError(f"[load_calibration] {path} must hold {FORMAT!r}; it holds {found!r}: {again}")
     if directory is not False:
         expected = fingerprint(directory or path.parent)
         if metadata.get("model") != expected:
             raise ValueError(
-                f"[load_centres] {path} was made for the model {metadata.get('model')}, this one is {expected}"
+                f"[load_calibration] {path} was made for the model {metadata.get('model')}, this one is {expected}"
             )
-    slots = sorted({name.rsplit(".", 1)[0] for name in tensors}, key=int)
-    return {int(slot): (tensors[f"{slot}.keys"], tensors[f"{slot}.values"]) for slot in slots}
+    found = {}
+    for name, x in tensors.items():
+        slot, field = name.rsplit(".", 1)
+        found.setdefault(int(slot), {"seed": int(metadata["seed"])})[field] = x
+    return {slot: Calibration(**found[slot]) for slot in sorted(found)}
 
 
 def main(argv=None):
-    """Makes the centres file of a model from windows spread over a text."""
+    """Makes the calibration file of a model, centres and feedback, from windows spread over a text."""
     from .eval.model import load_model, read_tokens, spread_windows
 
     parser = argparse.ArgumentParser(prog="turboquant_mlx calibrate", description=main.__doc__)
@@ -167,6 +261,7 @@ def main(argv=None):
     parser.add_argument("--text", type=Path, required=True, help="any text of the kind the model reads")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
+    parser.add_argument("--seed", type=int, default=0, help="--tq-seed of the caches that will use it")
     parser.add_argument("--out", type=Path, help="a file; default: beside the weights")
     args = parser.parse_args(argv)
     try:
@@ -176,11 +271,13 @@ def main(argv=None):
             pass  # an unwritable folder is found before the work
         model, tokenizer = load_model(args.model)
         windows = spread_windows(read_tokens(tokenizer, args.text), args.length, args.windows)
-        centres = calibrate(model, windows)
+        found = calibrate(model, windows, seed=args.seed)
         source = f"{len(windows)} windows of {args.length} tokens spread over {args.text.name}"
-        path = save_centres(centres, args.out or args.model, directory=args.model, source=source)
+        path = save_calibration(found, args.out or args.model, directory=args.model, source=source)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{path}: centres of {len(centres)} layers from {source}")
+    keys, values = (sum(c[side] is not None for c in found.values()) for side in (2, 3))
+    print(f"{path}: centres of {len(found)} layers, feedback of {keys} layers' keys and {values} layers' values")
+    print(f"from {source}")
     return 0

@@ -22,8 +22,8 @@ COMMANDS = (*PROGRAMS, "batch", "inspect", *MODULES)
 USAGE = f"""usage: python -m turboquant_mlx {{{",".join(COMMANDS)}}} [options]
 
 generate, chat, server and cache-prompt are mlx-lm's programs and take its options; batch answers many prompts at once,
-inspect shows what each layer's cache holds, doctor checks this installation, calibrate makes a model's centres, eval
-measures quality.  All that run a model take the --tq options; `<command> --help` lists them."""
+inspect shows what each layer's cache holds, doctor checks this installation, calibrate makes a model's centres and feedback,
+eval measures quality.  All that run a model take the --tq options; `<command> --help` lists them."""
 
 
 def tq_options():
@@ -41,10 +41,10 @@ def tq_options():
         "together with --max-kv-size)",
     )
     group.add_argument(
-        "--tq-centres",
+        "--tq-calibration",
         metavar="FILE",
         default="auto",
-        help="centres that `calibrate` wrote; auto: those beside the weights, if any; none: no centres",
+        help="what `calibrate` wrote, centres and feedback; auto: the file beside the weights, if any; none: neither",
     )
     group.add_argument("--tq-seed", type=int, default=0, help="of the rotation's signs (default: 0)")
     group.add_argument(
@@ -71,16 +71,26 @@ def _tokens(least):
     return read
 
 
-def _centres(args, where):
-    """The centres to use for the model loaded from `where`, or None."""
-    from .calibration import FILE_NAME, load_centres
+def _calibration(args, where):
+    """The calibration to use for the model loaded from `where`, or None."""
+    from .calibration import FILE_NAME, load_calibration
 
     directory = Path(where)
-    if args.tq_centres == "none":
+    if args.tq_calibration == "none":
         return None
-    if args.tq_centres != "auto":
-        return load_centres(args.tq_centres, directory=directory if directory.is_dir() else False)
-    return load_centres(directory) if (directory / FILE_NAME).is_file() else None
+    if args.tq_calibration != "auto":
+        return load_calibration(args.tq_calibration, directory=directory if directory.is_dir() else False)
+    return load_calibration(directory) if (directory / FILE_NAME).is_file() else None
+
+
+def _describe(calibration):
+    """What a calibration adds to the caches, as words."""
+    fed = [
+        side
+        for side, name in (("keys", "key_feedback"), ("values", "value_feedback"))
+        if any(getattr(c, name) is not None for c in calibration.values())
+    ]
+    return ", centred" + (f", feedback of {' and '.join(fed)}" if fed else "")
 
 
 def prepare(model, args, where, max_kv_size=None):
@@ -90,6 +100,7 @@ def prepare(model, args, where, max_kv_size=None):
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import dequantize_model
 
+    from . import _core
     from .report import summary
     from .slots import enable
 
@@ -98,14 +109,17 @@ def prepare(model, args, where, max_kv_size=None):
         if sum(v.size for _, v in tree_flatten(model.parameters())) < 200e6:  # small enough to hold as float32
             model = dequantize_model(model)
         model.set_dtype(mx.float32)
-    centres = _centres(args, where)
+    calibration = _calibration(args, where)
+    if calibration and not on_cpu and not _core.feeds_back_gpu() and any(c.feedback for c in calibration.values()):
+        print("[tq] feedback is not built for this GPU yet: centres alone are used", file=sys.stderr)
+        calibration = {slot: c.without_feedback() for slot, c in calibration.items()}
     enable(
         model,
         args.tq_bits,
         key_bits=args.tq_key_bits,
         value_bits=args.tq_value_bits,
         seed=args.tq_seed,
-        centres=centres,
+        calibration=calibration,
         start=args.tq_start,
         chunked_recurrence=True,
     )
@@ -114,7 +128,8 @@ def prepare(model, args, where, max_kv_size=None):
         raise ValueError("--tq-start and --max-kv-size exclude each other: a cache that packs later drops no tokens")
     if max_kv_size is not None and not sized:
         print("[tq] --max-kv-size has no effect: mlx-lm lets this model make its own caches", file=sys.stderr)
-    print(f"[tq] {summary(make_prompt_cache(model, max_kv_size))}{', centred' if centres else ''}", file=sys.stderr)
+    extra = _describe(calibration) if calibration else ""
+    print(f"[tq] {summary(make_prompt_cache(model, max_kv_size))}{extra}", file=sys.stderr)
     return model
 
 

@@ -7,7 +7,7 @@ import copy
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from .arguments import Centres, whole
+from .arguments import Centres, Feedback, whole
 from .cache import TurboQuantKVCache
 from .rotating import TurboQuantRotatingKVCache
 
@@ -20,6 +20,7 @@ def to_turboquant(
     value_bits: int | None = None,
     seed: int = 0,
     centres: Centres | None = None,
+    feedback: Feedback | None = None,
 ) -> TurboQuantKVCache | TurboQuantRotatingKVCache:
     """The packed copy of a filled float cache, which stays as it is; `to_float()` of the result goes back.
 
@@ -32,7 +33,7 @@ def to_turboquant(
     """
     if type(cache) not in (KVCache, RotatingKVCache):
         raise ValueError(f"[to_turboquant] cache must be a KVCache or a RotatingKVCache; got {type(cache).__name__}")
-    settings = {"key_bits": key_bits, "value_bits": value_bits, "seed": seed, "centres": centres}
+    settings = {"key_bits": key_bits, "value_bits": value_bits, "seed": seed, "centres": centres, "feedback": feedback}
     packed = TurboQuantKVCache(bits, **settings)
     if not cache.empty() and cache.offset > 0:
         packed.update_and_fetch(*cache.keys_and_values())
@@ -63,10 +64,11 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
         value_bits: int | None = None,
         seed: int = 0,
         centres: Centres | None = None,
+        feedback: Feedback | None = None,
     ) -> None:
         self.start = whole(type(self).__name__, "start", start)
         self._floats = KVCache()
-        super().__init__(bits, key_bits=key_bits, value_bits=value_bits, seed=seed, centres=centres)
+        super().__init__(bits, key_bits=key_bits, value_bits=value_bits, seed=seed, centres=centres, feedback=feedback)
 
     @property
     def merge(self):

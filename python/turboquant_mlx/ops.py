@@ -13,6 +13,7 @@ def encode(
     *,
     seed: int = 0,
     centre: mx.array | None = None,
+    feedback: mx.array | None = None,
     stream: mx.Stream | mx.Device | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Codes of vectors (TurboQuant's MSE quantizer, arXiv 2504.19874, section 3).
@@ -22,6 +23,8 @@ def encode(
         bits (int): 2, 3 or 4 bits a coordinate.
         seed (int): of the random signs; decode and attention need the same.
         centre (mx.array): (H, D), taken from every vector of head H before coding; x is then (B, H, N, D).
+        feedback (mx.array): (H, D, D) float16, of which the columns in blocks of 32 before a row's own are read: the
+            errors of earlier coordinates move later ones (docs/algorithm.md).  Codes decode as without it.
         stream: an MLX stream or device.
 
     Returns:
@@ -31,7 +34,7 @@ def encode(
     Raises:
         ValueError: bits, dtype or D out of range; the message gives the value found.
     """
-    return _core.encode(x, bits, seed=seed, centre=centre, stream=stream)
+    return _core.encode(x, bits, seed=seed, centre=centre, feedback=feedback, stream=stream)
 
 
 def decode(

@@ -9,6 +9,7 @@ after 5,000; `save_prompt_cache` and `load_prompt_cache`, to check the slots bes
 """
 
 import sys
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 import mlx.core as mx
@@ -33,6 +34,7 @@ original_quantized_attention = base.quantized_scaled_dot_product_attention
 _outer = base.scaled_dot_product_attention
 _make_prompt_cache = mlx_lm_cache.make_prompt_cache
 _seen = ContextVar("_seen", default=None)  # while this thread probes a model: ids of the histories attention read
+_watch = ContextVar("_watch", default=None)  # while this thread calibrates: is given every query
 
 
 def _attend(view, queries, scale, mask, sinks=None):
@@ -52,6 +54,8 @@ def _patched_quantized(queries, q_keys, q_values, scale, mask, group_size=64, bi
 
 
 def _patched_outer(queries, keys, values, cache, scale, mask, sinks=None):
+    if (watch := _watch.get()) is not None:
+        watch(queries, cache)
     if isinstance(keys, _core.View):
         return _attend(keys, queries, scale, mask, sinks)
     if sinks is not None and isinstance(cache, CACHE_CLASSES):
@@ -104,6 +108,20 @@ def remove_patch():
     for cls in CACHE_CLASSES:
         if getattr(mlx_lm_cache, cls.__name__, None) is cls:
             delattr(mlx_lm_cache, cls.__name__)
+
+
+@contextmanager
+def watch_queries(watch):
+    """Context: calls watch(queries, cache) before each attention of this thread, as the model hands them over."""
+    applied = base.quantized_scaled_dot_product_attention is _patched_quantized
+    apply_patch()
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+        if not applied:
+            remove_patch()
 
 
 class record_reads:

@@ -6,7 +6,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
 
 from . import _core
-from .arguments import Centres, as_list, coding, padding, whole
+from .arguments import Centres, Feedback, as_list, coding, padding, whole
 from .batch import PackedBatch
 from .cache import PackedCache
 
@@ -47,10 +47,11 @@ class TurboQuantRotatingKVCache(PackedWindow):
         value_bits: int | None = None,
         seed: int = 0,
         centres: Centres | None = None,
+        feedback: Feedback | None = None,
     ) -> None:
         owner = type(self).__name__
         sizes = whole(owner, "max_size", max_size, 1), whole(owner, "keep", keep)
-        self._core = _core.RotatingKVCache(*sizes, *coding(owner, bits, key_bits, value_bits, seed, centres))
+        self._core = _core.RotatingKVCache(*sizes, *coding(owner, bits, key_bits, value_bits, seed, centres, feedback))
         self._last_kernel = _core.LastKernel()
 
     @property
@@ -109,10 +110,13 @@ class BatchTurboQuantRotatingKVCache(PackedWindow, PackedBatch):
         value_bits: int | None = None,
         seed: int = 0,
         centres: Centres | None = None,
+        feedback: Feedback | None = None,
     ) -> None:
         owner = type(self).__name__
         sizes = whole(owner, "max_size", max_size, 1), padding(owner, left_padding)
-        self._core = _core.BatchRotatingKVCache(*sizes, *coding(owner, bits, key_bits, value_bits, seed, centres))
+        self._core = _core.BatchRotatingKVCache(
+            *sizes, *coding(owner, bits, key_bits, value_bits, seed, centres, feedback)
+        )
         self._last_kernel = _core.LastKernel()
 
     merge = TurboQuantRotatingKVCache.merge

@@ -54,9 +54,11 @@ def _difference(saved, wanted):
         return f"was saved with seed {saved.seed}; asked for was {wanted.seed}"
     if saved.fingerprint != wanted.fingerprint:
         return f"was made by another model ({saved.fingerprint or 'unnamed'}; this one is {wanted.fingerprint})"
-    for side, a, b in zip(("keys", "values"), saved._core.centres, wanted._core.centres, strict=True):
-        if (a is None) != (b is None) or (a is not None and not mx.array_equal(a, b)):
-            return f"was saved with other centres of the {side}"
+    for what in ("centres", "feedback"):
+        pairs = getattr(saved._core, what), getattr(wanted._core, what)
+        for side, a, b in zip(("keys", "values"), *pairs, strict=True):
+            if (a is None) != (b is None) or (a is not None and not mx.array_equal(a, b)):
+                return f"was saved with other {what} of the {side}"
     return None
 
 
@@ -76,7 +78,8 @@ def load_prompt_cache(file_name, model=None, return_metadata=False):
 
     Args:
         file_name: a file of `save_prompt_cache`.
-        model: the model, after enable(): the caches must be those that it makes, with its bits, seed and centres.
+        model: the model, after enable(): the caches must be those that it makes, with its bits, seed, centres
+            and feedback.
         return_metadata (bool): return (caches, metadata).
 
     Raises:

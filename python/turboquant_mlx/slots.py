@@ -6,6 +6,7 @@ from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
 from .arguments import whole
 from .cache import TurboQuantKVCache, layer_name, leaves
+from .calibration import NO_CALIBRATION, as_calibration
 from .convert import DelayedTurboQuantKVCache
 from .gated_delta import enable_chunked_recurrence
 from .identity import fingerprint
@@ -117,12 +118,12 @@ def _own_make_cache(model):
 
 
 def _slot(path):
-    """How `centres` and calibration name a slot."""
+    """How `calibration` names a slot."""
     return path[0] if len(path) == 1 else path
 
 
 def enable(
-    model, bits=3, *, key_bits=None, value_bits=None, seed=0, centres=None, start=None, chunked_recurrence=False
+    model, bits=3, *, key_bits=None, value_bits=None, seed=0, calibration=None, start=None, chunked_recurrence=False
 ):
     """Makes `model.make_cache()` give packed caches in its `KVCache` and `RotatingKVCache` slots; other slots stay.
 
@@ -132,7 +133,7 @@ def enable(
     Args:
         model: a model of mlx-lm.
         bits, key_bits, value_bits, seed: as for TurboQuantKVCache.
-        centres: {slot index: (keys, values)} of (H_kv, D) arrays; see turboquant_mlx.calibration.
+        calibration: {slot index: Calibration}, centres and feedback; see turboquant_mlx.calibration.
         start (int): tokens that a cache holds as plain floats before it packs itself (mlx-lm's quantized_kv_start);
             such caches are not batched.
         chunked_recurrence (bool): off Metal, read prompts through the linear attention of Qwen3.5 and its like 64 tokens
@@ -145,8 +146,8 @@ def enable(
 
     Raises:
         ValueError: the model has no such slot, or layers cannot be packed: the message gives each one's reason;
-            a setting is out of range, or `centres` names a slot that the model does not have.  The model is left as
-            it was, with the caches of an earlier enable() if there was one.
+            a setting is out of range, or `calibration` names a slot that the model does not have, or has feedback
+            made for another seed.  The model is left as it was, with the caches of an earlier enable() if there was one.
     """
     TurboQuantKVCache(bits, key_bits=key_bits, value_bits=value_bits, seed=seed)  # refuses wrong widths first
     if start is not None:
@@ -160,9 +161,13 @@ def enable(
         kinds = sorted({type(c).__name__ for _, c in leaves(original())})
         raise ValueError(f"[enable] the model has no KVCache slot, so there is nothing to compress; it has {kinds}")
     names = [_slot(path) for path, _ in slots]
-    unknown = [slot for slot in centres or {} if slot not in names]
+    calibration = {slot: as_calibration(found) for slot, found in (calibration or {}).items()}
+    unknown = [slot for slot in calibration if slot not in names]
     if unknown:
-        raise ValueError(f"[enable] centres must belong to slots that are packed, {names}; got {unknown}")
+        raise ValueError(f"[enable] calibration must belong to slots that are packed, {names}; got {unknown}")
+    seeds = {c.seed for c in calibration.values() if c.feedback}
+    if seeds - {seed}:
+        raise ValueError(f"[enable] the feedback of `calibration` was made for seed {min(seeds - {seed})}; got {seed}")
     windows = [layer_name(path) for path, c in slots if start and type(c) is RotatingKVCache]
     if windows:
         raise ValueError(
@@ -171,12 +176,14 @@ def enable(
         )
 
     def coding(path):
+        found = calibration.get(_slot(path), NO_CALIBRATION)
         return {
             "bits": bits,
             "key_bits": key_bits,
             "value_bits": value_bits,
             "seed": seed,
-            "centres": centres.get(_slot(path)) if centres else None,
+            "centres": found.centres,
+            "feedback": found.feedback,
         }
 
     apply_patch()

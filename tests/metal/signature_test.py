@@ -38,7 +38,9 @@ def captured_stdout(path):
 
 def text_of_mlx(kernel, folder):
     inputs = [mx.zeros([1] * (ndim - 1) + [size], DTYPES[type]) for _, type, ndim, size in kernel["inputs"]]
-    template = [(name, DTYPES.get(value, value) if isinstance(value, str) else value) for name, value in kernel["template"]]
+    template = [
+        (name, DTYPES.get(value, value) if isinstance(value, str) else value) for name, value in kernel["template"]
+    ]
 
     def graph(*arrays):
         run = mx.fast.metal_kernel(

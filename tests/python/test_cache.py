@@ -135,6 +135,7 @@ def test_settings_of_a_wrong_kind_are_named(kind):
         ("seed", None, "seed must be a whole number; got None"),
         ("centres", 7, "centres must be a pair (keys, values) of arrays (H_kv, D); got 7"),
         ("centres", (1, 2), "centres must be a pair (keys, values) of arrays (H_kv, D); got (1, 2)"),
+        ("feedback", 7, "feedback must be a pair (keys, values) of arrays (H_kv, D, D); got 7"),
     ]:
         with pytest.raises(ValueError) as raised:
             kind(*KINDS[kind], **{setting: value})
@@ -143,6 +144,10 @@ def test_settings_of_a_wrong_kind_are_named(kind):
         kind(*KINDS[kind], bit=3)
     made = kind(*KINDS[kind], key_bits=2, value_bits=4, seed=2**64 - 1)
     assert (made.key_bits, made.value_bits, made.seed, made.centres) == (2, 4, 2**64 - 1, None)
+    assert made.feedback is None
+    for wrong, rule in ((mx.zeros((2, 64, 64)), "must be float16"), (mx.zeros((2, 64), mx.float16), "must have shape")):
+        with pytest.raises(ValueError, match=f"feedback {rule}"):
+            kind(*KINDS[kind], feedback=(wrong, None))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +173,7 @@ def test_wrong_sizes_are_named(make, message):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_settings_stand_in_the_signature_and_members_explain_themselves(kind):
     settings = inspect.signature(kind).parameters
-    assert {"bits", "key_bits", "value_bits", "seed", "centres"} <= settings.keys()
+    assert {"bits", "key_bits", "value_bits", "seed", "centres", "feedback"} <= settings.keys()
     assert all(p.kind is not p.VAR_KEYWORD and p.annotation is not p.empty for p in settings.values())
     for name in dir(kind):
         if not name.startswith("_") and any(name in vars(c) for c in kind.__mro__ if c.__module__.startswith("turbo")):

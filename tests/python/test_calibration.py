@@ -1,4 +1,4 @@
-"""Centres: the means they are said to be, the file that keeps them, and what they must not change."""
+"""Centres and feedback: that they are what they are said to be, the file that keeps them, what they must not change."""
 
 from pathlib import Path
 
@@ -29,59 +29,75 @@ def tokens():
 
 
 @pytest.fixture(scope="module")
-def centres(model, tokens):
+def calibrated(model, tokens):
     return calibration.calibrate(model, tokens)
 
 
-def test_centres_are_the_means(model, tokens, centres):
+def test_centres_are_the_means(model, tokens, calibrated):
     caches = model.make_cache()
     mx.eval(model(tokens, cache=caches))
-    assert sorted(centres) == [i for i, c in enumerate(caches) if isinstance(c, KVCache)] == [3, 7]
-    for slot, sides in centres.items():
-        for side, history in zip(sides, caches[slot].state[:2], strict=True):
+    assert sorted(calibrated) == [i for i, c in enumerate(caches) if isinstance(c, KVCache)] == [3, 7]
+    for slot, found in calibrated.items():
+        for side, history in zip(found.centres, caches[slot].state[:2], strict=True):
             assert side.shape == (2, 256) and side.dtype == mx.float32
             own = np.array(history[:, :, : tokens.shape[1]])
             assert np.allclose(side, own.mean((0, 2), dtype=np.float64), atol=1e-5)
 
 
-def test_do_not_depend_on_chunks_or_on_enable(model, tokens, centres):
+def test_do_not_depend_on_chunks_or_on_enable(model, tokens, calibrated):
     enable(model, bits=2)
     try:
         again = calibration.calibrate(model, tokens, step=17)
         assert "TurboQuantKVCache" in {type(c).__name__ for c in model.make_cache()}
     finally:
         disable(model)
-    for slot in centres:
-        for a, b in zip(centres[slot], again[slot], strict=True):
+    for slot in calibrated:
+        for a, b in zip(calibrated[slot].centres, again[slot].centres, strict=True):
             assert np.allclose(a, b, atol=1e-4)
+        for a, b in zip(calibrated[slot].feedback, again[slot].feedback, strict=True):
+            assert np.allclose(a, b, atol=2e-3)
+    alone = calibration.calibrate(model, tokens, feedback=False)
+    assert all(c.feedback is None and c.key_centre is not None for c in alone.values())
 
 
-def test_file(tmp_path, centres):
+def test_file(tmp_path, calibrated):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(MODEL / name)
     with pytest.raises(FileNotFoundError, match="calibrate"):
-        calibration.load_centres(tmp_path)
-    path = calibration.save_centres(centres, tmp_path, source="random tokens")
+        calibration.load_calibration(tmp_path)
+    path = calibration.save_calibration(calibrated, tmp_path, source="random tokens")
     assert path == tmp_path / calibration.FILE_NAME
-    back = calibration.load_centres(tmp_path)
-    assert sorted(back) == sorted(centres)
-    assert all(mx.array_equal(a, b) for slot in centres for a, b in zip(centres[slot], back[slot], strict=True))
+    back = calibration.load_calibration(tmp_path)
+    assert sorted(back) == sorted(calibrated)
+    for slot, found in calibrated.items():
+        assert all(mx.array_equal(a, b) for a, b in zip(found[:4], back[slot][:4], strict=True))
+        assert back[slot].key_feedback.dtype == mx.float16 and back[slot].seed == 0
+    alone = {3: calibrated[3].without_feedback(), 7: calibrated[7]._replace(value_feedback=None)}
+    calibration.save_calibration(alone, tmp_path)
+    back = calibration.load_calibration(tmp_path)
+    assert back[3].feedback is None and back[7].value_feedback is None and back[7].key_feedback is not None
+    with pytest.raises(ValueError, match=r"calibrated for one seed; got \[0, 4\]"):
+        calibration.save_calibration({3: calibrated[3], 7: calibrated[7]._replace(seed=4)}, tmp_path)
     # It belongs to one model, wherever the file lies.
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text("{}")
     (other / "model.safetensors").symlink_to(MODEL / "model.safetensors")
     with pytest.raises(ValueError, match="was made for the model"):
-        calibration.load_centres(path, directory=other)
-    calibration.load_centres(path, directory=MODEL)
-    mx.save_safetensors(str(other / "x.safetensors"), {"a": mx.zeros(1)})
-    with pytest.raises(ValueError, match="must hold 'turboquant centres 1'; it holds None"):
-        calibration.load_centres(other / "x.safetensors", directory=MODEL)
+        calibration.load_calibration(path, directory=other)
+    calibration.load_calibration(path, directory=MODEL)
+    for held in (None, "turboquant centres 1"):
+        mx.save_safetensors(str(other / "x.safetensors"), {"a": mx.zeros(1)}, {"format": held} if held else {})
+        with pytest.raises(ValueError, match=f"must hold 'turboquant calibration 2'; it holds {held!r}: make it with"):
+            calibration.load_calibration(other / "x.safetensors", directory=MODEL)
 
 
 def test_bundled_file_belongs_to_the_bundled_model():
-    bundled = calibration.load_centres(MODEL)
-    assert sorted(bundled) == [3, 7] and all(c.shape == (2, 256) for sides in bundled.values() for c in sides)
+    bundled = calibration.load_calibration(MODEL)
+    assert sorted(bundled) == [3, 7]
+    for found in bundled.values():
+        assert all(c.shape == (2, 256) for c in found.centres)
+        assert all(g.shape == (2, 256, 256) and g.dtype == mx.float16 for g in found.feedback)
 
 
 def test_bad_input(model, tmp_path):
@@ -95,10 +111,11 @@ def test_command(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("The functions of this section deal with connections. " * 40)
     arguments = ["--model", str(MODEL), "--text", str(text), "--length", "64", "--windows", "2"]
-    out = tmp_path / "centres.safetensors"
+    out = tmp_path / "calibration.safetensors"
     assert calibration.main([*arguments, "--out", str(out)]) == 0
-    assert "2 windows of 64 tokens" in capsys.readouterr().out
-    assert sorted(calibration.load_centres(out, directory=MODEL)) == [3, 7]
+    said = capsys.readouterr().out
+    assert "2 windows of 64 tokens" in said and "feedback of 2 layers' keys and 2 layers' values" in said
+    assert sorted(calibration.load_calibration(out, directory=MODEL)) == [3, 7]
     for extra, message in (
         (["--out", str(tmp_path / "nowhere" / "x.safetensors")], "nowhere"),
         (["--out", str(text / "x.safetensors")], "text.txt"),
@@ -128,9 +145,10 @@ def test_a_constant_costs_nothing():
     assert float(mx.abs(ours - plain).max()) < 5e-4 * float(mx.abs(plain).max())
 
 
-def test_prompt_in_chunks_gives_the_same_cache(model, tokens, centres):
-    """Centres are constants, so how a prompt was cut leaves no trace beyond codes at a threshold."""
-    enable(model, bits=3, centres=centres)
+def test_prompt_in_chunks_gives_the_same_cache(model, tokens, calibrated):
+    """Both are constants, so how a prompt was cut leaves no trace beyond codes at a threshold, and with feedback those
+    after them."""
+    enable(model, bits=3, calibration=calibrated)
     try:
         whole, parts = model.make_cache(), model.make_cache()
         one = model(tokens, cache=whole)[:, -1]

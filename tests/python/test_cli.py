@@ -46,13 +46,13 @@ def refused(capfd):
 def test_generate_answers_from_a_packed_cache(run):
     out, err = run("generate", *BUNDLED, "--prompt", f"{FACT} {QUESTION}", "-m", 16, "--tq-bits", 3)
     assert ANSWER in out and "Generation:" in out
-    assert "[tq] 6 x ArraysCache (kept), 2 x TurboQuantKVCache K3 V3, centred" in err
+    assert "[tq] 6 x ArraysCache (kept), 2 x TurboQuantKVCache K3 V3, centred, feedback of keys and values" in err
     out, err = run(
         "generate", *BUNDLED, "--prompt", f"{FACT} {QUESTION}", "-m", 16, "--tq-key-bits", 4, "--tq-value-bits", 2
     )
     assert ANSWER in out and "TurboQuantKVCache K4 V2" in err
     out, err = run(
-        "generate", *BUNDLED, "--prompt", f"{FACT} {QUESTION}", "-m", 16, "--tq-start", 10, "--tq-centres", "none"
+        "generate", *BUNDLED, "--prompt", f"{FACT} {QUESTION}", "-m", 16, "--tq-start", 10, "--tq-calibration", "none"
     )
     assert ANSWER in out and "DelayedTurboQuantKVCache K3 V3" in err and "centred" not in err
 
@@ -108,7 +108,7 @@ def test_a_saved_prompt_is_used_and_checked(run, refused, tmp_path):
     arguments = ["generate", "--prompt-cache-file", file, "--prompt", QUESTION, "-m", 16]
     assert ANSWER in run(*arguments).out
     assert "asked for was a TurboQuantKVCache of 4-bit keys" in refused(*arguments, "--tq-bits", 4)
-    assert "was saved with other centres" in refused(*arguments, "--tq-centres", "none")
+    assert "was saved with other centres" in refused(*arguments, "--tq-calibration", "none")
 
     out = run("inspect", "--prompt-cache-file", file).out
     assert "TurboQuantKVCache" in out and "K3 V3" in out and "5.22x" in out

@@ -309,7 +309,7 @@ def test_option_of_enable(model):
         with pytest.raises(ValueError, match="got 7"):
             enable(model, 7, chunked_recurrence=True)
         with pytest.raises(ValueError, match="must belong to slots"):
-            enable(model, centres={0: None}, chunked_recurrence=True)
+            enable(model, calibration={0: None}, chunked_recurrence=True)
         assert mlx_lm_gated_delta.gated_delta_ops is loop
         enable(model, chunked_recurrence=True)
         assert mlx_lm_gated_delta.gated_delta_ops is gated_delta._gated_delta_ops

@@ -116,9 +116,7 @@ def test_compile_async_and_streams_give_the_same_numbers():
 def test_compiled_without_shapes_reads_as_many_tokens_as_there_are():
     long, short = packed_kv(1, 2, 3000, 64), packed_kv(1, 2, 7, 64)
     q = mx.random.normal((1, 4, 1, 64))
-    compiled = mx.compile(
-        lambda q, kc, ks, vc, vs: attention(q, (kc, ks), (vc, vs), scale=0.1), shapeless=True
-    )
+    compiled = mx.compile(lambda q, kc, ks, vc, vs: attention(q, (kc, ks), (vc, vs), scale=0.1), shapeless=True)
     for keys, values in (long, short, long):
         assert mx.array_equal(compiled(q, *keys, *values), attention(q, keys, values, scale=0.1))
     with pytest.raises(ValueError, match="must fit together"):
@@ -183,6 +181,11 @@ BAD = [
     (lambda: encode(mx.zeros((3, 64), mx.int32)), "x must be float16, bfloat16 or float32; got int32"),
     (lambda: encode(mx.array(1.0)), "at least one axis"),
     (lambda: encode(mx.zeros((1, 2, 3, 64)), centre=mx.zeros((3, 64))), r"centre must have shape \(2,64\)"),
+    (
+        lambda: encode(mx.zeros((1, 2, 3, 64)), feedback=mx.zeros((2, 64, 32), mx.float16)),
+        r"feedback must have shape \(2,64,64\); got \(2,64,32\)",
+    ),
+    (lambda: encode(mx.zeros((1, 2, 3, 64)), feedback=mx.zeros((2, 64, 64))), "feedback must be float16; got float32"),
     (lambda: decode(mx.zeros((3, 5), mx.uint32), mx.zeros((3,), mx.float16)), "got 5 words"),
     (lambda: decode(mx.zeros((3, 6), mx.uint32), mx.zeros((2,), mx.float16)), "codes' shape without its last axis"),
     (lambda: decode(mx.zeros((3, 6), mx.int32), mx.zeros((3,), mx.float16)), "codes must be uint32; got int32"),

@@ -67,18 +67,22 @@ def test_smoke_test_of_the_seed_card():
 
 def test_patch_is_idempotent_and_can_be_undone():
     remove_patch()
-    functions = base.quantized_scaled_dot_product_attention, base.scaled_dot_product_attention, llama.__dict__[
-        "scaled_dot_product_attention"
-    ]
+    functions = (
+        base.quantized_scaled_dot_product_attention,
+        base.scaled_dot_product_attention,
+        llama.__dict__["scaled_dot_product_attention"],
+    )
     apply_patch()
     apply_patch()
     assert base.quantized_scaled_dot_product_attention is not functions[0]
     assert llama.scaled_dot_product_attention is not functions[2]
     remove_patch()
     remove_patch()
-    now = base.quantized_scaled_dot_product_attention, base.scaled_dot_product_attention, llama.__dict__[
-        "scaled_dot_product_attention"
-    ]
+    now = (
+        base.quantized_scaled_dot_product_attention,
+        base.scaled_dot_product_attention,
+        llama.__dict__["scaled_dot_product_attention"],
+    )
     assert now == functions
 
 
@@ -176,8 +180,17 @@ def test_a_refused_enable_leaves_the_model_as_it_was(build, owner):
     for wrong, message in [
         ({"bits": 7}, "must be 2, 3 or 4; got 7"),
         ({"start": -1}, "start must be at least 0; got -1"),
-        ({"centres": {99: (None, None)}}, r"slots that are packed, \[0, 1\]; got \[99\]"),
-        ({"centres": {0: (mx.zeros((3, 64)),) * 2}}, "2 of 2|1 of 2"),
+        ({"calibration": {99: (None, None)}}, r"slots that are packed, \[0, 1\]; got \[99\]"),
+        ({"calibration": {0: (mx.zeros((3, 64)),) * 2}}, "2 of 2|1 of 2"),
+        (
+            {"calibration": {0: (None, None, mx.zeros((2, 64, 64)))}, "seed": 0},
+            "feedback must be float16; got .*float32",
+        ),
+        ({"calibration": {0: 7}}, "must hold a Calibration for each slot; got 7"),
+        (
+            {"calibration": {0: (None, None, mx.zeros((2, 64, 64), mx.float16))}, "seed": 5},
+            "made for seed 0; got 5",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             enable(model, **wrong)

@@ -283,16 +283,22 @@ def test_any_history_of_a_batch_keeps_each_rows_bytes(data):
 
 
 @pytest.mark.parametrize(
-    "other", [{"bits": 4}, {"seed": 7}, {"centres": (mx.ones((HEADS, DIM)), mx.ones((HEADS, DIM)))}]
+    "other",
+    [
+        {"bits": 4},
+        {"seed": 7},
+        {"centres": (mx.ones((HEADS, DIM)), mx.ones((HEADS, DIM)))},
+        {"feedback": (None, mx.ones((HEADS, DIM, DIM), mx.float16))},
+    ],
 )
 def test_caches_of_different_coding_do_not_mix(other):
     a, b = TurboQuantKVCache(), TurboQuantKVCache(**other)
     for c in (a, b):
         c.update_and_fetch(*[vectors(1, 3)[0]] * 2)
-    with pytest.raises(ValueError, match="same (bits|seed|centres)"):
+    with pytest.raises(ValueError, match="same (bits|seed|centres|feedback)"):
         TurboQuantKVCache.merge([a, b])
     batch = TurboQuantKVCache.merge([a])
-    with pytest.raises(ValueError, match="same (bits|seed|centres)"):
+    with pytest.raises(ValueError, match="same (bits|seed|centres|feedback)"):
         batch.extend(TurboQuantKVCache.merge([b]))
     assert batch.offset.tolist() == [3]
 

@@ -53,15 +53,21 @@ def fill(cache, *chunks, batch=1):
 
 
 CENTRES = (mx.full((2, 64), 0.25), mx.full((2, 64), -0.5))
+FEEDBACK = tuple((0.06 * mx.random.normal((2, 64, 64), key=mx.random.key(i))).astype(mx.float16) for i in range(2))
 CASES = {
     "full": lambda: fill(TurboQuantKVCache(), 300, 1),
     "empty": lambda: TurboQuantKVCache(bits=4, seed=2**63 + 5),
     "trimmed": lambda: trimmed(fill(TurboQuantKVCache(bits=2), 40), 13),
     "mixed widths, centred": lambda: fill(TurboQuantKVCache(key_bits=4, value_bits=2, seed=9, centres=CENTRES), 17),
+    "centred, with feedback": lambda: fill(TurboQuantKVCache(centres=CENTRES, feedback=FEEDBACK), 17, 1),
+    "feedback of the keys alone": lambda: fill(TurboQuantKVCache(feedback=(FEEDBACK[0], None)), 9),
     "window": lambda: fill(TurboQuantRotatingKVCache(16, keep=4), 10, 1, 30, 1, 1),
+    "window with feedback": lambda: fill(TurboQuantRotatingKVCache(16, feedback=FEEDBACK), 10, 1, 30, 1, 1),
     "batch": lambda: fill(BatchTurboQuantKVCache([1, 0, 4]), 9, 1, batch=3),
+    "batch with feedback": lambda: fill(BatchTurboQuantKVCache([1, 0, 4], feedback=FEEDBACK), 9, 1, batch=3),
     "batch of windows": lambda: fill(BatchTurboQuantRotatingKVCache(8, [1, 0]), 7, 1, 1, 1, batch=2),
     "not packed yet": lambda: fill(DelayedTurboQuantKVCache(100, bits=4), 20),
+    "not packed yet, with feedback": lambda: fill(DelayedTurboQuantKVCache(20, feedback=FEEDBACK), 20),
     "packed by now": lambda: fill(DelayedTurboQuantKVCache(10, bits=4), 9, 20),
     "list": lambda: CacheList(fill(TurboQuantKVCache(), 5), fill(KVCache(), 5)),
 }
@@ -112,7 +118,7 @@ def test_a_state_can_be_set_and_evaluated():
 @pytest.mark.parametrize("damage", ["position", "key_bits", "arrays"])
 def test_a_bad_state_changes_nothing(case, damage):
     cache = CASES[case]()
-    if damage == "key_bits" and case == "not packed yet":
+    if damage == "key_bits" and case.startswith("not packed yet"):
         damage = "position"  # floats have no width
     *arrays, identity = cache.state
     fields = dict(identity.fields, model="another model")
@@ -390,7 +396,8 @@ def test_a_file_must_fit_the_model_and_the_settings(tmp_path):
             "layer 1 holds a TurboQuantKVCache of 3-bit keys .* asked for was a TurboQuantKVCache of 4-bit",
         ),
         ({"seed": 3}, "layer 0 was saved with seed 0; asked for was 3"),
-        ({"centres": {0: CENTRES}}, "layer 0 was saved with other centres of the keys"),
+        ({"calibration": {0: CENTRES}}, "layer 0 was saved with other centres of the keys"),
+        ({"calibration": {1: (None, None, *FEEDBACK)}}, "layer 1 was saved with other feedback of the keys"),
     ):
         enable(model, **settings)
         with pytest.raises(ValueError, match=message):

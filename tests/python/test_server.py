@@ -14,7 +14,7 @@ from turboquant_mlx import TurboQuantKVCache, disable, enable
 
 @pytest.fixture(scope="module")
 def served():
-    with serving(MODEL, "--tq-centres", "none", "--prefill-step-size", "512") as running:
+    with serving(MODEL, "--tq-calibration", "none", "--prefill-step-size", "512") as running:
         yield running
 
 

@@ -11,7 +11,7 @@ from mlx_lm.models.cache import KVCache
 from tqdm import tqdm
 
 from ..cache import leaves
-from ..calibration import _float_caches, calibrate, fingerprint, load_centres
+from ..calibration import _float_caches, calibrate, fingerprint, load_calibration
 from . import divergence, pictures, reconstruction, retrieval
 from .model import cut_windows, load_model, read_tokens, spread_windows, window_numbers
 from .modes import parse_mode
@@ -27,7 +27,11 @@ def _parse(argv):
     parser.add_argument("--model", type=Path, required=True, help="a local model directory")
     parser.add_argument("--text", type=Path, required=True, help="held-out text: windows and filler come from it")
     parser.add_argument("--out", type=Path, required=True, help="a folder for TSV, JSON and pictures")
-    parser.add_argument("--modes", default="fp16,affine4,tq4,tq3,tq2", help="fp16, affine4, tq3, k4v3, tq3c (centred)")
+    parser.add_argument(
+        "--modes",
+        default="fp16,affine4,tq4,tq3,tq2",
+        help="fp16, affine4, tq3, k4v3, tq3c (centred), tq3f (with feedback)",
+    )
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--context", type=int, default=2048, help="tokens of a window")
     parser.add_argument("--windows", type=int, default=4, help="how many of them")
@@ -39,8 +43,10 @@ def _parse(argv):
     parser.add_argument("--depths", default="0,0.25,0.5,0.75,1", help="needle places, 0 is the context's beginning")
     parser.add_argument("--trials", type=int, default=1, help="contexts a length, and lists")
     parser.add_argument("--pairs", type=int, default=50, help="keys in a list")
-    parser.add_argument("--centres", type=Path, help="a model directory or a file with centres (default: the model's)")
-    parser.add_argument("--calibrate-text", type=Path, help="make centres from 8 windows spread over this text")
+    parser.add_argument(
+        "--calibration", type=Path, help="a model directory or a file of `calibrate` (default: the model's)"
+    )
+    parser.add_argument("--calibrate-text", type=Path, help="calibrate with 8 windows spread over this text")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.modes = [parse_mode(name) for name in args.modes.split(",")]
@@ -81,12 +87,12 @@ class _Bar:
         self.bar.close()
 
 
-def _divergence(args, model, tokens, centres):
+def _divergence(args, model, tokens, calibration):
     windows = cut_windows(tokens, args.context, args.windows, args.first_window, args.without)
     bar = _Bar("divergence", windows.size * len(args.modes))
     parts = []
     for start in range(0, len(windows), args.batch):
-        caches = {mode.name: mode.make_caches(model, centres) for mode in args.modes}
+        caches = {mode.name: mode.make_caches(model, calibration) for mode in args.modes}
         parts.append(
             divergence.compare(model, windows[start : start + args.batch], caches, step=args.step, progress=bar)
         )
@@ -123,7 +129,7 @@ def _divergence_tables(args, records):
     return rows
 
 
-def _needle(args, model, tokenizer, tokens, centres):
+def _needle(args, model, tokenizer, tokens, calibration):
     bar = _Bar("needles", sum(args.lengths) * args.trials * len(args.modes))
     rows = []
     for mode in args.modes:
@@ -131,7 +137,7 @@ def _needle(args, model, tokenizer, tokens, centres):
             for trial in range(args.trials):
                 rng = retrieval.seeded(args.seed, length, trial)
                 context, questions = retrieval.needle_context(tokenizer, tokens, length, args.depths, rng)
-                caches = mode.make_caches(model, centres)
+                caches = mode.make_caches(model, calibration)
                 for a in retrieval.ask(model, tokenizer, caches, context, questions, progress=bar):
                     row = {"mode": mode.name, "tokens": length, "depth": a.depth, "trial": trial}
                     rows.append({**row, "passed": int(a.passed), "log_prob": a.log_prob})
@@ -147,14 +153,14 @@ def _needle(args, model, tokenizer, tokens, centres):
     return _retrieved("needles", rows)
 
 
-def _list(args, model, tokenizer, tokens, centres):
+def _list(args, model, tokenizer, tokens, calibration):
     bar = _Bar("lists", len(args.modes) * args.trials * (1000 + 20 * args.pairs))
     rows = []
     for mode in args.modes:
         for trial in range(args.trials):
             rng = retrieval.seeded(args.seed, args.pairs, trial)
             context, questions = retrieval.list_context(tokenizer, tokens, args.pairs, 1000, rng)
-            caches = mode.make_caches(model, centres)
+            caches = mode.make_caches(model, calibration)
             for place, a in enumerate(retrieval.ask(model, tokenizer, caches, context, questions, progress=bar)):
                 row = {"mode": mode.name, "tokens": a.tokens, "place": place, "trial": trial}
                 rows.append({**row, "passed": int(a.passed), "log_prob": a.log_prob})
@@ -174,14 +180,14 @@ def _retrieved(what, rows):
     return summary
 
 
-def _reconstruction(args, model, tokens, centres):
+def _reconstruction(args, model, tokens, calibration):
     captured = reconstruction.capture(
         model, cut_windows(tokens, args.context, args.windows, args.first_window, args.without)
     )
     rows = []
     for bits in sorted({b for m in args.modes if m.kind == "tq" for b in (m.key_bits, m.value_bits)}):
         least, stored = reconstruction.theoretical(bits)
-        for row in reconstruction.table(captured, bits, centres):
+        for row in reconstruction.table(captured, bits, calibration):
             rows.append({"bits": bits, **row, "lloyd_max": least, "lloyd_max_same_length": stored})
     if rows:
         write_table(args.out / "reconstruction.tsv", rows)
@@ -197,13 +203,13 @@ def run(args):
     if not any(type(c) is KVCache for _, c in leaves(_float_caches(model))):
         raise ValueError(f"[eval] {args.model} has no KVCache slot, so there is nothing to compress")
     tokens = read_tokens(tokenizer, args.text)
-    centres, source = None, None
+    calibration, source = None, None
     if args.calibrate_text:
         text = read_tokens(tokenizer, args.calibrate_text)
-        centres = calibrate(model, spread_windows(text, min(2048, len(text)), 8))
+        calibration = calibrate(model, spread_windows(text, min(2048, len(text)), 8))
         source = args.calibrate_text.name
-    elif args.centres or any(mode.centred for mode in args.modes):
-        centres = load_centres(args.centres or args.model, directory=args.model)
+    elif args.calibration or any(mode.centred for mode in args.modes):
+        calibration = load_calibration(args.calibration or args.model, directory=args.model)
         source = "file"
     summary = {
         "model": args.model.name,
@@ -212,16 +218,16 @@ def run(args):
         "windows": [args.first_window, args.windows, args.context],
         "without": sorted(args.without),
         "seed": args.seed,
-        "centres": source,
+        "calibration": source,
     }
     if "divergence" in args.parts:
-        summary["divergence"] = _divergence(args, model, tokens, centres)
+        summary["divergence"] = _divergence(args, model, tokens, calibration)
     if "reconstruction" in args.parts:
-        summary["reconstruction"] = _reconstruction(args, model, tokens, centres)
+        summary["reconstruction"] = _reconstruction(args, model, tokens, calibration)
     if "list" in args.parts:
-        summary["list"] = _list(args, model, tokenizer, tokens, centres)
+        summary["list"] = _list(args, model, tokenizer, tokens, calibration)
     if "needle" in args.parts:
-        summary["needle"] = _needle(args, model, tokenizer, tokens, centres)
+        summary["needle"] = _needle(args, model, tokenizer, tokens, calibration)
     text = json.dumps(_plain(summary), indent=1)
     (args.out / "summary.json").write_text(text + "\n")
     return summary

@@ -5,6 +5,7 @@ affine4      MLX's affine codes, groups of 64 (QuantizedKVCache's numbers)
 tq3          TurboQuant, 3 bits
 k4v3         TurboQuant, keys 4 and values 3 bits
 tq3c, k4v3c  the same with the model's centres
+tq3f, k4v3f  with its centres and its feedback
 """
 
 import re
@@ -14,7 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from ..cache import TurboQuantKVCache
-from ..calibration import _float_caches
+from ..calibration import NO_CALIBRATION, _float_caches
 from ..patch import apply_patch
 from ..slots import _replace
 
@@ -55,6 +56,7 @@ class Mode:
     key_bits: int
     value_bits: int
     centred: bool = False
+    fed: bool = False  # with feedback
 
     def bytes_per_token(self, head_dim):
         """Bytes of one head's key and value."""
@@ -63,10 +65,12 @@ class Mode:
         extra = 4 * head_dim // 64 if self.kind == "affine" else 2
         return (self.key_bits + self.value_bits) * head_dim // 8 + 2 * extra
 
-    def make_caches(self, model, centres=None):
+    def make_caches(self, model, calibration=None):
         """Fresh caches for `model`, with this mode's in the place of each KVCache."""
-        if self.centred and not centres:
-            raise ValueError(f"[eval] {self.name} needs centres: give --centres, or --calibrate-text")
+        if self.centred and not calibration:
+            raise ValueError(f"[eval] {self.name} needs centres: give --calibration, or --calibrate-text")
+        if self.fed and not any(c.feedback for c in calibration.values()):
+            raise ValueError(f"[eval] {self.name} needs feedback, and the calibration has none")
 
         def make(path):
             if self.kind == "fp16":
@@ -74,10 +78,12 @@ class Mode:
             if self.kind == "affine":
                 return FloatCache(affine(self.key_bits), affine(self.value_bits))
             slot = path[0] if len(path) == 1 else path
+            found = calibration[slot] if self.centred else NO_CALIBRATION
             return TurboQuantKVCache(
                 key_bits=self.key_bits,
                 value_bits=self.value_bits,
-                centres=centres[slot] if self.centred else None,
+                centres=found.centres,
+                feedback=found.feedback if self.fed else None,
             )
 
         apply_patch()
@@ -90,10 +96,11 @@ def parse_mode(name):
         return Mode(name, "fp16", 16, 16)
     if match := re.fullmatch(r"affine([2348])", name):
         return Mode(name, "affine", int(match[1]), int(match[1]))
-    if match := re.fullmatch(r"tq([234])(c?)", name):
-        return Mode(name, "tq", int(match[1]), int(match[1]), bool(match[2]))
-    if match := re.fullmatch(r"k([234])v([234])(c?)", name):
-        return Mode(name, "tq", int(match[1]), int(match[2]), bool(match[3]))
+    if match := re.fullmatch(r"tq([234])([cf]?)", name):
+        return Mode(name, "tq", int(match[1]), int(match[1]), bool(match[2]), match[2] == "f")
+    if match := re.fullmatch(r"k([234])v([234])([cf]?)", name):
+        return Mode(name, "tq", int(match[1]), int(match[2]), bool(match[3]), match[3] == "f")
     raise ValueError(
-        f"[eval] modes are fp16, affine2/3/4/8, tq2/3/4 and k3v4 and the like, with a c for centred; got {name!r}"
+        f"[eval] modes are fp16, affine2/3/4/8, tq2/3/4 and k3v4 and the like, with a c for centred or an f for centred "
+        f"with feedback; got {name!r}"
     )

@@ -56,12 +56,12 @@ def tq(bits, centre=None):
     return lambda x: decode(*encode(x, bits, centre=centre), bits, centre=centre)
 
 
-def table(captured, bits, centres=None):
+def table(captured, bits, calibration=None):
     """Rows (slot, side, head, energy share of the mean, error of TQ, of centred TQ, of affine) for one width."""
     rows = []
     for slot, sides in captured.items():
         for side, x in zip(("keys", "values"), sides, strict=True):
-            centre = None if centres is None else centres[slot][side == "values"].astype(mx.float32)
+            centre = None if calibration is None else calibration[slot][side == "values"].astype(mx.float32)
 
             mean = x.mean((0, 2))
             share = np.array(mx.square(mean).sum(-1) / mx.square(x).sum(-1).mean((0, 2)))
