@@ -146,7 +146,7 @@ MUTATIONS = {
         "if (r > b) continue;\n          if (r == b) error[b] = float(level(B, int(code[b]))) - u[b];",
     ),
     "feedback: not at the nearest codes' scale": ("codec.metal", "float(D / odd_part(D))", "float(D)"),
-    "feedback of the first head for all": ("codec.metal", "feedback + h * (D * D)", "feedback"),
+    "feedback of the first head for all": ("codec.metal", "feedback + h * (D * D)", "feedback + h * 0"),
     "feedback of the first side for both": ("launch.h", '"y_feedback", feedback[1]', '"y_feedback", feedback[0]'),
 }
 
