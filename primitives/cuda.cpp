@@ -116,13 +116,6 @@ cuda::AttentionShape shape_of(const mx::array& q, const PackedArrays& keys, cons
           q.shape(3), o.key_bits, o.value_bits,        o.starts.has_value()};
 }
 
-/// The one place that goes when the kernels take feedback.
-void refuse_feedback(const std::vector<std::optional<mx::array>>& feedback) {
-  for (const auto& f : feedback) {
-    if (f) throw std::runtime_error("[encode] feedback is not built for CUDA yet: leave it out, or run on the CPU");
-  }
-}
-
 }  // namespace
 
 void set_kernel_directory(const std::string& directory) { kernel_directory() = directory; }
@@ -130,17 +123,16 @@ void set_kernel_directory(const std::string& directory) { kernel_directory() = d
 std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
                                  const std::vector<std::optional<mx::array>>& centres,
                                  const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream) {
-  refuse_feedback(feedback);
   std::vector<cuda::EncodeSide> settings;
   std::vector<mx::array> inputs;
   std::vector<mx::Shape> shapes;
   std::vector<mx::Dtype> dtypes;
   const int dim = sides[0].shape(-1);
   for (size_t i = 0; i < sides.size(); ++i) {
-    settings.push_back({bits[i], centres[i].has_value()});
+    settings.push_back({bits[i], centres[i].has_value(), feedback[i].has_value()});
     inputs.push_back(sides[i]);
     inputs.push_back(centres[i].value_or(sides[i]));
-    inputs.push_back(sides[i]);  // no feedback
+    inputs.push_back(feedback[i].value_or(sides[i]));
     shapes.push_back(with_last(sides[i].shape(), words_per_vector(bits[i], dim)));
     shapes.push_back(without_last(sides[i].shape()));
     dtypes.insert(dtypes.end(), {mx::uint32, mx::float16});
@@ -158,13 +150,13 @@ mx::array append(const std::vector<mx::array>& sides, const std::vector<int>& bi
                  const std::vector<std::optional<mx::array>>& centres,
                  const std::vector<std::optional<mx::array>>& feedback, const std::vector<PackedArrays>& to,
                  const mx::array& before, mx::Stream stream) {
-  refuse_feedback(feedback);
   std::vector<cuda::EncodeSide> settings;
   std::vector<mx::array> inputs;
   const int dim = sides[0].shape(-1);
   for (size_t i = 0; i < sides.size(); ++i) {
-    settings.push_back({bits[i], centres[i].has_value()});
-    inputs.insert(inputs.end(), {sides[i], centres[i].value_or(sides[i]), sides[i], to[i].codes, to[i].scales});
+    settings.push_back({bits[i], centres[i].has_value(), feedback[i].has_value()});
+    inputs.insert(inputs.end(), {sides[i], centres[i].value_or(sides[i]), feedback[i].value_or(sides[i]), to[i].codes,
+                                 to[i].scales});
   }
   inputs.push_back(before);
   const int tokens = sides[0].shape(2), rows = sides[0].shape(0) * sides[0].shape(1);
@@ -213,7 +205,7 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
     cache.insert(cache.end(), {sinks, key_centre, value_centre});
     return launch(scan, cuda::scan_extent(plan), cache, {q.shape()}, {q.dtype()}, stream)[0];
   }
-  const auto partial = launch(scan, cuda::scan_extent(plan), cache, {{plan.slots, plan.rows, shape.head_dim + 4}},
+  const auto partial = launch(scan, cuda::scan_extent(plan), cache, {{plan.slots, plan.rows, plan.partial_floats(shape.head_dim)}},
                               {mx::float32}, stream)[0];
   const auto& merge =
       kernel_for(key_of(true, shape, settings, plan), [&] { return cuda::merge_kernel(shape, settings, plan); });

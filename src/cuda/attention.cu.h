@@ -23,15 +23,9 @@ struct AttentionArgs {
   const void* mask;                                        // [batch, query_heads, query_len, kv_len]; bool or MaskT
   long long mask_strides[4];
   const float* sinks;  // [query_heads] or null
-  float* partial;      // [slots, ROWS, D + 4]: see schedule.cu.h and partial_row
+  float* partial;      // [slots, ROWS, partial_floats]: see schedule.cu.h and Partial
   bool even;           // how blocks divide the cache: schedule.cu.h
   void* out;           // [batch, query_heads, query_len, D], dense
-
-  /// A row of partial results: D coordinates, then the exponent of the largest weight and the sum of weights.
-  template <int D>
-  __device__ float* partial_row(long long row) const {
-    return partial + row * (D + 4);
-  }
 
   __device__ int group() const { return query_heads / kv_heads; }
   __device__ int rows() const { return group() * query_len; }  // query rows that read one KV head
@@ -49,6 +43,17 @@ struct AttentionArgs {
     raw.load(query_at<T>(b, head, query, first), q_strides[3]);
     return raw;
   }
+};
+
+/// A row of partial results: D coordinates, as floats or as halves, then the exponent of the largest weight and the sum
+/// of weights, both floats.
+template <int D, bool HALF>
+struct Partial {
+  static constexpr int coordinates = HALF ? D / 2 : D;  // in floats
+  static constexpr int floats = coordinates + 4;        // keeps rows 16-byte aligned
+  float* row;
+  __device__ Partial(const AttentionArgs& a, long long number) : row(a.partial + number * floats) {}
+  __device__ float2* sums() const { return reinterpret_cast<float2*>(row + coordinates); }
 };
 
 /// This thread's warp.  The compiler knows of the shuffle's result that a warp agrees on it; in branches on

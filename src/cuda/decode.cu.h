@@ -407,7 +407,7 @@ struct Decode {
         for (int w = 0; w < WARPS; ++w) {
           if (w < active) x += reinterpret_cast<const float*>(shared.ring[w])[result_at(row, i)];
         }
-        a.partial_row<D>((long long)slot * kRows + row)[i] = x;
+        Partial<D, false>(a, (long long)slot * kRows + row).row[i] = x;
       }
     }
     if (warp == WARPS - 1) {  // a lane for each warp and row
@@ -418,7 +418,7 @@ struct Decode {
       float all = exp2_fast(s.x - most) * s.y;
       for (int step = 1; step < WARPS; step *= 2) all += __shfl_xor_sync(~0u, all, step);
       if (row < kRows && lane % WARPS == 0) {
-        *reinterpret_cast<float2*>(a.partial_row<D>((long long)slot * kRows + row) + D) = make_float2(most, all);
+        *Partial<D, false>(a, (long long)slot * kRows + row).sums() = make_float2(most, all);
       }
     }
     __syncthreads();

@@ -297,7 +297,8 @@ Kernel merge_kernel(const AttentionShape& shape, const AttentionSettings& settin
        "  a.out = out;\n"
        "  __shared__ __align__(16) float shared[turboquant::cuda::merge_shared_floats<"
     << shape.head_dim << ">()];\n  turboquant::cuda::merge_as<" << shape.head_dim << ", " << plan.rows << ", "
-    << (plan.int8() ? 32 : 64) << ">(a, q, blockIdx.x, partial_shape[0], shared);\n";
+    << (plan.int8() ? 32 : 64) << ", " << truth(plan.half_partials())
+    << ">(a, q, blockIdx.x, partial_shape[0], shared);\n";
   k.source = o.str();
   set_extent(k, merge_extent(shape));
   return k;

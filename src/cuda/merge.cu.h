@@ -40,27 +40,34 @@ __device__ void finish_row(const AttentionArgs& a, int b, int head, int query, f
   store8(static_cast<T*>(a.out) + row * D + 8 * lane, v);
 }
 
+template <bool HALF>
+struct Coordinate {
+  using type = float;
+};
+template <>
+struct Coordinate<true> {
+  using type = __half;
+};
+
 /// Adds partial results to a row: v, `sum` and `top` as in finish_row.  They are those of slots first, first + step, ...
 /// before `last`, of row `row` of ROWS; BATCH of them at a time, so that their loads overlap.
-template <int D, int ROWS, int BATCH>
+template <int D, int ROWS, bool HALF, int BATCH>
 __device__ void add_partials(const AttentionArgs& a, int row, int first, int last, int step, float (&v)[8], float& sum,
                              float& top) {
+  using Coordinates = typename Coordinate<HALF>::type;
   const int lane = threadIdx.x & 31;
 #pragma unroll 1
   for (int i = first; i < last; i += BATCH * step) {
     float2 sums[BATCH];
-    float4 x[BATCH][2] = {};
+    Raw8<Coordinates> raw[BATCH] = {};
 #pragma unroll
     for (int k = 0; k < BATCH; ++k) {
       sums[k] = make_float2(kNothing, 0);
       if (i + k * step >= last) continue;
-      // Past the first level of the cache, which does not see what other blocks write.
-      const float* result = a.partial_row<D>((long long)(i + k * step) * ROWS + row);
-      sums[k] = __ldcg(reinterpret_cast<const float2*>(result + D));
-      if (lane < D / 8) {
-        x[k][0] = __ldcg(reinterpret_cast<const float4*>(result) + 2 * lane);
-        x[k][1] = __ldcg(reinterpret_cast<const float4*>(result) + 2 * lane + 1);
-      }
+      const Partial<D, HALF> partial(a, (long long)(i + k * step) * ROWS + row);
+      sums[k] = *partial.sums();
+      const void* from = __builtin_assume_aligned(partial.row, 16);
+      if (lane < D / 8) raw[k].load(static_cast<const Coordinates*>(from) + 8 * lane);
     }
     const float old = top;
 #pragma unroll
@@ -73,8 +80,10 @@ __device__ void add_partials(const AttentionArgs& a, int row, int first, int las
     for (int k = 0; k < BATCH; ++k) {
       const float weight = exp2_fast(sums[k].x - top);
       sum += weight * sums[k].y;
-      v[0] += weight * x[k][0].x, v[1] += weight * x[k][0].y, v[2] += weight * x[k][0].z, v[3] += weight * x[k][0].w;
-      v[4] += weight * x[k][1].x, v[5] += weight * x[k][1].y, v[6] += weight * x[k][1].z, v[7] += weight * x[k][1].w;
+      float x[8];
+      raw[k].to_floats(x);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[j] += weight * x[j];
     }
   }
 }
@@ -87,7 +96,7 @@ __host__ __device__ constexpr int merge_shared_floats() {
 
 /// Merges the partial results of one query row, adds the sink, rotates back and writes.  256 threads; `row` counts
 /// [batch, query_heads, query_len], `slots` the partial results there are room for.
-template <int D, int ROWS, int TILE, class T>
+template <int D, int ROWS, int TILE, bool HALF, class T>
 __device__ void merge(const AttentionArgs& a, int row, int slots, float* shared) {
   const int lane = threadIdx.x & 31, warp = warp_index();
   const int query = row % a.query_len, head = row / a.query_len % a.query_heads, b = row / a.query_len / a.query_heads;
@@ -97,7 +106,7 @@ __device__ void merge(const AttentionArgs& a, int row, int slots, float* shared)
   const int segment = kv_head * ((a.rows() + ROWS - 1) / ROWS) + in_group / ROWS;
   const Range partials = partial_slots<TILE, ROWS>(a, b, segment, slots);
   float top = kNothing, sum = 0, v[8] = {};
-  add_partials<D, ROWS, 5>(a, in_group % ROWS, partials.first + warp, partials.last, 8, v, sum, top);
+  add_partials<D, ROWS, HALF, 5>(a, in_group % ROWS, partials.first + warp, partials.last, 8, v, sum, top);
   if (has) store8(shared + warp * D + 8 * lane, v);
   if (lane == 0) shared[8 * D + warp] = top, shared[8 * D + 8 + warp] = sum;
   __syncthreads();
@@ -126,9 +135,9 @@ __device__ void merge(const AttentionArgs& a, int row, int slots, float* shared)
 }
 
 /// `merge` with T from a pointer, for generated code.
-template <int D, int ROWS, int TILE, class T>
+template <int D, int ROWS, int TILE, bool HALF, class T>
 __device__ void merge_as(const AttentionArgs& a, const T*, int row, int slots, float* shared) {
-  merge<D, ROWS, TILE, T>(a, row, slots, shared);
+  merge<D, ROWS, TILE, HALF, T>(a, row, slots, shared);
 }
 
 }  // namespace turboquant::cuda

@@ -15,7 +15,7 @@
 //                  value_scales (B, Hkv, >= N) f16 with dense rows, views allowed; written (N + 1) u8, of which
 //                  only the size is read; starts (B) i32 or a dummy; mask (B, Hq, L, N) bool or float, any strides, or
 //                  a dummy
-//              out partial (slots, rows, D + 4) f32
+//              out partial (slots, rows, partial_floats) f32
 //     merge    in  q, written, partial, starts, sinks (Hq) f32, key_centre and value_centre (Hkv, D)
 //     f32
 //              out out (B, Hq, L, D) of q's type
@@ -61,6 +61,9 @@ struct AttentionPlan {
   int shared_bytes = 0;
 
   bool int8() const { return method == decode || method == many; }
+  bool half_partials() const { return method == many; }
+  /// Floats of a row of partial results.
+  int partial_floats(int head_dim) const { return (half_partials() ? head_dim / 2 : head_dim) + 4; }
   const char* name() const {
     return method == decode  ? "cuda int8 decode"
            : method == many  ? "cuda int8 rows"

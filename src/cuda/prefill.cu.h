@@ -112,11 +112,11 @@ struct Prefill {
       scan(first_tile, last_tile);
       gather();
       for (int i = threadIdx.x; i < kRows * D / 4; i += kThreads) {
-        reinterpret_cast<float4*>(a.partial_row<D>((long long)slot * kRows + i / (D / 4)))[i % (D / 4)] =
+        reinterpret_cast<float4*>(Partial<D, false>(a, (long long)slot * kRows + i / (D / 4)).row)[i % (D / 4)] =
             *reinterpret_cast<const float4*>(&shared.result[i / (D / 4)][i % (D / 4) * 4]);
       }
       for (int i = threadIdx.x; i < kRows; i += kThreads) {
-        *reinterpret_cast<float2*>(a.partial_row<D>((long long)slot * kRows + i) + D) = shared.sums[0][i];
+        *Partial<D, false>(a, (long long)slot * kRows + i).sums() = shared.sums[0][i];
       }
       __syncthreads();
     });

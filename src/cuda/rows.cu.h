@@ -450,7 +450,10 @@ struct ManyRows {
       if (t == 0) shared.sums[warp][8 * r + g] = make_float2(top[r], sum[r]);
     }
     const int rows = min(kRows, a.rows() - first_row), odd = t & 1;
-    constexpr float factor = level_step(VALUE_BITS) / kWeightOne;
+    // Weights are at most 1 and levels at most 3.25, so with this many bits taken off the sums fit a half; its precision
+    // does not depend on them.
+    const int bits = 13 - (32 - __clz(max(last_piece - first_piece, 1) * kTokens - 1));
+    const float power = __uint_as_float(unsigned(127 + bits) << 23), factor = power * (level_step(VALUE_BITS) / kWeightOne);
 #pragma unroll
     for (int r = 0; r < GROUPS; ++r) {
 #pragma unroll
@@ -465,8 +468,10 @@ struct ManyRows {
         const float low = __shfl_xor_sync(~0u, odd ? x[0] : x[2], 1), high = __shfl_xor_sync(~0u, odd ? x[1] : x[3], 1);
         const int set = first_set() + i, first = 16 * set + 8 * (t / 2) + 4 * odd;
         if (8 * r + g < rows) {
-          *reinterpret_cast<float4*>(a.partial_row<D>((long long)slot * kRows + 8 * r + g) + first) =
-              odd ? make_float4(low, x[2], high, x[3]) : make_float4(x[0], low, x[1], high);
+          auto* to = reinterpret_cast<__half2*>(Partial<D, true>(a, (long long)slot * kRows + 8 * r + g).row);
+          const __half2 pairs[2] = {odd ? __floats2half2_rn(low, x[2]) : __floats2half2_rn(x[0], low),
+                                    odd ? __floats2half2_rn(high, x[3]) : __floats2half2_rn(x[1], high)};
+          *reinterpret_cast<uint2*>(to + first / 2) = reinterpret_cast<const uint2&>(pairs);
         }
       }
     }
@@ -474,8 +479,8 @@ struct ManyRows {
     if (threadIdx.x < rows) {
       float all = 0;
       for (int w = 0; w < WARPS; ++w) all += shared.sums[w][threadIdx.x].y;
-      *reinterpret_cast<float2*>(a.partial_row<D>((long long)slot * kRows + threadIdx.x) + D) =
-          make_float2(shared.sums[0][threadIdx.x].x, all);
+      *Partial<D, true>(a, (long long)slot * kRows + threadIdx.x).sums() =
+          make_float2(shared.sums[0][threadIdx.x].x - bits, all * power);
     }
     __syncthreads();
   }

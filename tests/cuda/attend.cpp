@@ -63,8 +63,8 @@ AttentionCall attention_call(const AttendParams& p, const cuda::Device& device, 
     call.outputs = {{out}};
     return call;
   }
-  call.workspace.emplace_back(allocate ? size_t(plan.slots) * plan.rows * (p.head_dim + 4) * 4 : 0);
-  const Array partial(call.workspace[0].get(), "float", {plan.slots, plan.rows, p.head_dim + 4});
+  call.workspace.emplace_back(allocate ? size_t(plan.slots) * plan.rows * plan.partial_floats(p.head_dim) * 4 : 0);
+  const Array partial(call.workspace[0].get(), "float", {plan.slots, plan.rows, plan.partial_floats(p.head_dim)});
   call.kernels = {cuda::partial_kernel(shape, settings, plan), cuda::merge_kernel(shape, settings, plan)};
   call.inputs = {cache, {q, written, partial, starts}};
   call.inputs[1].insert(call.inputs[1].end(), rows.begin(), rows.end());

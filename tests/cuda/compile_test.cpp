@@ -26,7 +26,7 @@ TEST(Plan, FitsTheDeviceAndCoversTheCache) {
             }
             EXPECT_EQ(plan.slots, plan.parts ? plan.parts * segments : plan.blocks + segments);
             if (plan.parts) EXPECT_EQ(plan.blocks, plan.parts * segments);
-            const int64_t workspace = int64_t(plan.slots) * plan.rows * (dim + 4) * 4;
+            const int64_t workspace = int64_t(plan.slots) * plan.rows * plan.partial_floats(dim) * 4;
             if (plan.method == cuda::AttentionPlan::split) {
               EXPECT_LE(workspace, 64 << 20);
             } else if (plan.method == cuda::AttentionPlan::many) {  // 32-bit sums of weights times signed bytes
