@@ -56,7 +56,8 @@ TEST_F(MetalExport, Encodes) {
   const auto x = mx::zeros({2, 3, 5, 96}, mx::float16), centre = mx::zeros({3, 96});
   const auto shapes = export_shapes(
       [](const Arrays& in) {
-        const auto sides = metal_backend::encode({in[0], in[2]}, {3, 4}, 1, {in[1], std::nullopt}, kGpu);
+        const auto sides =
+            metal_backend::encode({in[0], in[2]}, {3, 4}, 1, {in[1], std::nullopt}, {std::nullopt, std::nullopt}, kGpu);
         expect_bound(sides[1].codes, metal::encode_kernel({2, 3, 5, 96, {3, 4}, {true, false}}).inputs,
                      {{"x", in[0]}, {"x_centre", in[1]}, {"y", in[2]}});
         return Arrays{sides[0].codes, sides[0].scales, sides[1].codes, sides[1].scales};
