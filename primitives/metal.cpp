@@ -3,8 +3,6 @@
 
 #include <mlx/fast.h>
 
-#include <stdexcept>
-
 #include "metal/launch.h"
 
 namespace turboquant::ops::metal_backend {
@@ -72,9 +70,6 @@ mx::Shape with_last(mx::Shape shape, int last) {
 std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
                                  const std::vector<std::optional<mx::array>>& centres,
                                  const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream) {
-  for (const auto& f : feedback) {  // the one place that goes when the kernel takes feedback
-    if (f) throw std::runtime_error("[encode] feedback is not built for Metal yet: leave it out, or run on the CPU");
-  }
   std::vector<PackedArrays> packed;
   if (sides[0].size() == 0) {
     auto scales_shape = sides[0].shape();
@@ -86,7 +81,7 @@ std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std:
     return packed;
   }
   Launcher launcher{stream};
-  const auto out = metal::launch_encode(launcher, sides, bits, centres, seed);
+  const auto out = metal::launch_encode(launcher, sides, bits, centres, feedback, seed);
   for (size_t i = 0; i < out.size(); i += 2) packed.push_back({out[i], out[i + 1]});
   return packed;
 }

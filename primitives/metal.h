@@ -5,8 +5,8 @@
 
 namespace turboquant::ops::metal_backend {
 
-/// Whether encode feeds errors forward; until then it refuses `feedback`.
-inline constexpr bool kFeedback = false;
+/// Whether encode feeds errors forward.
+inline constexpr bool kFeedback = true;
 
 std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
                                  const std::vector<std::optional<mx::array>>& centres,

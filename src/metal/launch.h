@@ -29,18 +29,25 @@ std::vector<Array> run_bound(Launcher& launcher, const Kernel& kernel, const Nam
 }
 
 /// Encodes one or two sides [batch, heads, tokens, head_dim] of one shape and dtype, any strides; centres
-/// [heads, head_dim].  Returns codes and scales of each.
+/// [heads, head_dim] and feedback [heads, head_dim, head_dim], float16, of each side, both row-contiguous.  Returns
+/// codes and scales of each.
 template <class Launcher, class Array = typename Launcher::Array>
 std::vector<Array> launch_encode(Launcher& launcher, const std::vector<Array>& sides, const std::vector<int>& bits,
-                                 const std::vector<std::optional<Array>>& centres, uint64_t seed) {
+                                 const std::vector<std::optional<Array>>& centres,
+                                 const std::vector<std::optional<Array>>& feedback, uint64_t seed) {
   const auto& x = sides[0];
   EncodeShape shape{launcher.dim(x, 0), launcher.dim(x, 1), launcher.dim(x, 2), launcher.dim(x, 3), bits, {}, seed};
   for (const auto& centre : centres) shape.centred.push_back(centre.has_value());
+  for (const auto& f : feedback) shape.feedback.push_back(f.has_value());
   const Array params = launcher.params(encode_params(shape));
-  Named<Array> arrays{{"params", params}, {"x", x}, {"x_centre", centres[0].value_or(params)}};
+  Named<Array> arrays{{"params", params},
+                      {"x", x},
+                      {"x_centre", centres[0].value_or(params)},
+                      {"x_feedback", feedback[0].value_or(params)}};
   if (sides.size() == 2) {
     arrays.emplace("y", sides[1]);
     arrays.emplace("y_centre", centres[1].value_or(params));
+    arrays.emplace("y_feedback", feedback[1].value_or(params));
   }
   return run_bound(launcher, encode_kernel(shape), arrays);
 }

@@ -32,8 +32,10 @@ enum Flag {
   kValueCentre = 16,
   kBooleanMask = 32,
   kAdditiveMask = 64,
-  kCentre = 128,       // codec: the first side has a centre
-  kSecondCentre = 256  // codec: and the second
+  kCentre = 128,          // codec: the first side has a centre
+  kSecondCentre = 256,    // codec: and the second
+  kFeedback = 512,        // codec: the first side has feedback
+  kSecondFeedback = 1024  // codec: and the second
 };
 
 /// Threads of a threadgroup: of decoding attention, and of every other kernel.

@@ -50,6 +50,28 @@ constexpr char kEncodeTwo[] = R"(
                                      y_scales, params, v, ushort(thread_index_in_simdgroup));
   }
 )";
+constexpr char kEncodeOneFeedback[] = R"(
+  const uint v = threadgroup_position_in_grid.x * 4 + simdgroup_index_in_threadgroup;
+  if (int(v) >= params[turboquant::metal_layout::kVectors]) return;
+  const int flags = params[turboquant::metal_layout::kFlags];
+  turboquant::encode_with_feedback<XB, D>(x, x_strides, x_centre, flags & turboquant::metal_layout::kCentre, x_feedback,
+                                          flags & turboquant::metal_layout::kFeedback, x_codes, x_scales, params, v,
+                                          ushort(thread_index_in_simdgroup));
+)";
+constexpr char kEncodeTwoFeedback[] = R"(
+  const uint v = threadgroup_position_in_grid.x * 4 + simdgroup_index_in_threadgroup;
+  if (int(v) >= params[turboquant::metal_layout::kVectors]) return;
+  const int flags = params[turboquant::metal_layout::kFlags];
+  if (threadgroup_position_in_grid.y == 0) {
+    turboquant::encode_with_feedback<XB, D>(x, x_strides, x_centre, flags & turboquant::metal_layout::kCentre,
+                                            x_feedback, flags & turboquant::metal_layout::kFeedback, x_codes, x_scales,
+                                            params, v, ushort(thread_index_in_simdgroup));
+  } else {
+    turboquant::encode_with_feedback<YB, D>(y, y_strides, y_centre, flags & turboquant::metal_layout::kSecondCentre,
+                                            y_feedback, flags & turboquant::metal_layout::kSecondFeedback, y_codes,
+                                            y_scales, params, v, ushort(thread_index_in_simdgroup));
+  }
+)";
 constexpr char kDecode[] = R"(
   const uint v = threadgroup_position_in_grid.x * 4 + simdgroup_index_in_threadgroup;
   if (int(v) >= params[turboquant::metal_layout::kVectors]) return;
@@ -94,11 +116,16 @@ Params encode_params(const EncodeShape& s) {
   for (size_t i = 0; i < s.centred.size(); ++i) {
     if (s.centred[i]) p[kFlags] |= i == 0 ? kCentre : kSecondCentre;
   }
+  for (size_t i = 0; i < s.feedback.size(); ++i) {
+    if (s.feedback[i]) p[kFlags] |= i == 0 ? kFeedback : kSecondFeedback;
+  }
   return p;
 }
 
 Kernel encode_kernel(const EncodeShape& s) {
   const bool two = s.bits.size() == 2;
+  // 32 coordinates are one block, to which feedback does nothing.
+  const bool feedback = s.head_dim > group_size() && std::count(s.feedback.begin(), s.feedback.end(), true) > 0;
   const auto codes = [&](const char* name, int side) {
     return Output{name, Type::uint32, {s.batch, s.heads, s.tokens, words_per_vector(s.bits[side], s.head_dim)}};
   };
@@ -109,8 +136,14 @@ Kernel encode_kernel(const EncodeShape& s) {
            .outputs = {codes("x_codes", 0), scales("x_scales")},
            .source = two ? kEncodeTwo : kEncodeOne,
            .template_args = {{"D", Kind::integer, s.head_dim}, {"XB", Kind::integer, s.bits[0]}}};
+  if (feedback) {
+    k.name += "_feedback";
+    k.source = two ? kEncodeTwoFeedback : kEncodeOneFeedback;
+    k.inputs.push_back("x_feedback");
+  }
   if (two) {
     k.inputs.insert(k.inputs.end(), {"y", "y_centre"});
+    if (feedback) k.inputs.push_back("y_feedback");
     k.outputs.insert(k.outputs.end(), {codes("y_codes", 1), scales("y_scales")});
     k.template_args.push_back({"YB", Kind::integer, s.bits[1]});
   }

@@ -52,12 +52,14 @@ struct Kernel {
 using Params = std::array<int32_t, metal_layout::kParamCount>;
 
 /// Encoding of one or two sides [batch, heads, tokens, head_dim].
-/// Inputs: x, x_centre (, y, y_centre), params.  Outputs: x_codes, x_scales (, y_codes, y_scales).
+/// Inputs: x, x_centre (, y, y_centre), params; where any side has feedback that does something, x, x_centre,
+/// x_feedback (, y, y_centre, y_feedback), params.  Outputs: x_codes, x_scales (, y_codes, y_scales).
 struct EncodeShape {
   int batch, heads, tokens, head_dim;
   std::vector<int> bits;      // of each side
   std::vector<bool> centred;  // of each side; absent centres are replaced by `params`
   uint64_t seed = 0;
+  std::vector<bool> feedback = {};  // of each side, as centres; empty: of none
 };
 Kernel encode_kernel(const EncodeShape& shape);
 Params encode_params(const EncodeShape& shape);

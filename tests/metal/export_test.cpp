@@ -66,6 +66,36 @@ TEST_F(MetalExport, Encodes) {
   EXPECT_EQ(shapes, (std::vector<mx::Shape>{{2, 3, 5, 9}, {2, 3, 5}, {2, 3, 5, 12}, {2, 3, 5}}));
 }
 
+TEST_F(MetalExport, EncodesWithFeedback) {
+  const auto x = mx::zeros({2, 3, 5, 96}, mx::float16), g = mx::zeros({3, 96, 96}, mx::float16);
+  for (int fed : {0, 1, 2}) {  // the first side, the second, both
+    const auto shapes = export_shapes(
+        [fed](const Arrays& in) {
+          const std::optional<mx::array> none, first = in[2], second = in[3];
+          const auto sides = metal_backend::encode({in[0], in[1]}, {3, 4}, 1, {in[4], std::nullopt},
+                                                   {fed == 1 ? none : first, fed == 0 ? none : second}, kGpu);
+          std::map<std::string, mx::array> arrays{{"x", in[0]}, {"x_centre", in[4]}, {"y", in[1]}};
+          if (fed != 1) arrays.emplace("x_feedback", in[2]);
+          if (fed != 0) arrays.emplace("y_feedback", in[3]);
+          expect_bound(sides[1].codes,
+                       metal::encode_kernel({2, 3, 5, 96, {3, 4}, {true, false}, 1, {fed != 1, fed != 0}}).inputs,
+                       arrays);
+          return Arrays{sides[0].codes, sides[0].scales, sides[1].codes, sides[1].scales};
+        },
+        {x, mx::zeros({2, 3, 5, 96}, mx::float16), g, mx::zeros({3, 96, 96}, mx::float16), mx::zeros({3, 96})});
+    EXPECT_EQ(shapes, (std::vector<mx::Shape>{{2, 3, 5, 9}, {2, 3, 5}, {2, 3, 5, 12}, {2, 3, 5}}));
+  }
+  const auto one = export_shapes(
+      [](const Arrays& in) {
+        const auto side = metal_backend::encode({in[0]}, {3}, 1, {std::nullopt}, {in[1]}, kGpu)[0];
+        expect_bound(side.codes, metal::encode_kernel({2, 3, 5, 96, {3}, {false}, 1, {true}}).inputs,
+                     {{"x", in[0]}, {"x_feedback", in[1]}});
+        return Arrays{side.codes, side.scales};
+      },
+      {x, g});
+  EXPECT_EQ(one, (std::vector<mx::Shape>{{2, 3, 5, 9}, {2, 3, 5}}));
+}
+
 TEST_F(MetalExport, Decodes) {
   const auto shapes = export_shapes(
       [](const Arrays& in) {

@@ -62,6 +62,10 @@ int main(int argc, char** argv) {
   }
   for (int i = 0; i < files; ++i) {
     if (!texts[i].empty()) texts[i] += "}  // namespace\n";
-    std::ofstream(std::string(argv[1]) + "/kernels_" + std::to_string(i) + ".cpp") << texts[i];
+    const std::string path = std::string(argv[1]) + "/kernels_" + std::to_string(i) + ".cpp";
+    std::ifstream before(path);
+    // A file that stays as it was is not compiled again.
+    if (before && std::string(std::istreambuf_iterator<char>(before), {}) == texts[i]) continue;
+    std::ofstream(path) << texts[i];
   }
 }

@@ -155,15 +155,16 @@ void launch(const metal::Kernel& kernel, const std::vector<Array>& inputs, const
 void encode(const std::vector<turboquant::EncodeParams>& sides) {
   const auto& p = sides[0];
   std::vector<Array> arrays;
-  std::vector<std::optional<Array>> centres;
+  std::vector<std::optional<Array>> centres, feedback;
   std::vector<int> bits;
   for (const auto& s : sides) {
     arrays.push_back(tensor(s.x, p.batch, p.heads, p.tokens, p.head_dim));
     centres.push_back(dense_if("float", {p.heads, p.head_dim}, s.centre));
+    feedback.push_back(dense_if("float16_t", {p.heads, p.head_dim, p.head_dim}, s.feedback));
     bits.push_back(s.out.bits);
   }
   Launcher launcher;
-  const auto outputs = metal::launch_encode(launcher, arrays, bits, centres, p.seed);
+  const auto outputs = metal::launch_encode(launcher, arrays, bits, centres, feedback, p.seed);
   for (size_t i = 0; i < sides.size(); ++i) {
     const auto& out = sides[i].out;
     copy_rows(outputs[2 * i], reinterpret_cast<char*>(out.codes), out.codes_batch_stride, out.codes_head_stride,

@@ -144,6 +144,37 @@ inline std::vector<CodecCase> codec_cases() {
   return cases;
 }
 
+/// An encode with feedback, of one side or two.
+struct FeedbackCase {
+  struct Side {
+    int bits;
+    bool feedback;
+  };
+  int head_dim;
+  Dtype dtype;
+  bool centred;  // the first side
+  std::vector<Side> sides;
+};
+/// Every width at every dimension, in one dtype each, so that each dtype meets every width and dimension.  Feedback is
+/// now the first, now the second side's alone.
+inline std::vector<FeedbackCase> feedback_cases() {
+  std::vector<FeedbackCase> cases;
+  for (int dim = 32; dim <= 256; dim += 32) {
+    for (int bits : {2, 3, 4}) {
+      const int i = dim / 32 + bits;
+      FeedbackCase c{dim, Dtype(i % 3), i % 4 < 2, {{bits, true}, {6 - bits, false}}};
+      if (i % 2) std::swap(c.sides[0], c.sides[1]);
+      cases.push_back(c);
+    }
+  }
+  cases.push_back({256, Dtype::float16, false, {{3, true}, {2, true}}});
+  for (int bits : {2, 3, 4}) cases.push_back({128, Dtype(bits - 2), true, {{bits, true}}});
+  return cases;
+}
+/// The kernel for vectors that are coded alone and in company, at the flagship's size; and that for edge cases.
+inline FeedbackCase feedback_company_case() { return {256, Dtype::float16, false, {{3, true}}}; }
+inline FeedbackCase feedback_edge_case() { return {96, Dtype::float32, false, {{4, true}}}; }
+
 /// Sizes without data.
 inline turboquant::AttendParams shape_of(const Case& c) {
   static const int there = 0;
@@ -192,6 +223,24 @@ inline void record_launches() {
     d.out.dtype = c.dtype;
     if (c.centred) d.centre = &there;
     emulator::decode(d);
+  }
+  auto with_feedback = feedback_cases();
+  with_feedback.insert(with_feedback.end(), {feedback_company_case(), feedback_edge_case()});
+  for (const auto& c : with_feedback) {
+    static const float there = 0;
+    static const uint16_t g = 0;
+    std::vector<turboquant::EncodeParams> sides;
+    for (const auto& side : c.sides) {
+      turboquant::EncodeParams p;
+      p.batch = p.heads = p.tokens = 1;
+      p.head_dim = c.head_dim;
+      p.x.dtype = c.dtype;
+      if (c.centred && sides.empty()) p.centre = &there;
+      if (side.feedback) p.feedback = &g;
+      p.out.bits = side.bits;
+      sides.push_back(p);
+    }
+    emulator::encode(sides);
   }
 }
 

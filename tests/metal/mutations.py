@@ -100,8 +100,8 @@ MUTATIONS = {
     ),
     "codes with the sign turned": (
         "codec.metal",
-        "y[r] < 0.0f ? m + magnitudes(B) : m",
-        "y[r] > 0.0f ? m + magnitudes(B) : m",
+        "x < 0.0f ? m + magnitudes(B) : m",
+        "x > 0.0f ? m + magnitudes(B) : m",
     ),
     "reads one row beyond the last": ("decode.metal", "min(block + t, last - 1)", "min(block + t, last)"),
     "a barrier that only some SIMD-groups reach": (
@@ -134,6 +134,20 @@ MUTATIONS = {
         "x[r] = with_sign(x[r] * hadamard_scale<D>(),",
         "x[r] = with_sign(x[r] * hadamard_scale<D>(), 0u *",
     ),
+    "feedback with the sign turned": ("codec.metal", "target -= moved;", "target += moved;"),
+    "feedback: errors against the targets": (
+        "codec.metal",
+        "error[b] = float(nearest) - u[b];",
+        "error[b] = float(nearest) - target;",
+    ),
+    "feedback: a block's own errors": (
+        "codec.metal",
+        "if (r >= b) continue;",
+        "if (r > b) continue;\n          if (r == b) error[b] = float(level(B, int(code[b]))) - u[b];",
+    ),
+    "feedback: not at the nearest codes' scale": ("codec.metal", "float(D / odd_part(D))", "float(D)"),
+    "feedback of the first head for all": ("codec.metal", "feedback + h * (D * D)", "feedback"),
+    "feedback of the first side for both": ("launch.h", '"y_feedback", feedback[1]', '"y_feedback", feedback[0]'),
 }
 
 

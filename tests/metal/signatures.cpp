@@ -59,6 +59,18 @@ int main() {
     print(metal::encode_kernel(shape),
           {{t, 4, 384}, {"float", 2, 128}, {t, 4, 384}, {"int32_t", 1, 20}, {"int32_t", 1, 20}},
           {"uint32_t", "float16_t", "uint32_t", "float16_t"});
+    const metal::EncodeShape shaped{1, 2, 3, 64, {3, 4}, {true, false}, 1, {false, true}};
+    print(metal::encode_kernel(shaped),
+          {{t, 4, 384},
+           {"float", 2, 128},
+           {"int32_t", 1, 20},
+           {t, 4, 384},
+           {"int32_t", 1, 20},
+           {"float16_t", 3, 8192},
+           {"int32_t", 1, 20}},
+          {"uint32_t", "float16_t", "uint32_t", "float16_t"});
+    print(metal::encode_kernel({1, 2, 3, 64, {3}, {false}, 1, {true}}),
+          {{t, 4, 384}, {"int32_t", 1, 20}, {"float16_t", 3, 8192}, {"int32_t", 1, 20}}, {"uint32_t", "float16_t"});
     print(metal::decode_kernel(shape, dtype),
           {{"uint32_t", 4, 36}, {"float16_t", 3, 6}, {"float", 2, 128}, {"int32_t", 1, 20}}, {t});
     for (int query_len : {1, 40, 200}) {

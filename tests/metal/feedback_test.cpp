@@ -1,0 +1,150 @@
+// Encoding with error feedback in the emulator, held to targets computed from its own earlier codes (feedback.h).
+#include "feedback.h"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+
+#include "launches.h"
+
+namespace turboquant {
+namespace {
+
+using namespace cases;
+
+constexpr int kSeed = 3, kBatch = 2, kHeads = 2, kTokens = 5;
+
+/// Parameters of vectors [batch, heads, tokens, dim] that lie densely; `out` has batch x heads heads.
+EncodeParams params(const Buffer& x, Encoded& out, int batch, int heads, int tokens) {
+  EncodeParams p;
+  p.batch = batch, p.heads = heads, p.tokens = tokens, p.head_dim = out.dim, p.seed = kSeed;
+  p.x = contiguous<const void*>(x.bytes.data(), x.dtype, heads, tokens, out.dim);
+  p.out = out.view();
+  p.out.codes_batch_stride = heads * p.out.codes_head_stride;
+  p.out.scales_batch_stride = heads * p.out.scales_head_stride;
+  return p;
+}
+
+class MetalFeedback : public testing::TestWithParam<emulator::FeedbackCase> {};
+
+TEST_P(MetalFeedback, CodesAreTheNearestToTheirTargets) {
+  const auto& c = GetParam();
+  const int dim = c.head_dim, rows = kBatch * kHeads * kTokens;
+  const Buffer centres = gaussian(size_t(kHeads) * dim, Dtype::float32, 6);
+  const float* centre = c.centred ? reinterpret_cast<const float*>(centres.bytes.data()) : nullptr;
+  std::vector<Buffer> x;
+  std::vector<Encoded> got;
+  std::vector<std::vector<uint16_t>> g;
+  for (size_t side = 0; side < c.sides.size(); ++side) {
+    x.push_back(gaussian(size_t(rows) * dim, c.dtype, 5 + side));
+    got.emplace_back(kBatch * kHeads, kTokens, dim, c.sides[side].bits);
+    g.push_back(random_feedback(kHeads, dim, 9 + side));  // NaN where nothing may be read
+  }
+  std::vector<EncodeParams> sides;
+  for (size_t side = 0; side < c.sides.size(); ++side) {
+    sides.push_back(params(x[side], got[side], kBatch, kHeads, kTokens));
+    if (side == 0) sides[0].centre = centre;
+    if (c.sides[side].feedback) sides[side].feedback = g[side].data();
+  }
+  emulator::encode(sides);
+
+  for (size_t side = 0; side < c.sides.size(); ++side) {
+    SCOPED_TRACE(testing::Message() << "side " << side << " bits " << got[side].bits << " dim " << dim << " dtype "
+                                    << int(c.dtype));
+    const int bits = got[side].bits, words = words_per_vector(bits, dim);
+    const float* shift = sides[side].centre;
+    if (!c.sides[side].feedback) {
+      Encoded plain(kBatch * kHeads, kTokens, dim, bits);
+      EncodeParams p = params(x[side], plain, kBatch, kHeads, kTokens);
+      p.centre = shift;
+      encode(p, Backend::reference);
+      int differing = 0;
+      for (size_t i = 0; i < plain.codes.size(); ++i) differing += plain.codes[i] != got[side].codes[i];
+      EXPECT_LE(differing, 1) << "of the side without feedback";
+      continue;
+    }
+    for (int row = 0; row < rows; ++row) {
+      const int head = row / kTokens % kHeads;
+      const FeedbackInput in{x[side],
+                             size_t(row),
+                             dim,
+                             bits,
+                             kSeed,
+                             shift ? shift + head * dim : nullptr,
+                             g[side].data() + size_t(head) * dim * dim};
+      ASSERT_EQ(wrong_with_feedback(in, &got[side].codes[size_t(row) * words], got[side].scales[row]), "")
+          << "row " << row;
+    }
+  }
+}
+INSTANTIATE_TEST_SUITE_P(All, MetalFeedback, testing::ValuesIn(emulator::feedback_cases()), [](const auto& info) {
+  std::string name = std::to_string(info.index) + "_D" + std::to_string(info.param.head_dim);
+  for (const auto& side : info.param.sides) {
+    name += "_" + std::to_string(side.bits) + (side.feedback ? "fed" : "plain");
+  }
+  return name;
+});
+
+TEST(MetalFeedback, CodesDoNotDependOnTheCompany) {
+  const auto c = emulator::feedback_company_case();
+  const int dim = c.head_dim, bits = c.sides[0].bits, words = words_per_vector(bits, dim);
+  const Buffer x = gaussian(size_t(kHeads) * kTokens * dim, c.dtype);
+  const auto g = random_feedback(kHeads, dim);
+  Encoded together(kHeads, kTokens, dim, bits);
+  EncodeParams p = params(x, together, 1, kHeads, kTokens);
+  p.feedback = g.data();
+  emulator::encode({p});
+  for (int row = 0; row < kHeads * kTokens; ++row) {
+    Buffer one(c.dtype, dim);
+    for (int i = 0; i < dim; ++i) one.set(i, x.get(size_t(row) * dim + i));
+    Encoded alone(1, 1, dim, bits);
+    EncodeParams q = params(one, alone, 1, 1, 1);
+    q.feedback = g.data() + size_t(row / kTokens) * dim * dim;
+    emulator::encode({q});
+    EXPECT_EQ(std::memcmp(alone.codes.data(), &together.codes[size_t(row) * words], words * 4), 0) << row;
+    EXPECT_EQ(alone.scales[0], together.scales[row]) << row;
+  }
+}
+
+TEST(MetalFeedback, ZeroStaysZeroAndBadVectorsSpoilThemselvesAlone) {
+  const auto c = emulator::feedback_edge_case();
+  const int dim = c.head_dim, bits = c.sides[0].bits, words = words_per_vector(bits, dim), tokens = 7;
+  Buffer x = gaussian(size_t(tokens) * dim, c.dtype);
+  for (int i = 0; i < dim; ++i) {
+    x.set(i, 0);
+    x.set(4 * dim + i, x.get(4 * dim + i) * 1e-4f);
+    x.set(5 * dim + i, i == 5 ? -2.0f : 0.0f);
+  }
+  x.set(dim + 5, NAN);
+  x.set(2 * dim + 9, INFINITY);
+  const auto g = random_feedback(1, dim);
+  Encoded e(1, tokens, dim, bits);
+  EncodeParams p = params(x, e, 1, 1, tokens);
+  p.feedback = g.data();
+  emulator::encode({p});
+  EXPECT_EQ(e.scales[0], 0);
+  for (int t : {1, 2}) EXPECT_TRUE(std::isnan(half_to_float(e.scales[t]))) << t;
+  for (int i = 0; i < 3 * words; ++i) EXPECT_EQ(e.codes[i], 0u) << i;
+  for (int t = 3; t < tokens; ++t) {
+    const FeedbackInput in{x, size_t(t), dim, bits, kSeed, nullptr, g.data()};
+    EXPECT_EQ(wrong_with_feedback(in, &e.codes[size_t(t) * words], e.scales[t]), "") << t;
+  }
+}
+
+TEST(MetalPlan, FeedbackHasKernelsOfItsOwnWhereItDoesSomething) {
+  const metal::EncodeShape plain{1, 2, 3, 64, {3, 3}, {false, false}, 1};
+  auto fed = plain;
+  fed.feedback = {false, true};
+  EXPECT_EQ(metal::encode_kernel(plain).name, "turboquant_encode_two");
+  EXPECT_EQ(metal::encode_kernel(fed).name, "turboquant_encode_two_feedback");
+  auto none = plain;
+  none.feedback = {false, false};
+  EXPECT_EQ(metal::encode_kernel(none).name, metal::encode_kernel(plain).name);
+  EXPECT_EQ(metal::encode_kernel(none).source, metal::encode_kernel(plain).source);
+  fed.head_dim = 32;
+  EXPECT_EQ(metal::encode_kernel(fed).name, "turboquant_encode_two");
+  EXPECT_EQ(metal::encode_kernel(fed).inputs, metal::encode_kernel(plain).inputs);
+}
+
+}  // namespace
+}  // namespace turboquant
