@@ -212,10 +212,11 @@ struct Decode {
   }
 
   /// Each lane converts one token's scales.  A value scale that is no number poisons the key's, so that it reaches the
-  /// sum of weights wherever the token is visible.
+  /// sum of weights wherever the token is visible.  Of tokens beyond the last, scales are what shared memory held before:
+  /// infinities of either sign must go, for not even a weight of 0 makes a number of them.
   __device__ void unpack_scales(const __half* scales) {
     float key = __half2float(scales[lane]), value = __half2float(scales[32 + lane]) * kWeightOne;
-    if (!(value < __uint_as_float(0x7f800000))) key = __uint_as_float(0x7fc00000), value = 0;
+    if (!(fabsf(value) < __uint_as_float(0x7f800000))) key = __uint_as_float(0x7fc00000), value = 0;
     shared.token_scales[warp][lane] = make_float2(key, value);
     __syncwarp();
   }

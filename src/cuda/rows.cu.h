@@ -260,11 +260,12 @@ struct ManyRows {
   }
 
   /// Each lane converts one token's scales.  A value scale that is no number poisons the key's, so that it reaches the
-  /// sum of weights wherever the token is visible.
+  /// sum of weights wherever the token is visible.  Of tokens beyond the last, scales are what shared memory held before:
+  /// infinities of either sign must go, for not even a weight of 0 makes a number of them.
   __device__ void unpack_scales(const __half* scales) {
     if (lane < kTokens) {
       float key = __half2float(scales[lane]), value = __half2float(scales[kTokens + lane]);
-      if (!(value < __uint_as_float(0x7f800000))) key = __uint_as_float(0x7fc00000), value = 0;
+      if (!(fabsf(value) < __uint_as_float(0x7f800000))) key = __uint_as_float(0x7fc00000), value = 0;
       shared.token_scales[warp][lane] = make_float4(key, value * kWeightOne, fmaxf(log2_fast(value), -40.f), 0);
     }
     __syncwarp();

@@ -102,6 +102,18 @@ TEST_P(Compile, Codec) {
   }
 }
 
+TEST_P(Compile, KernelsWithLaunchBoundsAreFoundByName) {
+  const cuda::AttentionShape shape{1, 16, 4, 1, 20000, 256, 3, 3, false};
+  const auto plan = cuda::plan_attention(shape, {});
+  const auto kernel = cuda::partial_kernel(shape, {}, plan);
+  ASSERT_EQ(kernel.max_threads, 512);
+  const jit::Array any(nullptr, "__half", {1, 1, 1, 1}), codes(nullptr, "uint32_t", {1, 1, 1, 1}), none;
+  const auto source =
+      jit::whole_source(kernel, {any, codes, any, codes, any, {nullptr, "uint8_t", {1}}, none, none}, {none});
+  EXPECT_NE(source.find("__launch_bounds__(512)"), std::string::npos);
+  EXPECT_NE(jit::name_as_mlx_does(kernel, source, GetParam()).find("custom_kernel_" + kernel.name), std::string::npos);
+}
+
 TEST_P(Compile, ErrorsShowTheCompilersLog) {
   try {
     jit::compile("__global__ void f() { undeclared(); }", GetParam());

@@ -305,6 +305,41 @@ TEST_F(Gpu, HiddenTokensHaveNoInfluenceAndVisibleNaNPropagates) {
   }
 }
 
+/// Fills the shared memory of all multiprocessors, where later kernels find it.
+void fill_shared_memory(uint32_t word) {
+  const cuda::Device device = jit::current_device();
+  cuda::Kernel k;
+  k.name = "tq_fill";
+  k.header = cuda::Source::merge;
+  k.inputs = {"dummy"}, k.outputs = {"out"};
+  k.source = "  extern __shared__ unsigned words[];\n  volatile unsigned* all = words;\n  for (int i = threadIdx.x; i < " +
+             std::to_string(device.shared_bytes / 4) + "; i += blockDim.x) all[i] = " + std::to_string(word) +
+             "u;\n  __syncthreads();\n  if (all[threadIdx.x] != " + std::to_string(word) + "u) *out = 1;\n";
+  k.grid = {1024 * device.multiprocessors, 1, 1}, k.block = {1024, 1, 1};
+  k.shared_bytes = device.shared_bytes;
+  const jit::Memory out(4);
+  jit::Launch(k, {{}}, {{out.get(), "float", {1}}})();
+}
+
+// Tiles are copied whole but for the last, so scales of tokens beyond the end are whatever lay in shared memory.
+TEST_F(Gpu, WhatSharedMemoryHeldHasNoInfluence) {
+  for (int len : {1, 2, 8, 40}) {
+    for (int kv_len : {41, 300}) {
+      cases::Case c{.query_heads = 8, .kv_heads = 2, .query_len = len, .kv_len = kv_len, .causal = true};
+      cases::Inputs inputs(c);
+      const auto want = cases::oracle(inputs);
+      for (uint32_t word : {0xfc00fc00u, 0x7c007c00u, 0x7e007e00u, 0xffffffffu, 0xfbfffbffu, 0u}) {
+        SCOPED_TRACE(testing::Message() << c.name() << " " << std::hex << word);
+        const auto found = cases::compare(inputs, want, [&](const AttendParams& p) {
+          fill_shared_memory(word);
+          jit::attend_on_gpu(p);
+        });
+        EXPECT_LE(found.worst_row, kPrefillTolerance);
+      }
+    }
+  }
+}
+
 TEST_F(Gpu, QueriesThatSeeNothingGiveZero) {
   for (int len : {1, 12}) {
     cases::Case c{.head_dim = 64, .batch = 2, .query_len = len, .kv_len = 50, .ragged = true, .centred = true};
