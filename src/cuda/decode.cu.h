@@ -123,9 +123,9 @@ struct Decode {
     row_query = row / a.group(), row_head = kv_head * a.group() + row % a.group();
     row_range = visible_keys(a, b, row_query);
 
-    // All addresses are made before the first branch: at a kernel's start each parameter is a miss of the constant cache,
-    // and misses overlap only within a block of code.  The queries' load goes first, for the first product waits for
-    // it; nothing here waits for it before the copies.
+    // All addresses are made before the first branch: at a kernel's start each parameter is a miss of the constant
+    // cache, and misses overlap only within a block of code.  The queries' load goes first, for the first product waits
+    // for it; nothing here waits for it before the copies.
     const int mine = first_tile + warp, q_row = first_row + warp;
     Source from(a, b, kv_head, mine);
     const T* q_from = a.query_at<T>(b, kv_head * a.group() + q_row % a.group(), q_row / a.group(), 8 * lane);
@@ -212,8 +212,8 @@ struct Decode {
   }
 
   /// Each lane converts one token's scales.  A value scale that is no number poisons the key's, so that it reaches the
-  /// sum of weights wherever the token is visible.  Of tokens beyond the last, scales are what shared memory held before:
-  /// infinities of either sign must go, for not even a weight of 0 makes a number of them.
+  /// sum of weights wherever the token is visible.  Of tokens beyond the last, scales are what shared memory held
+  /// before: infinities of either sign must go, for not even a weight of 0 makes a number of them.
   __device__ void unpack_scales(const __half* scales) {
     float key = __half2float(scales[lane]), value = __half2float(scales[32 + lane]) * kWeightOne;
     if (!(fabsf(value) < __uint_as_float(0x7f800000))) key = __uint_as_float(0x7fc00000), value = 0;

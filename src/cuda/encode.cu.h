@@ -38,8 +38,8 @@ struct Rotated {
   __device__ bool codable() const { return finite && square > 0; }
 };
 
-/// Loads a lane's eight coordinates of `vector`, or zeros, and turns them into those of H (s * (x - centre)) without H's
-/// factor; all lanes of a warp together.
+/// Loads a lane's eight coordinates of `vector`, or zeros, and turns them into those of H (s * (x - centre)) without
+/// H's factor; all lanes of a warp together.
 template <int D, class T>
 __device__ Rotated load_rotated(const EncodeArgs& a, long long vector, bool active, int eighth, float (&v)[8]) {
   Rotated r;

@@ -1,8 +1,9 @@
 // `encode` with error feedback: errors of coordinates coded earlier move those coded later (turboquant.h).
 //
 // A block takes vectors of one head, eight at a time.  Each warp rotates one; then, 32 coordinates after another, all
-// threads multiply the errors so far by G, a thread a row and every eighth four columns, and each warp codes its vector's
-// 32 targets.  A thread's part of G stays in registers.  A vector's sums do not depend on what else the block holds.
+// threads multiply the errors so far by G, a thread a row and every eighth four columns, and each warp codes its
+// vector's 32 targets.  A thread's part of G stays in registers.  A vector's sums do not depend on what else the block
+// holds.
 #pragma once
 
 #include "cuda/encode.cu.h"
@@ -19,7 +20,8 @@ __device__ void encode_with_feedback(const EncodeArgs& a, int block) {
   __shared__ unsigned char codes[kWarps][D];
   const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, int(threadIdx.x / 32), 0);
   const int chunks = (a.tokens + kFeedbackTokens - 1) / kFeedbackTokens;
-  const int row = block / chunks, first = block % chunks * kFeedbackTokens, last = min(a.tokens, first + kFeedbackTokens);
+  const int row = block / chunks, first = block % chunks * kFeedbackTokens,
+            last = min(a.tokens, first + kFeedbackTokens);
   if (row >= a.batch * a.heads) return;
 
   // Of the rows 32 i + lane, the columns 4 (warp + 8 k) to + 3, k < i.

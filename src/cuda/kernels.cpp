@@ -63,7 +63,8 @@ std::string attention_args(const AttentionShape& shape, const AttentionSettings&
   Text o;
   o << "  turboquant::cuda::AttentionArgs a = {};\n"
        "  a.even = "
-    << truth(plan.parts > 0) << ";\n"
+    << truth(plan.parts > 0)
+    << ";\n"
        "  a.batch = "
     << (shape.batch == 1 ? "1" : "q_shape[0]")  // one row spares the loops over rows
     << ", a.query_heads = " << shape.query_heads << ", a.kv_heads = " << shape.kv_heads
@@ -122,9 +123,7 @@ const char* mask_name(MaskKind kind) {
 
 }  // namespace
 
-namespace {
-
-}  // namespace
+namespace {}  // namespace
 
 std::string before_kernel(const Kernel& k) {
   if (k.max_threads == 0) return "";
@@ -156,8 +155,8 @@ std::string encode_side(const EncodeSide& side, int i, int head_dim, uint64_t se
 Extent encode_extent(const std::vector<EncodeSide>& sides, int head_dim, int64_t rows, int tokens) {
   int64_t blocks = 0;
   for (const EncodeSide& side : sides) {
-    const int64_t of_side =
-        side.feedback ? rows * ((tokens + kFeedbackTokens - 1) / kFeedbackTokens) : codec_blocks(head_dim, rows * tokens);
+    const int64_t of_side = side.feedback ? rows * ((tokens + kFeedbackTokens - 1) / kFeedbackTokens)
+                                          : codec_blocks(head_dim, rows * tokens);
     blocks = std::max(blocks, of_side);
   }
   return {{int(blocks) * 32 * kCodecWarps, int(sides.size()), 1}, {32 * kCodecWarps, 1, 1}};
@@ -167,8 +166,7 @@ Extent decode_extent(int head_dim, int64_t vectors) {
   return {{codec_blocks(head_dim, vectors) * 32 * kCodecWarps, 1, 1}, {32 * kCodecWarps, 1, 1}};
 }
 
-Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t rows,
-                     int tokens) {
+Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t rows, int tokens) {
   Kernel k;
   k.name = "tq_encode";
   k.header = Source::encode;
@@ -188,8 +186,7 @@ Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_
   return k;
 }
 
-Kernel append_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t rows,
-                     int tokens) {
+Kernel append_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t rows, int tokens) {
   Kernel k;
   k.name = "tq_append";
   k.header = Source::encode;

@@ -1,8 +1,8 @@
 // Attention of some query rows (up to 32 of a KV head) over a packed cache, on int8 tensor cores.
 //
 // A block takes all rows of a KV head, so that codes are read and unpacked once.  Its warps work in rounds: each scores
-// sixteen tokens against all rows and transposes their values' codes; weights and codes then pass through shared memory,
-// for in the second product each warp takes 16 or 32 coordinates of all tokens.  Everything that passes is
+// sixteen tokens against all rows and transposes their values' codes; weights and codes then pass through shared
+// memory, for in the second product each warp takes 16 or 32 coordinates of all tokens.  Everything that passes is
 // double-buffered, so a round needs one barrier.  Numbers are as in decode.cu.h: queries and weights as high and low
 // bytes, sums as integers relative to a power of two, here one for each row of the block.
 #pragma once
@@ -28,10 +28,10 @@ struct ManyRows {
   static constexpr float kWeightOne = 65280;  // 255 * 256: the fixed-point weight of 1
   static_assert(STAGES >= 2 && D > 128, "smaller heads have fewer sets of coordinates than warps");
 
-  // Codes of four tokens at two coordinates, c and c + 2, are a word.  A group of 32 coordinates has 16 such pairs; they
-  // are the columns of two products, pair 8 s + g being column g of those of set s: its low half of one, its high half of
-  // the other.  Four words between groups, and halves exchanged for every other two of the four threads that share a
-  // group, keep reads and writes free of bank conflicts.
+  // Codes of four tokens at two coordinates, c and c + 2, are a word.  A group of 32 coordinates has 16 such pairs;
+  // they are the columns of two products, pair 8 s + g being column g of those of set s: its low half of one, its high
+  // half of the other.  Four words between groups, and halves exchanged for every other two of the four threads that
+  // share a group, keep reads and writes free of bank conflicts.
   static constexpr int kGroup = WARPS * 64 + 4;
   static __device__ int pair_at(int pair) { return kSets == 2 ? pair % 8 * 2 + pair / 8 : pair; }
 
@@ -260,8 +260,8 @@ struct ManyRows {
   }
 
   /// Each lane converts one token's scales.  A value scale that is no number poisons the key's, so that it reaches the
-  /// sum of weights wherever the token is visible.  Of tokens beyond the last, scales are what shared memory held before:
-  /// infinities of either sign must go, for not even a weight of 0 makes a number of them.
+  /// sum of weights wherever the token is visible.  Of tokens beyond the last, scales are what shared memory held
+  /// before: infinities of either sign must go, for not even a weight of 0 makes a number of them.
   __device__ void unpack_scales(const __half* scales) {
     if (lane < kTokens) {
       float key = __half2float(scales[lane]), value = __half2float(scales[kTokens + lane]);
@@ -389,7 +389,8 @@ struct ManyRows {
     __device__ void store(int half) {
       unsigned out[2][4];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) transpose_codes<VALUE_BITS>(nibbles[kSets == 2 ? half + 2 * i : 2 * half + i], out[i]);
+      for (int i = 0; i < 2; ++i)
+        transpose_codes<VALUE_BITS>(nibbles[kSets == 2 ? half + 2 * i : 2 * half + i], out[i]);
       if (!has) return;
       uint4* at = reinterpret_cast<uint4*>(to + (8 * half ^ exchanged));
       if constexpr (kSets == 2) {  // words half and half + 2, pair by pair
@@ -451,15 +452,17 @@ struct ManyRows {
       if (t == 0) shared.sums[warp][8 * r + g] = make_float2(top[r], sum[r]);
     }
     const int rows = min(kRows, a.rows() - first_row), odd = t & 1;
-    // Weights are at most 1 and levels at most 3.25, so with this many bits taken off the sums fit a half; its precision
-    // does not depend on them.
+    // Weights are at most 1 and levels at most 3.25, so with this many bits taken off the sums fit a half; its
+    // precision does not depend on them.
     const int bits = 13 - (32 - __clz(max(last_piece - first_piece, 1) * kTokens - 1));
-    const float power = __uint_as_float(unsigned(127 + bits) << 23), factor = power * (level_step(VALUE_BITS) / kWeightOne);
+    const float power = __uint_as_float(unsigned(127 + bits) << 23),
+                factor = power * (level_step(VALUE_BITS) / kWeightOne);
 #pragma unroll
     for (int r = 0; r < GROUPS; ++r) {
 #pragma unroll
       for (int i = 0; i < kSets; ++i) {
-        // Of eight coordinates, threads of even t have the even ones and their neighbours the odd; each gives half away.
+        // Of eight coordinates, threads of even t have the even ones and their neighbours the odd; each gives half
+        // away.
         float x[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -488,8 +491,8 @@ struct ManyRows {
 };
 
 /// Entry for generated code: types from pointers, shared memory as the bytes that were planned.
-template <int D, int KEY_BITS, int VALUE_BITS, MaskType MASK, int SHARED_BYTES, int ROWS, int WARPS, int STAGES, class T,
-          class MaskT>
+template <int D, int KEY_BITS, int VALUE_BITS, MaskType MASK, int SHARED_BYTES, int ROWS, int WARPS, int STAGES,
+          class T, class MaskT>
 __device__ void run_rows(const AttentionArgs& a, const T*, const MaskT*, unsigned char* shared) {
   using Kernel = ManyRows<D, KEY_BITS, VALUE_BITS, T, MASK, MaskT, ROWS / 8, WARPS, STAGES>;
   static_assert(sizeof(typename Kernel::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");

@@ -85,14 +85,13 @@ TEST_P(Compile, Codec) {
         const std::vector<cuda::EncodeSide> sides{{3, true, feedback}, {4, false, false}};
         const auto encode = cuda::encode_kernel(sides, dim, 7, 1, 1);
         EXPECT_FALSE(
-            jit::compile(
-                jit::whole_source(encode, {x, array, array, x, array, array}, {codes, scales, codes, scales}), GetParam())
+            jit::compile(jit::whole_source(encode, {x, array, array, x, array, array}, {codes, scales, codes, scales}),
+                         GetParam())
                 .empty());
         const auto append = cuda::append_kernel(sides, dim, 7, 1, 1);
-        EXPECT_FALSE(jit::compile(jit::whole_source(append,
-                                                    {x, array, array, codes, scales, x, array, array, codes, scales,
-                                                     array},
-                                                    {{nullptr, "uint8_t", {1}}}),
+        EXPECT_FALSE(jit::compile(jit::whole_source(
+                                      append, {x, array, array, codes, scales, x, array, array, codes, scales, array},
+                                      {{nullptr, "uint8_t", {1}}}),
                                   GetParam())
                          .empty());
       }

@@ -43,8 +43,8 @@ bool mentions(const cuda::Kernel& kernel, const std::string& name) {
 }
 
 /// With an expression that names a kernel, as MLX asks for one, `lowered` gets its mangled name.
-std::string run_compiler(const std::string& source, const std::string& architecture,
-                         const std::string& expression = "", std::string* lowered = nullptr) {
+std::string run_compiler(const std::string& source, const std::string& architecture, const std::string& expression = "",
+                         std::string* lowered = nullptr) {
   nvrtcProgram program;
   nvrtc_check(nvrtcCreateProgram(&program, source.c_str(), "kernel.cu", 0, nullptr, nullptr), "nvrtcCreateProgram");
   if (lowered) nvrtc_check(nvrtcAddNameExpression(program, expression.c_str()), "nvrtcAddNameExpression");
