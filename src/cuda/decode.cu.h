@@ -328,15 +328,6 @@ struct Decode {
     }
   }
 
-  /// Selectors of four tokens' codes, two coordinates a word: nibbles (0, 2), (4, 6), (1, 3), (5, 7).
-  __device__ static void transpose(const unsigned (&x)[4], unsigned (&out)[4]) {
-    constexpr unsigned low = (VALUE_BITS == 4 ? 0xfu : VALUE_BITS == 3 ? 7u : 3u) * 0x01010101u, high = low << 4;
-    const unsigned even[2] = {(x[0] & low) | (x[1] << 4 & high), (x[2] & low) | (x[3] << 4 & high)};
-    const unsigned odd[2] = {(x[0] >> 4 & low) | (x[1] & high), (x[2] >> 4 & low) | (x[3] & high)};
-    out[0] = prmt(even[0], even[1], 0x5140), out[1] = prmt(even[0], even[1], 0x7362);
-    out[2] = prmt(odd[0], odd[1], 0x5140), out[3] = prmt(odd[0], odd[1], 0x7362);
-  }
-
   /// A tile's values as the products take them: of each 16 coordinates, four registers of four tokens' bytes.
   __device__ void unpack_values(const unsigned* values, unsigned (&bytes)[kValueTiles][4]) const {
     const ValueShare share(g);
@@ -356,7 +347,7 @@ struct Decode {
 #pragma unroll
       for (int w = 0; w < ValueShare::words; ++w) {
         unsigned selectors[4];
-        transpose(nibbles[w], selectors);
+        transpose_codes<VALUE_BITS>(nibbles[w], selectors);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           bytes[4 * w + k][2 * half] = lookup<VALUE_BITS>(selectors[k]);
