@@ -1,6 +1,6 @@
-// Times the CUDA kernels: medians of replayed CUDA graphs, microseconds a call.  Every graph makes 100 calls or more, so
-// that launching it does not count, and walks over enough copies of its inputs to leave the L2 cache (256 MiB), so a call
-// finds its data in device memory.
+// Times the CUDA kernels: medians of replayed CUDA graphs, microseconds a call.  Every graph makes 100 calls or more,
+// so that launching it does not count, and walks over enough copies of its inputs to leave the L2 cache (256 MiB), so a
+// call finds its data in device memory.
 //
 //   cuda_kernels [NAME...]    decode, longest (one line of decode, for profilers), queries, ragged, encode, prefill;
 //   all
@@ -185,8 +185,9 @@ double time_encode(int tokens, int bits, bool feedback) {
       memory.emplace_back(size_t(heads) * tokens * 2);
       outputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{1, heads, tokens});
     }
-    launches.emplace_back(cuda::encode_kernel({{bits, false, feedback}, {bits, false, feedback}}, dim, 1, heads, tokens),
-                          inputs, outputs);
+    launches.emplace_back(
+        cuda::encode_kernel({{bits, false, feedback}, {bits, false, feedback}}, dim, 1, heads, tokens), inputs,
+        outputs);
   }
   return time_graph(100, [&](int i, cudaStream_t s) { launches[i % launches.size()](s); });
 }
@@ -195,8 +196,8 @@ void encode() {
   for (int tokens : {1, 2048}) {
     for (int bits : {3, 4}) {
       const double us = time_encode(tokens, bits, false), with = time_encode(tokens, bits, true);
-      std::printf("encode TQ%d, %d tokens x 4 heads, keys and values: %.2f us, with feedback %.2f us\n", bits, tokens, us,
-                  with);
+      std::printf("encode TQ%d, %d tokens x 4 heads, keys and values: %.2f us, with feedback %.2f us\n", bits, tokens,
+                  us, with);
     }
   }
   const size_t bytes = size_t(2) * 4 * 2048 * 256 * 2;

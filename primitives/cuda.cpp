@@ -155,15 +155,15 @@ mx::array append(const std::vector<mx::array>& sides, const std::vector<int>& bi
   const int dim = sides[0].shape(-1);
   for (size_t i = 0; i < sides.size(); ++i) {
     settings.push_back({bits[i], centres[i].has_value(), feedback[i].has_value()});
-    inputs.insert(inputs.end(), {sides[i], centres[i].value_or(sides[i]), feedback[i].value_or(sides[i]), to[i].codes,
-                                 to[i].scales});
+    inputs.insert(inputs.end(),
+                  {sides[i], centres[i].value_or(sides[i]), feedback[i].value_or(sides[i]), to[i].codes, to[i].scales});
   }
   inputs.push_back(before);
   const int tokens = sides[0].shape(2), rows = sides[0].shape(0) * sides[0].shape(1);
   const auto& run = kernel_for(CodecKey{CodecKey::append, settings, dim, seed},
                                [&] { return cuda::append_kernel(settings, dim, seed, rows, tokens); });
-  return launch(run, cuda::encode_extent(settings, dim, rows, tokens), inputs,
-                {{int(before.size()) + tokens}}, {mx::uint8}, stream)[0];
+  return launch(run, cuda::encode_extent(settings, dim, rows, tokens), inputs, {{int(before.size()) + tokens}},
+                {mx::uint8}, stream)[0];
 }
 
 mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,
@@ -205,8 +205,8 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
     cache.insert(cache.end(), {sinks, key_centre, value_centre});
     return launch(scan, cuda::scan_extent(plan), cache, {q.shape()}, {q.dtype()}, stream)[0];
   }
-  const auto partial = launch(scan, cuda::scan_extent(plan), cache, {{plan.slots, plan.rows, plan.partial_floats(shape.head_dim)}},
-                              {mx::float32}, stream)[0];
+  const auto partial = launch(scan, cuda::scan_extent(plan), cache,
+                              {{plan.slots, plan.rows, plan.partial_floats(shape.head_dim)}}, {mx::float32}, stream)[0];
   const auto& merge =
       kernel_for(key_of(true, shape, settings, plan), [&] { return cuda::merge_kernel(shape, settings, plan); });
   return launch(merge, cuda::merge_extent(shape), {q, written, partial, starts, sinks, key_centre, value_centre},

@@ -123,9 +123,9 @@ struct Decode {
     row_query = row / a.group(), row_head = kv_head * a.group() + row % a.group();
     row_range = visible_keys(a, b, row_query);
 
-    // All addresses are made before the first branch: at a kernel's start each parameter is a miss of the constant cache,
-    // and misses overlap only within a block of code.  The queries' load goes first, for the first product waits for
-    // it; nothing here waits for it before the copies.
+    // All addresses are made before the first branch: at a kernel's start each parameter is a miss of the constant
+    // cache, and misses overlap only within a block of code.  The queries' load goes first, for the first product waits
+    // for it; nothing here waits for it before the copies.
     const int mine = first_tile + warp, q_row = first_row + warp;
     Source from(a, b, kv_head, mine);
     const T* q_from = a.query_at<T>(b, kv_head * a.group() + q_row % a.group(), q_row / a.group(), 8 * lane);
@@ -212,10 +212,11 @@ struct Decode {
   }
 
   /// Each lane converts one token's scales.  A value scale that is no number poisons the key's, so that it reaches the
-  /// sum of weights wherever the token is visible.
+  /// sum of weights wherever the token is visible.  Of tokens beyond the last, scales are what shared memory held
+  /// before: infinities of either sign must go, for not even a weight of 0 makes a number of them.
   __device__ void unpack_scales(const __half* scales) {
     float key = __half2float(scales[lane]), value = __half2float(scales[32 + lane]) * kWeightOne;
-    if (!(value < __uint_as_float(0x7f800000))) key = __uint_as_float(0x7fc00000), value = 0;
+    if (!(fabsf(value) < __uint_as_float(0x7f800000))) key = __uint_as_float(0x7fc00000), value = 0;
     shared.token_scales[warp][lane] = make_float2(key, value);
     __syncwarp();
   }
@@ -327,15 +328,6 @@ struct Decode {
     }
   }
 
-  /// Selectors of four tokens' codes, two coordinates a word: nibbles (0, 2), (4, 6), (1, 3), (5, 7).
-  __device__ static void transpose(const unsigned (&x)[4], unsigned (&out)[4]) {
-    constexpr unsigned low = (VALUE_BITS == 4 ? 0xfu : VALUE_BITS == 3 ? 7u : 3u) * 0x01010101u, high = low << 4;
-    const unsigned even[2] = {(x[0] & low) | (x[1] << 4 & high), (x[2] & low) | (x[3] << 4 & high)};
-    const unsigned odd[2] = {(x[0] >> 4 & low) | (x[1] & high), (x[2] >> 4 & low) | (x[3] & high)};
-    out[0] = prmt(even[0], even[1], 0x5140), out[1] = prmt(even[0], even[1], 0x7362);
-    out[2] = prmt(odd[0], odd[1], 0x5140), out[3] = prmt(odd[0], odd[1], 0x7362);
-  }
-
   /// A tile's values as the products take them: of each 16 coordinates, four registers of four tokens' bytes.
   __device__ void unpack_values(const unsigned* values, unsigned (&bytes)[kValueTiles][4]) const {
     const ValueShare share(g);
@@ -355,7 +347,7 @@ struct Decode {
 #pragma unroll
       for (int w = 0; w < ValueShare::words; ++w) {
         unsigned selectors[4];
-        transpose(nibbles[w], selectors);
+        transpose_codes<VALUE_BITS>(nibbles[w], selectors);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           bytes[4 * w + k][2 * half] = lookup<VALUE_BITS>(selectors[k]);

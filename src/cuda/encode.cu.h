@@ -24,14 +24,13 @@ __host__ __device__ constexpr int vectors_per_block(int warps) {
   return warps * Lanes<D>::vectors;
 }
 
-/// A lane's eight coordinates of a vector, as the encoder knows them.
+/// What the encoder knows of a vector beside its rotated coordinates.
 struct Rotated {
-  float v[8];     // H (s * (x - centre)) without H's factor, divided by `unscale`
+  float unscale;  // coordinates are divided by it: a power of two, for squares of wide exponents leave float's range
   float square;   // |x - centre|^2, divided by its square
-  float unscale;  // a power of two; squares of wide exponents leave float's range
   bool finite;
   int b, h, t;  // of the vector
-  /// The square of the coordinates' RMS in v.
+  /// The square of the rotated coordinates' RMS.
   template <int D>
   __device__ float mean_square() const {
     return square * (float(Lanes<D>::power) / D);  // |H x| = |x|
@@ -39,41 +38,44 @@ struct Rotated {
   __device__ bool codable() const { return finite && square > 0; }
 };
 
-/// Loads and rotates `vector`, or zeros; all lanes of a warp together.
+/// Loads a lane's eight coordinates of `vector`, or zeros, and turns them into those of H (s * (x - centre)) without
+/// H's factor; all lanes of a warp together.
 template <int D, class T>
-__device__ void load_rotated(const EncodeArgs& a, long long vector, bool active, int eighth, Rotated& r) {
+__device__ Rotated load_rotated(const EncodeArgs& a, long long vector, bool active, int eighth, float (&v)[8]) {
+  Rotated r;
   const long long row = active ? vector : 0;
   r.t = int(row % a.tokens), r.h = int(row / a.tokens % a.heads), r.b = int(row / a.tokens / a.heads);
 #pragma unroll
-  for (float& v : r.v) v = 0;
+  for (float& x : v) x = 0;
   if (active) {
     const T* x = static_cast<const T*>(a.x) + r.b * a.x_strides[0] + r.h * a.x_strides[1] + r.t * a.x_strides[2];
-    load8(x + 8 * eighth * a.x_strides[3], r.v, a.x_strides[3]);
+    load8(x + 8 * eighth * a.x_strides[3], v, a.x_strides[3]);
     if (a.centre) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) r.v[j] -= a.centre[r.h * D + 8 * eighth + j];
+      for (int j = 0; j < 8; ++j) v[j] -= a.centre[r.h * D + 8 * eighth + j];
     }
   }
   r.unscale = 1;
   if constexpr (wide_exponent(T())) {
     float top = 0;
 #pragma unroll
-    for (float v : r.v) top = fmaxf(top, fabsf(v));
+    for (float x : v) top = fmaxf(top, fabsf(x));
     top = over_vector<D, true>(top);
     const int exponent = min(max(254 - int(__float_as_uint(top) >> 23), 1), 253);
     if (top < __uint_as_float(0x7f800000)) {
       r.unscale = __uint_as_float(unsigned(254 - exponent) << 23);
 #pragma unroll
-      for (float& v : r.v) v *= __uint_as_float(unsigned(exponent) << 23);
+      for (float& x : v) x *= __uint_as_float(unsigned(exponent) << 23);
     }
   }
   r.square = 0;
 #pragma unroll
-  for (float v : r.v) r.square += v * v;
+  for (float x : v) r.square += x * x;
   r.square = over_vector<D>(r.square);
   r.finite = r.square < __uint_as_float(0x7f800000);  // false for NaN too
-  apply_signs(r.v, a.seed, eighth, 1.f);
-  hadamard<D>(r.v);
+  apply_signs(v, a.seed, eighth, 1.f);
+  hadamard<D>(v);
+  return r;
 }
 
 /// The code of the level nearest to x, twice whose size is `doubled`.
@@ -96,11 +98,11 @@ __device__ unsigned level_square(unsigned nibbles) {
 
 /// The nearest codes of a lane's eight coordinates; of a vector without directions, zeros.
 template <int D, int BITS>
-__device__ unsigned nearest_codes(const Rotated& r) {
+__device__ unsigned nearest_codes(const Rotated& r, const float (&v)[8]) {
   const float to_levels = r.codable() ? 2 * unit(BITS) * rsqrtf(r.mean_square<D>()) : 0.f;
   unsigned nibbles = 0;
 #pragma unroll
-  for (int j = 0; j < 8; ++j) nibbles |= nearest_code<BITS>(r.v[j], fabsf(r.v[j]) * to_levels) << (4 * j);
+  for (int j = 0; j < 8; ++j) nibbles |= nearest_code<BITS>(v[j], fabsf(v[j]) * to_levels) << (4 * j);
   return r.codable() ? nibbles : 0;
 }
 
@@ -139,9 +141,9 @@ __device__ void encode(const EncodeArgs& a, int block) {
   const long long count = (long long)a.batch * a.heads * a.tokens;
   const long long vector = ((long long)block * warps + threadIdx.x / 32) * L::vectors + slot;
   const bool active = slot < L::vectors && vector < count;
-  Rotated r;
-  load_rotated<D, T>(a, vector, active, eighth, r);
-  write_codes<D, BITS>(a, r, active, eighth, nearest_codes<D, BITS>(r));
+  float v[8];
+  const Rotated r = load_rotated<D, T>(a, vector, active, eighth, v);
+  write_codes<D, BITS>(a, r, active, eighth, nearest_codes<D, BITS>(r, v));
 }
 
 /// A `decode` launch; DecodeParams of turboquant.h on the device.

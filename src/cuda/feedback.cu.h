@@ -1,8 +1,9 @@
 // `encode` with error feedback: errors of coordinates coded earlier move those coded later (turboquant.h).
 //
 // A block takes vectors of one head, eight at a time.  Each warp rotates one; then, 32 coordinates after another, all
-// threads multiply the errors so far by G, a thread a row and every eighth four columns, and each warp codes its vector's
-// 32 targets.  A thread's part of G stays in registers.  A vector's sums do not depend on what else the block holds.
+// threads multiply the errors so far by G, a thread a row and every eighth four columns, and each warp codes its
+// vector's 32 targets.  A thread's part of G stays in registers.  A vector's sums do not depend on what else the block
+// holds.
 #pragma once
 
 #include "cuda/encode.cu.h"
@@ -19,44 +20,46 @@ __device__ void encode_with_feedback(const EncodeArgs& a, int block) {
   __shared__ unsigned char codes[kWarps][D];
   const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, int(threadIdx.x / 32), 0);
   const int chunks = (a.tokens + kFeedbackTokens - 1) / kFeedbackTokens;
-  const int row = block / chunks, first = block % chunks * kFeedbackTokens, last = min(a.tokens, first + kFeedbackTokens);
+  const int row = block / chunks, first = block % chunks * kFeedbackTokens,
+            last = min(a.tokens, first + kFeedbackTokens);
   if (row >= a.batch * a.heads) return;
 
   // Of the rows 32 i + lane, the columns 4 (warp + 8 k) to + 3, k < i.
   uint2 parts[kParts > 0 ? kParts : 1];
   const __half* g = a.feedback + (long long)(row % a.heads) * D * D;
+  const auto load_parts = [&](const auto& load) {
 #pragma unroll
-  for (int i = 1; i < kBlocks; ++i) {
+    for (int i = 1; i < kBlocks; ++i) {
 #pragma unroll
-    for (int k = 0; k < i; ++k) {
-      const __half* from = g + (32 * i + lane) * D + 4 * (warp + 8 * k);
-      uint2& to = parts[i * (i - 1) / 2 + k];
-      if (aligned_to(g, 8)) {
-        to = *reinterpret_cast<const uint2*>(from);
-      } else {
-        const unsigned short* x = reinterpret_cast<const unsigned short*>(from);
-        to = make_uint2(x[0] | unsigned(x[1]) << 16, x[2] | unsigned(x[3]) << 16);
-      }
+      for (int k = 0; k < i; ++k) parts[i * (i - 1) / 2 + k] = load(g + (32 * i + lane) * D + 4 * (warp + 8 * k));
     }
+  };
+  if (aligned_to(g, 8)) {
+    load_parts([](const __half* from) { return *reinterpret_cast<const uint2*>(from); });
+  } else {
+    load_parts([](const __half* from) {
+      const unsigned short* x = reinterpret_cast<const unsigned short*>(from);
+      return make_uint2(x[0] | unsigned(x[1]) << 16, x[2] | unsigned(x[3]) << 16);
+    });
   }
 
 #pragma unroll 1
   for (int token = first; token < last; token += kWarps) {
     const int count = min(kWarps, last - token);
     const bool active = warp < count && lane < D / 8;
-    Rotated r;
-    load_rotated<D, T>(a, (long long)row * a.tokens + token + warp, active, lane, r);
+    float v[8];
+    const Rotated r = load_rotated<D, T>(a, (long long)row * a.tokens + token + warp, active, lane, v);
     if (lane >= D / 8) {
 #pragma unroll
-      for (float& v : r.v) v = 0;  // of other vectors, where a warp could hold several
+      for (float& x : v) x = 0;  // of other vectors, where a warp could hold several
     }
-    unsigned nibbles = nearest_codes<D, BITS>(r);
+    unsigned nibbles = nearest_codes<D, BITS>(r, v);
     // In levels at the scale that the nearest codes would have.
     const float length = sqrtf(float(level_square<D, BITS>(nibbles))), norm = sqrtf(r.square * Lanes<D>::power);
     if (lane < D / 8) {
 #pragma unroll
-      for (float& v : r.v) v = r.codable() ? v * (length / norm) : 0.f;
-      store8(&u[warp][8 * lane], r.v);
+      for (float& x : v) x = r.codable() ? x * (length / norm) : 0.f;
+      store8(&u[warp][8 * lane], v);
     }
     __syncwarp();
 #pragma unroll

@@ -4,7 +4,8 @@
 
 #include <algorithm>
 #include <bit>
-#include <sstream>
+#include <charconv>
+#include <type_traits>
 
 namespace turboquant::cuda {
 namespace {
@@ -14,10 +15,27 @@ const char* truth(bool x) { return x ? "true" : "false"; }
 /// `__global__` as CUDA's headers define it.
 constexpr const char* kGlobal = "#undef __global__\n#define __global__ __attribute__((global))";
 
+/// Builds text.  A stream would format numbers by the process's locale, and a locale may group digits.
+class Text {
+ public:
+  template <class T>
+  Text& operator<<(const T& x) {
+    if constexpr (std::is_integral_v<T>) {
+      text_ += std::to_string(x);
+    } else {
+      text_ += x;
+    }
+    return *this;
+  }
+  const std::string& str() const { return text_; }
+
+ private:
+  std::string text_;
+};
+
 std::string hex(uint64_t x) {
-  std::ostringstream s;
-  s << "0x" << std::hex << x;
-  return s.str();
+  char digits[17];
+  return {"0x" + std::string(digits, std::to_chars(digits, digits + 16, x, 16).ptr)};
 }
 
 /// An optional input as a typed pointer, or null.
@@ -27,7 +45,7 @@ std::string optional(bool given, const char* type, const std::string& name) {
 
 /// A call of F<D, BITS, T>(args, blockIdx.x) with T from the pointer `typed_by`.
 std::string codec_call(const char* function, int head_dim, int bits, const std::string& typed_by) {
-  std::ostringstream s;
+  Text s;
   s << "  turboquant::cuda::" << function << "<" << head_dim << ", " << bits << ">(a, " << typed_by
     << ", blockIdx.x);\n";
   return s.str();
@@ -42,10 +60,11 @@ int codec_blocks(int head_dim, int64_t vectors) {
 
 /// Fills AttentionArgs `a` with what every attention kernel has.
 std::string attention_args(const AttentionShape& shape, const AttentionSettings& s, const AttentionPlan& plan) {
-  std::ostringstream o;
+  Text o;
   o << "  turboquant::cuda::AttentionArgs a = {};\n"
        "  a.even = "
-    << truth(plan.parts > 0) << ";\n"
+    << truth(plan.parts > 0)
+    << ";\n"
        "  a.batch = "
     << (shape.batch == 1 ? "1" : "q_shape[0]")  // one row spares the loops over rows
     << ", a.query_heads = " << shape.query_heads << ", a.kv_heads = " << shape.kv_heads
@@ -89,7 +108,7 @@ std::string cache_args(const AttentionSettings& s) {
 }
 
 std::string row_args(const AttentionSettings& s) {
-  std::ostringstream o;
+  Text o;
   o << "  a.sinks = " << optional(s.sinks, "float", "sinks")
     << ";\n  a.key_centre = " << optional(s.key_centre, "float", "key_centre")
     << ";\n  a.value_centre = " << optional(s.value_centre, "float", "value_centre") << ";\n";
@@ -104,9 +123,7 @@ const char* mask_name(MaskKind kind) {
 
 }  // namespace
 
-namespace {
-
-}  // namespace
+namespace {}  // namespace
 
 std::string before_kernel(const Kernel& k) {
   if (k.max_threads == 0) return "";
@@ -122,7 +139,7 @@ void set_extent(Kernel& k, const Extent& extent) { k.grid = extent.grid, k.block
 /// Body of a side's encoding; `place` fills where it writes.
 std::string encode_side(const EncodeSide& side, int i, int head_dim, uint64_t seed, const std::string& place) {
   const std::string n = std::to_string(i);
-  std::ostringstream o;
+  Text o;
   o << (i ? "  else {\n" : "  if (blockIdx.y == 0) {\n") << "  turboquant::cuda::EncodeArgs a = {};\n"
     << "  a.batch = x" << i << "_shape[0], a.heads = x" << i << "_shape[1], a.tokens = x" << i << "_shape[2];\n"
     << "  a.seed = " << hex(seed) << "ull;\n  a.x = x" << i << ";\n"
@@ -138,8 +155,8 @@ std::string encode_side(const EncodeSide& side, int i, int head_dim, uint64_t se
 Extent encode_extent(const std::vector<EncodeSide>& sides, int head_dim, int64_t rows, int tokens) {
   int64_t blocks = 0;
   for (const EncodeSide& side : sides) {
-    const int64_t of_side =
-        side.feedback ? rows * ((tokens + kFeedbackTokens - 1) / kFeedbackTokens) : codec_blocks(head_dim, rows * tokens);
+    const int64_t of_side = side.feedback ? rows * ((tokens + kFeedbackTokens - 1) / kFeedbackTokens)
+                                          : codec_blocks(head_dim, rows * tokens);
     blocks = std::max(blocks, of_side);
   }
   return {{int(blocks) * 32 * kCodecWarps, int(sides.size()), 1}, {32 * kCodecWarps, 1, 1}};
@@ -149,8 +166,7 @@ Extent decode_extent(int head_dim, int64_t vectors) {
   return {{codec_blocks(head_dim, vectors) * 32 * kCodecWarps, 1, 1}, {32 * kCodecWarps, 1, 1}};
 }
 
-Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t rows,
-                     int tokens) {
+Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t rows, int tokens) {
   Kernel k;
   k.name = "tq_encode";
   k.header = Source::encode;
@@ -159,7 +175,7 @@ Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_
     k.inputs.insert(k.inputs.end(), {"x" + n, "centre" + n, "feedback" + n});
     k.outputs.insert(k.outputs.end(), {"codes" + n, "scales" + n});
     k.name += "_" + std::to_string(sides[i].bits) + (sides[i].feedback ? "f" : "");
-    std::ostringstream place;
+    Text place;
     place << "  a.codes = codes" << i << ", a.scales = scales" << i << ";\n"
           << "  a.scale_strides[1] = a.tokens, a.scale_strides[0] = (long long)a.heads * a.tokens;\n"
           << "  for (int i = 0; i < 2; ++i) a.code_strides[i] = " << words_per_vector(sides[i].bits, head_dim)
@@ -170,8 +186,7 @@ Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_
   return k;
 }
 
-Kernel append_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t rows,
-                     int tokens) {
+Kernel append_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t rows, int tokens) {
   Kernel k;
   k.name = "tq_append";
   k.header = Source::encode;
@@ -180,7 +195,7 @@ Kernel append_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_
     const std::string n = std::to_string(i);
     k.inputs.insert(k.inputs.end(), {"x" + n, "centre" + n, "feedback" + n, "codes" + n, "scales" + n});
     k.name += "_" + std::to_string(sides[i].bits) + (sides[i].feedback ? "f" : "");
-    std::ostringstream place;
+    Text place;
     place << "  const long long at = before_shape[0] - 1;\n"
           << "  a.codes = const_cast<unsigned*>(codes" << i << ") + at * " << words_per_vector(sides[i].bits, head_dim)
           << ";\n  a.scales = const_cast<__half*>(scales" << i << ") + at;\n"
@@ -221,7 +236,7 @@ namespace {
 
 /// The call of the device function that a plan names, after AttentionArgs `a` has been filled.
 std::string attention_call(const AttentionShape& shape, const AttentionSettings& settings, const AttentionPlan& plan) {
-  std::ostringstream o;
+  Text o;
   const char* function = plan.method == AttentionPlan::decode ? "run_decode"
                          : plan.method == AttentionPlan::many ? "run_rows"
                                                               : "run_prefill";
@@ -291,7 +306,7 @@ Kernel merge_kernel(const AttentionShape& shape, const AttentionSettings& settin
   k.header = Source::merge;
   k.inputs = {"q", "written", "partial", "starts", "sinks", "key_centre", "value_centre"};
   k.outputs = {"out"};
-  std::ostringstream o;
+  Text o;
   o << attention_args(shape, settings, plan) << row_args(settings)
     << "  a.partial = const_cast<float*>(partial);\n"
        "  a.out = out;\n"

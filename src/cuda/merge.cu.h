@@ -49,8 +49,8 @@ struct Coordinate<true> {
   using type = __half;
 };
 
-/// Adds partial results to a row: v, `sum` and `top` as in finish_row.  They are those of slots first, first + step, ...
-/// before `last`, of row `row` of ROWS; BATCH of them at a time, so that their loads overlap.
+/// Adds partial results to a row: v, `sum` and `top` as in finish_row.  They are those of slots first, first + step,
+/// ... before `last`, of row `row` of ROWS; BATCH of them at a time, so that their loads overlap.
 template <int D, int ROWS, bool HALF, int BATCH>
 __device__ void add_partials(const AttentionArgs& a, int row, int first, int last, int step, float (&v)[8], float& sum,
                              float& top) {

@@ -5,7 +5,8 @@
 //   encode   in  per side x (B, H, N, D) any float, any strides; centre (H, D) f32 or a dummy; feedback (H, D, D) f16,
 //                dense, or a dummy
 //            out codes0 [codes1] (B, H, N, bits D / 32) u32, scales0 [scales1] (B, H, N) f16
-//   append   in  per side x (B, H, N, D), centre, feedback, codes (B, H, capacity, bits D / 32), scales (B, H, capacity), views
+//   append   in  per side x (B, H, N, D), centre, feedback, codes (B, H, capacity, bits D / 32), scales (B, H,
+//   capacity), views
 //                allowed; then before (n + 1) u8, whose size says that token n is the first to write
 //            out written (n + N + 1) u8, which nobody writes or reads: it stands for the codes and scales, which this
 //                kernel overwrites in place although they are inputs
@@ -97,8 +98,8 @@ inline int prefill_shared_bytes(const AttentionShape& s, const AttentionPlan& p)
   return (bytes + 15) / 16 * 16;
 }
 
-/// Divides `segments` of `tiles` tiles each among blocks: at least `least` tiles a block where that leaves enough to do,
-/// and at most `most`, whose sums fit.
+/// Divides `segments` of `tiles` tiles each among blocks: at least `least` tiles a block where that leaves enough to
+/// do, and at most `most`, whose sums fit.
 inline void divide(const AttentionShape& s, const Device& device, int64_t segments, int64_t tiles, int least, int most,
                    AttentionPlan& p) {
   const int64_t useful = std::max<int64_t>(1, segments * tiles / least);
@@ -106,7 +107,8 @@ inline void divide(const AttentionShape& s, const Device& device, int64_t segmen
       std::max(std::min<int64_t>(device.multiprocessors, useful), (segments * tiles + most - 1) / most);
   // Equal parts of every segment spare a block the search for its run, unless that leaves many processors idle.
   const int64_t parts = blocks / segments;
-  const bool even = !s.ragged && parts > 0 && (10 * parts * segments >= 9 * blocks || blocks < device.multiprocessors) &&
+  const bool even = !s.ragged && parts > 0 &&
+                    (10 * parts * segments >= 9 * blocks || blocks < device.multiprocessors) &&
                     parts * int64_t(most) >= tiles;
   p.parts = even ? int(parts) : 0;
   p.blocks = int(even ? parts * segments : blocks);
@@ -133,8 +135,8 @@ inline int64_t tiles_each(const AttentionShape& s, const Device& device) {
   return int64_t(s.batch) * s.kv_heads * ((s.kv_len + 31) / 32) / std::max(1, device.multiprocessors);
 }
 
-/// `many`, if shared memory has room.  Sixteen warps hide more of each other's latencies where there is enough to do, but
-/// have half the registers: enough for sixteen rows.
+/// `many`, if shared memory has room.  Sixteen warps hide more of each other's latencies where there is enough to do,
+/// but have half the registers: enough for sixteen rows.
 inline bool plan_many(const AttentionShape& s, const Device& device, AttentionPlan& p) {
   p.method = AttentionPlan::many;
   p.rows = (std::min(s.rows(), 32) + 7) / 8 * 8;

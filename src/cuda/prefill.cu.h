@@ -245,7 +245,7 @@ struct Prefill {
         const __half* scales = reinterpret_cast<const __half*>(part) + threadIdx.x % 32;
         float key = __half2float(scales[0]), value = __half2float(scales[32]);
         // As in decoding: a value scale that is no number spoils the weight.
-        if (!(value < __uint_as_float(0x7f800000))) key = __uint_as_float(0x7fc00000), value = 0;
+        if (!(fabsf(value) < __uint_as_float(0x7f800000))) key = __uint_as_float(0x7fc00000), value = 0;
         shared.token_scales[threadIdx.x] = make_float2(key, value);
       }
       __syncthreads();

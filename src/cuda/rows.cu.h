@@ -1,13 +1,14 @@
 // Attention of some query rows (up to 32 of a KV head) over a packed cache, on int8 tensor cores.
 //
 // A block takes all rows of a KV head, so that codes are read and unpacked once.  Its warps work in rounds: each scores
-// sixteen tokens against all rows and transposes their values' codes; weights and codes then pass through shared memory,
-// for in the second product each warp takes 16 or 32 coordinates of all tokens.  Everything that passes is
+// sixteen tokens against all rows and transposes their values' codes; weights and codes then pass through shared
+// memory, for in the second product each warp takes 16 or 32 coordinates of all tokens.  Everything that passes is
 // double-buffered, so a round needs one barrier.  Numbers are as in decode.cu.h: queries and weights as high and low
 // bytes, sums as integers relative to a power of two, here one for each row of the block.
 #pragma once
 
 #include "cuda/int8.cu.h"
+#include "cuda/passed_values.cu.h"
 
 namespace turboquant::cuda {
 
@@ -23,22 +24,16 @@ struct ManyRows {
   static constexpr int kRoom = (WARPS == 8 ? 16 : 8) / GROUPS;
   static constexpr int kHeld = kRoom < kKeySteps ? kRoom : kKeySteps;  // steps whose q stays in registers
   static constexpr int kEach = (kRows + WARPS - 1) / WARPS;            // queries that a warp prepares
-  static constexpr int kSets = 16 / WARPS;                             // of 16 coordinates, that a warp sums
+  using Passed = PassedValues<D, VALUE_BITS, WARPS>;
+  static constexpr int kSets = Passed::kSets;  // of 16 coordinates, that a warp sums
   static constexpr int kStageWords = Keys::size + Values::size + kTokens;
   static constexpr float kWeightOne = 65280;  // 255 * 256: the fixed-point weight of 1
   static_assert(STAGES >= 2 && D > 128, "smaller heads have fewer sets of coordinates than warps");
 
-  // Codes of four tokens at two coordinates, c and c + 2, are a word.  A group of 32 coordinates has 16 such pairs; they
-  // are the columns of two products, pair 8 s + g being column g of those of set s: its low half of one, its high half of
-  // the other.  Four words between groups, and halves exchanged for every other two of the four threads that share a
-  // group, keep reads and writes free of bank conflicts.
-  static constexpr int kGroup = WARPS * 64 + 4;
-  static __device__ int pair_at(int pair) { return kSets == 2 ? pair % 8 * 2 + pair / 8 : pair; }
-
   struct Shared {
     alignas(16) unsigned ring[WARPS][STAGES][kStageWords];
     uint4 q[GROUPS][kKeySteps][32];  // as the products take them: high and low bytes of four coordinates, twice
-    alignas(16) unsigned values[2][D / 32][kGroup];
+    Passed values[2];
     uint4 weights[2][kSteps][GROUPS][32];  // of [32 tokens][rows][lane]: of four tokens, high and low bytes, twice
     float4 token_scales[WARPS][kTokens];   // of keys; of values, times kWeightOne; the latter's logarithm
     float q_scale[kRows];
@@ -149,11 +144,12 @@ struct ManyRows {
         // Weights and values of this round are made while the tensor cores multiply those of the last.
         int down[GROUPS];
         float scales[4];
-        ValueUnpacker unpacker(*this, shared.ring[warp][stage] + Keys::size, i & 1);
+        unsigned nibbles[4][4];
+        load_values(shared.ring[warp][stage] + Keys::size, nibbles);
         load_value_scales(scales);
         const auto between = [&](int k) {
           if (k < GROUPS) write_weights(k, i & 1, scales, down[k < GROUPS ? k : 0]);
-          if (k < 2) unpacker.store(k);
+          if (k < 2) shared.values[i & 1].store(k, warp, g, t, nibbles);
         };
         if (i > 0) {
           multiply_values(i + 1 & 1, between);
@@ -260,11 +256,12 @@ struct ManyRows {
   }
 
   /// Each lane converts one token's scales.  A value scale that is no number poisons the key's, so that it reaches the
-  /// sum of weights wherever the token is visible.
+  /// sum of weights wherever the token is visible.  Of tokens beyond the last, scales are what shared memory held
+  /// before: infinities of either sign must go, for not even a weight of 0 makes a number of them.
   __device__ void unpack_scales(const __half* scales) {
     if (lane < kTokens) {
       float key = __half2float(scales[lane]), value = __half2float(scales[kTokens + lane]);
-      if (!(value < __uint_as_float(0x7f800000))) key = __uint_as_float(0x7fc00000), value = 0;
+      if (!(fabsf(value) < __uint_as_float(0x7f800000))) key = __uint_as_float(0x7fc00000), value = 0;
       shared.token_scales[warp][lane] = make_float4(key, value * kWeightOne, fmaxf(log2_fast(value), -40.f), 0);
     }
     __syncwarp();
@@ -359,75 +356,28 @@ struct ManyRows {
     }
   }
 
-  /// Signed levels of the low four nibbles.
-  static __device__ unsigned signed_lookup(unsigned codes) {
-    return VALUE_BITS == 4 ? lookup<4>(codes) ^ 0x80808080u : lookup<VALUE_BITS>(codes);
+  /// The nibble words [word][token] of a group of 32 coordinates of four of this warp's tokens: group g, if there is
+  /// one.
+  __device__ void load_values(const unsigned* values, unsigned (&nibbles)[4][4]) const {
+    const int group = g < D / 32 ? g : 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      unsigned packed[VALUE_BITS];
+      Values::load(values, token(i), group * VALUE_BITS, packed);
+      const Group<VALUE_BITS> unpacked(packed);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) nibbles[w][i] = unpacked.word[w];
+    }
   }
-
-  /// Transposes the codes of this warp's values for all warps, in two steps between which there is room for other work.
-  /// A thread has four tokens of group g.
-  struct ValueUnpacker {
-    unsigned nibbles[4][4];  // [word][token]
-    unsigned* to;
-    int exchanged;
-    bool has;
-    __device__ ValueUnpacker(const ManyRows& rows, const unsigned* values, int parity) : has(rows.g < D / 32) {
-      const int group = has ? rows.g : 0;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        unsigned packed[VALUE_BITS];
-        Values::load(values, rows.token(i), group * VALUE_BITS, packed);
-        const Group<VALUE_BITS> unpacked(packed);
-#pragma unroll
-        for (int w = 0; w < 4; ++w) nibbles[w][i] = unpacked.word[w];
-      }
-      to = &rows.shared.values[parity][group][(4 * rows.warp + rows.t) * 16];
-      exchanged = (rows.t & 2) * 4;
-    }
-    /// Pairs 4 w to 4 w + 3 come from word w.
-    __device__ void store(int half) {
-      unsigned out[2][4];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) transpose_codes<VALUE_BITS>(nibbles[kSets == 2 ? half + 2 * i : 2 * half + i], out[i]);
-      if (!has) return;
-      uint4* at = reinterpret_cast<uint4*>(to + (8 * half ^ exchanged));
-      if constexpr (kSets == 2) {  // words half and half + 2, pair by pair
-        at[0] = make_uint4(out[0][0], out[1][0], out[0][1], out[1][1]);
-        at[1] = make_uint4(out[0][2], out[1][2], out[0][3], out[1][3]);
-      } else {
-        at[0] = make_uint4(out[0][0], out[0][1], out[0][2], out[0][3]);
-        at[1] = make_uint4(out[1][0], out[1][1], out[1][2], out[1][3]);
-      }
-    }
-  };
-
-  /// First of the sets of coordinates that this warp sums.  Where a head has fewer than the warps could take, some
-  /// repeat the last ones' work for nothing.
-  __device__ int first_set() const { return min(kSets * warp, D / 16 - kSets); }
 
   /// Adds a round's weighted values to the sums of this warp's coordinates; calls between(k) after each product.
   template <class Between>
   __device__ void multiply_values(int parity, const Between& between) {
-    const int first = first_set();
-    const unsigned* values = &shared.values[parity][first / 2][t * 16 + (pair_at(first % 2 * 8 + g) ^ (t & 2) * 4)];
+    const auto reader = shared.values[parity].reader(warp, g, t);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       unsigned bytes[2 * kSets][2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const unsigned* from = values + (8 * k + 4 * half) * 16;
-        unsigned codes[kSets];
-        if constexpr (kSets == 2) {
-          const uint2 x = *reinterpret_cast<const uint2*>(from);
-          codes[0] = x.x, codes[kSets - 1] = x.y;
-        } else {
-          codes[0] = *from;
-        }
-#pragma unroll
-        for (int i = 0; i < kSets; ++i) {
-          bytes[2 * i][half] = signed_lookup(codes[i]), bytes[2 * i + 1][half] = signed_lookup(codes[i] >> 16);
-        }
-      }
+      reader.load(k, bytes);
 #pragma unroll
       for (int r = 0; r < GROUPS; ++r) {
         const uint4 w = shared.weights[parity][k][r][lane];
@@ -450,15 +400,17 @@ struct ManyRows {
       if (t == 0) shared.sums[warp][8 * r + g] = make_float2(top[r], sum[r]);
     }
     const int rows = min(kRows, a.rows() - first_row), odd = t & 1;
-    // Weights are at most 1 and levels at most 3.25, so with this many bits taken off the sums fit a half; its precision
-    // does not depend on them.
+    // Weights are at most 1 and levels at most 3.25, so with this many bits taken off the sums fit a half; its
+    // precision does not depend on them.
     const int bits = 13 - (32 - __clz(max(last_piece - first_piece, 1) * kTokens - 1));
-    const float power = __uint_as_float(unsigned(127 + bits) << 23), factor = power * (level_step(VALUE_BITS) / kWeightOne);
+    const float power = __uint_as_float(unsigned(127 + bits) << 23),
+                factor = power * (level_step(VALUE_BITS) / kWeightOne);
 #pragma unroll
     for (int r = 0; r < GROUPS; ++r) {
 #pragma unroll
       for (int i = 0; i < kSets; ++i) {
-        // Of eight coordinates, threads of even t have the even ones and their neighbours the odd; each gives half away.
+        // Of eight coordinates, threads of even t have the even ones and their neighbours the odd; each gives half
+        // away.
         float x[4];
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -466,7 +418,7 @@ struct ManyRows {
           x[k] = (float(sums[k / 2]) * 256 + float(sums[2 + k / 2])) * factor;  // coordinates odd + 0, 2, 4, 6
         }
         const float low = __shfl_xor_sync(~0u, odd ? x[0] : x[2], 1), high = __shfl_xor_sync(~0u, odd ? x[1] : x[3], 1);
-        const int set = first_set() + i, first = 16 * set + 8 * (t / 2) + 4 * odd;
+        const int set = Passed::first_set(warp) + i, first = 16 * set + 8 * (t / 2) + 4 * odd;
         if (8 * r + g < rows) {
           auto* to = reinterpret_cast<__half2*>(Partial<D, true>(a, (long long)slot * kRows + 8 * r + g).row);
           const __half2 pairs[2] = {odd ? __floats2half2_rn(low, x[2]) : __floats2half2_rn(x[0], low),
@@ -487,8 +439,8 @@ struct ManyRows {
 };
 
 /// Entry for generated code: types from pointers, shared memory as the bytes that were planned.
-template <int D, int KEY_BITS, int VALUE_BITS, MaskType MASK, int SHARED_BYTES, int ROWS, int WARPS, int STAGES, class T,
-          class MaskT>
+template <int D, int KEY_BITS, int VALUE_BITS, MaskType MASK, int SHARED_BYTES, int ROWS, int WARPS, int STAGES,
+          class T, class MaskT>
 __device__ void run_rows(const AttentionArgs& a, const T*, const MaskT*, unsigned char* shared) {
   using Kernel = ManyRows<D, KEY_BITS, VALUE_BITS, T, MASK, MaskT, ROWS / 8, WARPS, STAGES>;
   static_assert(sizeof(typename Kernel::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");

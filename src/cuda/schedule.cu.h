@@ -1,9 +1,9 @@
 // How the blocks of a launch divide the packed cache.
 //
-// A segment is one KV head of one batch row, read for one block of ROWS query rows.  In an even launch every segment has
-// as many tiles as the others and a column of the grid to itself: block x of column y takes the x-th part of segment y.
-// Otherwise (ragged batches, or many segments) the tiles of all segments, in order, are dealt to the blocks in equal
-// contiguous runs.  A block leaves one partial result for each segment that it touches.
+// A segment is one KV head of one batch row, read for one block of ROWS query rows.  In an even launch every segment
+// has as many tiles as the others and a column of the grid to itself: block x of column y takes the x-th part of
+// segment y. Otherwise (ragged batches, or many segments) the tiles of all segments, in order, are dealt to the blocks
+// in equal contiguous runs.  A block leaves one partial result for each segment that it touches.
 #pragma once
 
 #include "cuda/attention.cu.h"

@@ -85,14 +85,13 @@ TEST_P(Compile, Codec) {
         const std::vector<cuda::EncodeSide> sides{{3, true, feedback}, {4, false, false}};
         const auto encode = cuda::encode_kernel(sides, dim, 7, 1, 1);
         EXPECT_FALSE(
-            jit::compile(
-                jit::whole_source(encode, {x, array, array, x, array, array}, {codes, scales, codes, scales}), GetParam())
+            jit::compile(jit::whole_source(encode, {x, array, array, x, array, array}, {codes, scales, codes, scales}),
+                         GetParam())
                 .empty());
         const auto append = cuda::append_kernel(sides, dim, 7, 1, 1);
-        EXPECT_FALSE(jit::compile(jit::whole_source(append,
-                                                    {x, array, array, codes, scales, x, array, array, codes, scales,
-                                                     array},
-                                                    {{nullptr, "uint8_t", {1}}}),
+        EXPECT_FALSE(jit::compile(jit::whole_source(
+                                      append, {x, array, array, codes, scales, x, array, array, codes, scales, array},
+                                      {{nullptr, "uint8_t", {1}}}),
                                   GetParam())
                          .empty());
       }
@@ -100,6 +99,18 @@ TEST_P(Compile, Codec) {
       EXPECT_FALSE(jit::compile(jit::whole_source(decode, {codes, scales, array}, {x}), GetParam()).empty());
     }
   }
+}
+
+TEST_P(Compile, KernelsWithLaunchBoundsAreFoundByName) {
+  const cuda::AttentionShape shape{1, 16, 4, 1, 20000, 256, 3, 3, false};
+  const auto plan = cuda::plan_attention(shape, {});
+  const auto kernel = cuda::partial_kernel(shape, {}, plan);
+  ASSERT_EQ(kernel.max_threads, 512);
+  const jit::Array any(nullptr, "__half", {1, 1, 1, 1}), codes(nullptr, "uint32_t", {1, 1, 1, 1}), none;
+  const auto source =
+      jit::whole_source(kernel, {any, codes, any, codes, any, {nullptr, "uint8_t", {1}}, none, none}, {none});
+  EXPECT_NE(source.find("__launch_bounds__(512)"), std::string::npos);
+  EXPECT_NE(jit::name_as_mlx_does(kernel, source, GetParam()).find("custom_kernel_" + kernel.name), std::string::npos);
 }
 
 TEST_P(Compile, ErrorsShowTheCompilersLog) {

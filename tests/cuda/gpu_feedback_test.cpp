@@ -38,7 +38,12 @@ TEST_F(Gpu, FeedbackCodesAreTheNearestToTheirTargets) {
       jit::encode_on_gpu(k, &v);  // values without
       for (int row = 0; row < heads * tokens; ++row) {
         const int head = row / tokens;
-        const FeedbackInput in{x, size_t(row), dim, bits, kSeed, centre ? centre + head * dim : nullptr,
+        const FeedbackInput in{x,
+                               size_t(row),
+                               dim,
+                               bits,
+                               kSeed,
+                               centre ? centre + head * dim : nullptr,
                                g.data() + size_t(head) * dim * dim};
         ASSERT_EQ(wrong_with_feedback(in, &keys.codes[size_t(row) * words_per_vector(bits, dim)], keys.scales[row]), "")
             << "row " << row;

@@ -1,4 +1,6 @@
 // The CUDA kernels on a GPU against the reference backend.  Skipped where there is no GPU.
+#include "gpu.h"
+
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -9,7 +11,6 @@
 
 #include "attend.h"
 #include "cases.h"
-#include "gpu.h"
 
 namespace turboquant {
 namespace {
@@ -41,27 +42,29 @@ std::vector<cases::Difference> compare(const std::vector<cases::Case>& table, ji
 
 // The table's caches are short; each kernel that a long one would choose is forced on short ones here.
 TEST_F(Gpu, EveryPlanMatchesTheOracle) {
-  const jit::Planner planners[] = {
-      cuda::plan_decode,
-      [](const cuda::AttentionShape& s, const cuda::Device& device) {
-        cuda::AttentionPlan p;
-        EXPECT_TRUE(cuda::plan_many(s, device, p));
-        return p;
-      },
-      [](const cuda::AttentionShape& s, const cuda::Device& device) {
-        cuda::AttentionPlan p;
-        EXPECT_TRUE(cuda::plan_many(s, device, p));
-        p.warps = 16, p.stages = 2;
-        p.shared_bytes = cuda::many_shared_bytes(s, p);
-        return p;
-      }};
+  const jit::Planner planners[] = {cuda::plan_decode,
+                                   [](const cuda::AttentionShape& s, const cuda::Device& device) {
+                                     cuda::AttentionPlan p;
+                                     EXPECT_TRUE(cuda::plan_many(s, device, p));
+                                     return p;
+                                   },
+                                   [](const cuda::AttentionShape& s, const cuda::Device& device) {
+                                     cuda::AttentionPlan p;
+                                     EXPECT_TRUE(cuda::plan_many(s, device, p));
+                                     p.warps = 16, p.stages = 2;
+                                     p.shared_bytes = cuda::many_shared_bytes(s, p);
+                                     return p;
+                                   }};
   for (const auto& planner : planners) {
     std::vector<cases::Case> table;
     for (int bits : {2, 3, 4}) {
       for (int len : {1, 2, 4}) {
         for (int kv_len : {1, 300, 2500}) {
-          table.push_back({.key_bits = bits, .value_bits = 2 + (bits + len) % 3, .query_len = std::min(len, kv_len),
-                           .kv_len = kv_len, .causal = len > 1});
+          table.push_back({.key_bits = bits,
+                           .value_bits = 2 + (bits + len) % 3,
+                           .query_len = std::min(len, kv_len),
+                           .kv_len = kv_len,
+                           .causal = len > 1});
         }
       }
     }
@@ -301,6 +304,42 @@ TEST_F(Gpu, HiddenTokensHaveNoInfluenceAndVisibleNaNPropagates) {
       SCOPED_TRACE(testing::Message() << "queries " << len << " values " << values);
       EXPECT_EQ(spoilt_outputs(c, values, 0), 0) << "outside every window";
       EXPECT_EQ(spoilt_outputs(c, values, 89), 2 * 128) << "seen by the last query of both heads";
+    }
+  }
+}
+
+/// Fills the shared memory of all multiprocessors, where later kernels find it.
+void fill_shared_memory(uint32_t word) {
+  const cuda::Device device = jit::current_device();
+  cuda::Kernel k;
+  k.name = "tq_fill";
+  k.header = cuda::Source::merge;
+  k.inputs = {"dummy"}, k.outputs = {"out"};
+  k.source =
+      "  extern __shared__ unsigned words[];\n  volatile unsigned* all = words;\n  for (int i = threadIdx.x; i < " +
+      std::to_string(device.shared_bytes / 4) + "; i += blockDim.x) all[i] = " + std::to_string(word) +
+      "u;\n  __syncthreads();\n  if (all[threadIdx.x] != " + std::to_string(word) + "u) *out = 1;\n";
+  k.grid = {1024 * device.multiprocessors, 1, 1}, k.block = {1024, 1, 1};
+  k.shared_bytes = device.shared_bytes;
+  const jit::Memory out(4);
+  jit::Launch(k, {{}}, {{out.get(), "float", {1}}})();
+}
+
+// Tiles are copied whole but for the last, so scales of tokens beyond the end are whatever lay in shared memory.
+TEST_F(Gpu, WhatSharedMemoryHeldHasNoInfluence) {
+  for (int len : {1, 2, 8, 40}) {
+    for (int kv_len : {41, 300}) {
+      cases::Case c{.query_heads = 8, .kv_heads = 2, .query_len = len, .kv_len = kv_len, .causal = true};
+      cases::Inputs inputs(c);
+      const auto want = cases::oracle(inputs);
+      for (uint32_t word : {0xfc00fc00u, 0x7c007c00u, 0x7e007e00u, 0xffffffffu, 0xfbfffbffu, 0u}) {
+        SCOPED_TRACE(testing::Message() << c.name() << " " << std::hex << word);
+        const auto found = cases::compare(inputs, want, [&](const AttendParams& p) {
+          fill_shared_memory(word);
+          jit::attend_on_gpu(p);
+        });
+        EXPECT_LE(found.worst_row, kPrefillTolerance);
+      }
     }
   }
 }

@@ -42,9 +42,12 @@ bool mentions(const cuda::Kernel& kernel, const std::string& name) {
   return kernel.source.find(name) != std::string::npos;
 }
 
-std::string run_compiler(const std::string& source, const std::string& architecture) {
+/// With an expression that names a kernel, as MLX asks for one, `lowered` gets its mangled name.
+std::string run_compiler(const std::string& source, const std::string& architecture, const std::string& expression = "",
+                         std::string* lowered = nullptr) {
   nvrtcProgram program;
   nvrtc_check(nvrtcCreateProgram(&program, source.c_str(), "kernel.cu", 0, nullptr, nullptr), "nvrtcCreateProgram");
+  if (lowered) nvrtc_check(nvrtcAddNameExpression(program, expression.c_str()), "nvrtcAddNameExpression");
   const std::string arch = "--gpu-architecture=" + architecture, include = "--include-path=" TURBOQUANT_CUDA_INCLUDE;
   const char* options[] = {arch.c_str(), include.c_str(), "--device-as-default-execution-space"};
   const nvrtcResult result = nvrtcCompileProgram(program, 3, options);
@@ -56,6 +59,9 @@ std::string run_compiler(const std::string& source, const std::string& architect
     nvrtc_check(nvrtcGetCUBINSize(program, &size), "nvrtcGetCUBINSize");
     code.resize(size);
     nvrtc_check(nvrtcGetCUBIN(program, code.data()), "nvrtcGetCUBIN");
+    const char* name = nullptr;
+    if (lowered) nvrtc_check(nvrtcGetLoweredName(program, expression.c_str(), &name), "nvrtcGetLoweredName");
+    if (lowered) *lowered = name;
   }
   nvrtcDestroyProgram(&program);
   if (result != NVRTC_SUCCESS) throw std::runtime_error("kernel does not compile:\n" + log);
@@ -132,6 +138,14 @@ std::string compile(const std::string& source, const std::string& architecture) 
   }
   std::lock_guard lock(mutex);
   return known[key] = code;
+}
+
+std::string name_as_mlx_does(const cuda::Kernel& kernel, std::string source, const std::string& architecture) {
+  const std::string unmangled = "extern \"C\" ";
+  source.erase(source.find(unmangled + "__global__"), unmangled.size());
+  std::string name;
+  run_compiler(source, architecture, "mlx::core::cu::" + function_name(kernel), &name);
+  return name;
 }
 
 std::string current_architecture() {

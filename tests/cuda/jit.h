@@ -37,6 +37,10 @@ std::string whole_source(const cuda::Kernel& kernel, const std::vector<Array>& i
 /// in the folder TURBOQUANT_CUBIN_CACHE if that is set.
 std::string compile(const std::string& source, const std::string& architecture);
 
+/// Compiles the text that `whole_source` gave, without its C linkage, and returns the mangled name of the kernel that
+/// an expression finds, which is how MLX gets at it.
+std::string name_as_mlx_does(const cuda::Kernel& kernel, std::string source, const std::string& architecture);
+
 /// "sm_90a" for the current device.
 std::string current_architecture();
 /// Limits of the current device.
