@@ -9,9 +9,6 @@ namespace turboquant::ops::cuda_backend {
 /// with it, launches cost less time on the host.  Not thread-safe: set it before the first operation.
 void set_kernel_directory(const std::string& directory);
 
-/// Whether encode and append feed errors forward.
-inline constexpr bool kFeedback = true;
-
 std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
                                  const std::vector<std::optional<mx::array>>& centres,
                                  const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream);

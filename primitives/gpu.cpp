@@ -48,8 +48,6 @@ bool gpu_supported(std::string* why) {
   return true;
 }
 
-bool feeds_back_gpu() { return on_metal() ? metal_backend::kFeedback : cuda_backend::kFeedback; }
-
 std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
                                      const std::vector<std::optional<mx::array>>& centres,
                                      const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream) {

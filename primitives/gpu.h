@@ -9,9 +9,6 @@ namespace turboquant::ops {
 /// Whether a GPU backend of this library can serve this device; `why` says what is missing.
 bool gpu_supported(std::string* why = nullptr);
 
-/// Whether encode_gpu and append_gpu take feedback on this GPU.
-bool feeds_back_gpu();
-
 /// As `encode_kv`, for two sides that share batch, heads and tokens; with no values, one side is encoded.
 std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
                                      const std::vector<std::optional<mx::array>>& centres,

@@ -5,9 +5,6 @@
 
 namespace turboquant::ops::metal_backend {
 
-/// Whether encode feeds errors forward.
-inline constexpr bool kFeedback = true;
-
 std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
                                  const std::vector<std::optional<mx::array>>& centres,
                                  const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream);

@@ -65,7 +65,6 @@ NB_MODULE(_core, m) {
     const bool ok = ops::gpu_supported(&why);
     return std::pair{ok, why};
   });
-  m.def("feeds_back_gpu", &ops::feeds_back_gpu);
   m.def(
       "rotation",  // as a matrix (D, D), in double: calibration turns its metrics by it
       [](int dim, uint64_t seed) {

@@ -100,7 +100,6 @@ def prepare(model, args, where, max_kv_size=None):
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import dequantize_model
 
-    from . import _core
     from .report import summary
     from .slots import enable
 
@@ -110,9 +109,6 @@ def prepare(model, args, where, max_kv_size=None):
             model = dequantize_model(model)
         model.set_dtype(mx.float32)
     calibration = _calibration(args, where)
-    if calibration and not on_cpu and not _core.feeds_back_gpu() and any(c.feedback for c in calibration.values()):
-        print("[tq] feedback is not built for this GPU yet: centres alone are used", file=sys.stderr)
-        calibration = {slot: c.without_feedback() for slot, c in calibration.items()}
     enable(
         model,
         args.tq_bits,

@@ -42,7 +42,6 @@ def test_encode(dim, bits):
         assert relative_error(got, on(mx.cpu, decode, codes, scales, bits, seed=9, centre=centre)) < 1e-5
 
 
-@pytest.mark.skipif(not _core.feeds_back_gpu(), reason="no feedback on this GPU yet")
 @pytest.mark.parametrize("dim", [96, 128, 256])
 def test_feedback(dim):
     """One coordinate beside a threshold changes the codes after it, so vectors are the CPU's or err as theirs do; and
