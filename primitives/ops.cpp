@@ -239,7 +239,8 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
   const auto stream = mx::to_stream(s);
   const auto o = checked_options(q, keys, values, options, stream);
   if (on_gpu(stream)) {
-    auto gpu = o;  // kernels are built for these shapes
+    if (q.size() == 0) return mx::zeros(q.shape(), q.dtype(), stream);  // no kernel has nothing to do
+    auto gpu = o;                                                       // kernels are built for these shapes
     if (gpu.kv_len < 0) gpu.kv_len = keys.codes.shape(2);
     const auto dense = [&](const mx::array& x) { return o.dense_rows ? x : mx::contiguous(x, false, stream); };
     return attention_gpu(q, {dense(keys.codes), dense(keys.scales)}, {dense(values.codes), dense(values.scales)}, gpu,

@@ -40,6 +40,7 @@ struct Decode {
     return ((row & 1) * 2 + row / 2) * kResultRow + coordinate / 32 * 36 + coordinate % 32;
   }
   static_assert(STAGES * kStageWords >= kRows * kResultRow, "results reuse the ring");
+  static_assert(WARPS >= kRows, "a warp prepares a query row");
 
   const AttentionArgs& a;
   Shared& shared;

@@ -12,12 +12,24 @@ namespace turboquant::cuda {
 
 constexpr int kFeedbackTokens = 32;  // of a block
 
+/// Shared memory of a block, one for a kernel whatever widths and types its sides have.
+template <int D>
+struct FeedbackMemory {
+  static constexpr int kWarps = 8;
+  alignas(16) float u[kWarps][D], error[kWarps][D], sums[kWarps][kWarps][32];
+  unsigned char codes[kWarps][D];
+};
+template <int D>
+__device__ FeedbackMemory<D>& feedback_memory() {
+  __shared__ FeedbackMemory<D> memory;
+  return memory;
+}
+
 /// Encodes the vectors of block `block`: so many tokens of one head of one batch row.
 template <int D, int BITS, class T>
 __device__ void encode_with_feedback(const EncodeArgs& a, int block) {
-  constexpr int kWarps = 8, kBlocks = D / 32, kParts = kBlocks * (kBlocks - 1) / 2;
-  __shared__ __align__(16) float u[kWarps][D], error[kWarps][D], sums[kWarps][kWarps][32];
-  __shared__ unsigned char codes[kWarps][D];
+  constexpr int kWarps = FeedbackMemory<D>::kWarps, kBlocks = D / 32, kParts = kBlocks * (kBlocks - 1) / 2;
+  auto& [u, error, sums, codes] = feedback_memory<D>();
   const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, int(threadIdx.x / 32), 0);
   const int chunks = (a.tokens + kFeedbackTokens - 1) / kFeedbackTokens;
   const int row = block / chunks, first = block % chunks * kFeedbackTokens,

@@ -107,7 +107,7 @@ inline void divide(const AttentionShape& s, const Device& device, int64_t segmen
       std::max(std::min<int64_t>(device.multiprocessors, useful), (segments * tiles + most - 1) / most);
   // Equal parts of every segment spare a block the search for its run, unless that leaves many processors idle.
   const int64_t parts = blocks / segments;
-  const bool even = !s.ragged && parts > 0 &&
+  const bool even = !s.ragged && parts > 0 && segments <= 65535 &&  // columns of a grid
                     (10 * parts * segments >= 9 * blocks || blocks < device.multiprocessors) &&
                     parts * int64_t(most) >= tiles;
   p.parts = even ? int(parts) : 0;
@@ -117,7 +117,7 @@ inline void divide(const AttentionShape& s, const Device& device, int64_t segmen
 
 inline AttentionPlan plan_decode(const AttentionShape& s, const Device& device) {
   AttentionPlan p;
-  for (auto [warps, stages] : {std::pair{8, 3}, {8, 2}, {4, 3}, {4, 2}, {2, 2}}) {
+  for (auto [warps, stages] : {std::pair{8, 3}, {8, 2}, {4, 3}, {4, 2}}) {
     p.warps = warps, p.stages = stages;
     p.shared_bytes = decode_shared_bytes(s, p);
     if (p.shared_bytes <= device.shared_bytes) break;

@@ -17,7 +17,7 @@ __device__ Range segment_tiles(const AttentionArgs& a, int b) {
   return {first, max(first, last)};
 }
 
-/// Where part i of `parts` of `count` tiles begins, rounded; 0 and `count` come out exactly up to 2^22 tiles.  The
+/// Where part i of `parts` of `count` tiles begins, rounded; 0 and `count` come out exactly up to 2^21 tiles.  The
 /// neighbour finds the same number; an exact division would take as long as a load from the cache.
 __device__ inline int part_begin(int count, int parts, int i) {
   return __float2int_rn(float(count) * float(i) * reciprocal_fast(float(parts)));

@@ -41,6 +41,14 @@ TEST(Plan, FitsTheDeviceAndCoversTheCache) {
   }
 }
 
+TEST(Plan, AGridHasNoMoreColumnsThanItMay) {
+  for (int batch : {1, 4, 5000}) {
+    const cuda::AttentionShape shape{batch, 32, 8, 8192, 200000, 256, 4, 4, false};
+    const auto plan = cuda::plan_attention(shape, {128, 101376});
+    EXPECT_LE(cuda::scan_extent(plan).grid[1], 65535);
+  }
+}
+
 class Compile : public testing::TestWithParam<std::string> {
  protected:
   void attention(const cases::Case& c, const cuda::Device& device = {}) {
@@ -82,7 +90,7 @@ TEST_P(Compile, Codec) {
           scales(nullptr, "__half", {1, 1, 1});
       for (const bool feedback : {false, true}) {
         if (feedback && (x.type != "__half" || (dim != 96 && dim != 256))) continue;  // it compiles slowly
-        const std::vector<cuda::EncodeSide> sides{{3, true, feedback}, {4, false, false}};
+        const std::vector<cuda::EncodeSide> sides{{3, true, feedback}, {4, false, feedback}};
         const auto encode = cuda::encode_kernel(sides, dim, 7, 1, 1);
         EXPECT_FALSE(
             jit::compile(jit::whole_source(encode, {x, array, array, x, array, array}, {codes, scales, codes, scales}),

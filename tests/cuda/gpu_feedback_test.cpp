@@ -56,6 +56,24 @@ TEST_F(Gpu, FeedbackCodesAreTheNearestToTheirTargets) {
   }
 }
 
+TEST_F(Gpu, FeedbackOfBothSidesWithDifferentWidths) {
+  const int tokens = 9, dim = 256;
+  const Buffer x = gaussian(size_t(tokens) * dim, Dtype::float16);
+  const auto g = random_feedback(1, dim);
+  Encoded keys(1, tokens, dim, 4), values(1, tokens, dim, 3);
+  EncodeParams k = params(x, keys, 1, 1, tokens), v = params(x, values, 1, 1, tokens);
+  k.feedback = v.feedback = g.data();
+  jit::encode_on_gpu(k, &v);
+  for (const Encoded* e : {&keys, &values}) {
+    for (int row = 0; row < tokens; ++row) {
+      ASSERT_EQ(wrong_with_feedback({x, size_t(row), dim, e->bits, kSeed, nullptr, g.data()},
+                                    &e->codes[size_t(row) * words_per_vector(e->bits, dim)], e->scales[row]),
+                "")
+          << row;
+    }
+  }
+}
+
 TEST_F(Gpu, FeedbackCodesDoNotDependOnTheCompany) {
   const int heads = 2, tokens = 37, dim = 256, bits = 3, words = words_per_vector(bits, dim);
   const Buffer x = gaussian(size_t(heads) * tokens * dim, Dtype::float16);
