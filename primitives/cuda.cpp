@@ -8,7 +8,6 @@
 #include <compare>
 #include <map>
 #include <mutex>
-#include <stdexcept>
 
 #include "cuda/kernels.h"
 

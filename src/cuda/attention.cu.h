@@ -56,10 +56,6 @@ struct Partial {
   __device__ float2* sums() const { return reinterpret_cast<float2*>(row + coordinates); }
 };
 
-/// This thread's warp.  The compiler knows of the shuffle's result that a warp agrees on it; in branches on
-/// threadIdx.x / 32 it would make every shuffle wait for threads that might have gone another way.
-__device__ inline int warp_index() { return __shfl_sync(~0u, int(threadIdx.x / 32), 0); }
-
 enum MaskType { kNoMask, kBooleanMask, kAdditiveMask };
 
 /// Keys that a query may see by position: [first, last).

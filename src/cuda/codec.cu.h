@@ -21,6 +21,10 @@ __device__ inline unsigned prmt(unsigned a, unsigned b, unsigned selector) {
   return d;
 }
 
+/// This thread's warp.  The compiler knows of the shuffle's result that a warp agrees on it; in branches on
+/// threadIdx.x / 32 it would make every shuffle wait for threads that might have gone another way.
+__device__ inline int warp_index() { return __shfl_sync(~0u, int(threadIdx.x / 32), 0); }
+
 /// How vectors of D coordinates lie over the lanes of a warp.
 template <int D>
 struct Lanes {

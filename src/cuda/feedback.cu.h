@@ -10,8 +10,6 @@
 
 namespace turboquant::cuda {
 
-constexpr int kFeedbackTokens = 32;  // of a block
-
 /// Shared memory of a block, one for a kernel whatever widths and types its sides have.
 template <int D>
 struct FeedbackMemory {
@@ -25,15 +23,14 @@ __device__ FeedbackMemory<D>& feedback_memory() {
   return memory;
 }
 
-/// Encodes the vectors of block `block`: so many tokens of one head of one batch row.
-template <int D, int BITS, class T>
+/// Encodes the vectors of block `block`: up to TOKENS tokens of one head of one batch row.
+template <int D, int BITS, int TOKENS, class T>
 __device__ void encode_with_feedback(const EncodeArgs& a, int block) {
   constexpr int kWarps = FeedbackMemory<D>::kWarps, kBlocks = D / 32, kParts = kBlocks * (kBlocks - 1) / 2;
   auto& [u, error, sums, codes] = feedback_memory<D>();
-  const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, int(threadIdx.x / 32), 0);
-  const int chunks = (a.tokens + kFeedbackTokens - 1) / kFeedbackTokens;
-  const int row = block / chunks, first = block % chunks * kFeedbackTokens,
-            last = min(a.tokens, first + kFeedbackTokens);
+  const int lane = threadIdx.x & 31, warp = warp_index();
+  const int chunks = (a.tokens + TOKENS - 1) / TOKENS;
+  const int row = block / chunks, first = block % chunks * TOKENS, last = min(a.tokens, first + TOKENS);
   if (row >= a.batch * a.heads) return;
 
   // Of the rows 32 i + lane, the columns 4 (warp + 8 k) to + 3, k < i.
@@ -123,9 +120,9 @@ __device__ void encode_with_feedback(const EncodeArgs& a, int block) {
 }
 
 /// The same with T from a pointer, for generated code.
-template <int D, int BITS, class T>
+template <int D, int BITS, int TOKENS, class T>
 __device__ void encode_feedback_as(const EncodeArgs& a, const T*, int block) {
-  encode_with_feedback<D, BITS, T>(a, block);
+  encode_with_feedback<D, BITS, TOKENS, T>(a, block);
 }
 
 }  // namespace turboquant::cuda

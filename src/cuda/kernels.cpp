@@ -43,15 +43,18 @@ std::string optional(bool given, const char* type, const std::string& name) {
   return given ? "reinterpret_cast<const " + std::string(type) + "*>(" + name + ")" : "nullptr";
 }
 
-/// A call of F<D, BITS, T>(args, blockIdx.x) with T from the pointer `typed_by`.
-std::string codec_call(const char* function, int head_dim, int bits, const std::string& typed_by) {
+constexpr int kCodecWarps = 8, kFeedbackTokens = 32;  // of a block of the encoder (feedback.cu.h)
+
+/// A call of F<D, BITS, T>(args, blockIdx.x) with T from the pointer `typed_by`; with feedback it is told the tokens of
+/// a block too.
+std::string codec_call(const char* function, int head_dim, int bits, const std::string& typed_by,
+                       bool feedback = false) {
   Text s;
-  s << "  turboquant::cuda::" << function << "<" << head_dim << ", " << bits << ">(a, " << typed_by
-    << ", blockIdx.x);\n";
+  s << "  turboquant::cuda::" << function << "<" << head_dim << ", " << bits;
+  if (feedback) s << ", " << kFeedbackTokens;
+  s << ">(a, " << typed_by << ", blockIdx.x);\n";
   return s.str();
 }
-
-constexpr int kCodecWarps = 8, kFeedbackTokens = 32;  // of a block of the encoder (feedback.cu.h)
 
 int codec_blocks(int head_dim, int64_t vectors) {
   const int per_block = kCodecWarps * (32 / (head_dim / 8));
@@ -146,7 +149,9 @@ std::string encode_side(const EncodeSide& side, int i, int head_dim, uint64_t se
     << "  for (int i = 0; i < 4; ++i) a.x_strides[i] = x" << i << "_strides[i];\n"
     << "  a.centre = " << optional(side.centred, "float", "centre" + n) << ";\n"
     << "  a.feedback = " << optional(side.feedback, "__half", "feedback" + n) << ";\n"
-    << place << codec_call(side.feedback ? "encode_feedback_as" : "encode_as", head_dim, side.bits, "x" + n) << "  }\n";
+    << place
+    << codec_call(side.feedback ? "encode_feedback_as" : "encode_as", head_dim, side.bits, "x" + n, side.feedback)
+    << "  }\n";
   return o.str();
 }
 

@@ -49,19 +49,21 @@ struct Coordinate<true> {
   using type = __half;
 };
 
-/// Adds partial results to a row: v, `sum` and `top` as in finish_row.  They are those of slots first, first + step,
-/// ... before `last`, of row `row` of ROWS; BATCH of them at a time, so that their loads overlap.
-template <int D, int ROWS, bool HALF, int BATCH>
-__device__ void add_partials(const AttentionArgs& a, int row, int first, int last, int step, float (&v)[8], float& sum,
+/// Adds a warp's share of partial results to a row: v, `sum` and `top` as in finish_row.  They are those of every
+/// eighth slot from `first` on, before `last`, of row `row` of ROWS; five of them at a time, so that their loads
+/// overlap.
+template <int D, int ROWS, bool HALF>
+__device__ void add_partials(const AttentionArgs& a, int row, int first, int last, float (&v)[8], float& sum,
                              float& top) {
+  constexpr int step = 8, batch = 5;
   using Coordinates = typename Coordinate<HALF>::type;
   const int lane = threadIdx.x & 31;
 #pragma unroll 1
-  for (int i = first; i < last; i += BATCH * step) {
-    float2 sums[BATCH];
-    Raw8<Coordinates> raw[BATCH] = {};
+  for (int i = first; i < last; i += batch * step) {
+    float2 sums[batch];
+    Raw8<Coordinates> raw[batch] = {};
 #pragma unroll
-    for (int k = 0; k < BATCH; ++k) {
+    for (int k = 0; k < batch; ++k) {
       sums[k] = make_float2(kNothing, 0);
       if (i + k * step >= last) continue;
       const Partial<D, HALF> partial(a, (long long)(i + k * step) * ROWS + row);
@@ -71,13 +73,13 @@ __device__ void add_partials(const AttentionArgs& a, int row, int first, int las
     }
     const float old = top;
 #pragma unroll
-    for (int k = 0; k < BATCH; ++k) top = fmaxf(top, sums[k].x);
+    for (int k = 0; k < batch; ++k) top = fmaxf(top, sums[k].x);
     const float keep = exp2_fast(old - top);
     sum *= keep;
 #pragma unroll
     for (float& y : v) y *= keep;
 #pragma unroll
-    for (int k = 0; k < BATCH; ++k) {
+    for (int k = 0; k < batch; ++k) {
       const float weight = exp2_fast(sums[k].x - top);
       sum += weight * sums[k].y;
       float x[8];
@@ -106,7 +108,7 @@ __device__ void merge(const AttentionArgs& a, int row, int slots, float* shared)
   const int segment = kv_head * ((a.rows() + ROWS - 1) / ROWS) + in_group / ROWS;
   const Range partials = partial_slots<TILE, ROWS>(a, b, segment, slots);
   float top = kNothing, sum = 0, v[8] = {};
-  add_partials<D, ROWS, HALF, 5>(a, in_group % ROWS, partials.first + warp, partials.last, 8, v, sum, top);
+  add_partials<D, ROWS, HALF>(a, in_group % ROWS, partials.first + warp, partials.last, v, sum, top);
   if (has) store8(shared + warp * D + 8 * lane, v);
   if (lane == 0) shared[8 * D + warp] = top, shared[8 * D + 8 + warp] = sum;
   __syncthreads();
