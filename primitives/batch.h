@@ -35,7 +35,8 @@ class BatchKVCache {
   void filter(const std::vector<int>& rows, mx::StreamOrDevice s = {});
   /// Appends the rows of another batch.
   void extend(const BatchKVCache& other, mx::StreamOrDevice s = {});
-  /// One row as a cache of its own, which shares no buffer with the batch.
+  /// One row as a cache of its own, which shares no buffer with the batch.  Its copying is begun, not awaited: as after
+  /// any mx::async_eval, a program that may end before it reads the row calls mx::synchronize() first.
   KVCache extract(int row, mx::StreamOrDevice s = {}) const;
 
   /// Takes over packed vectors: `length` tokens of `store`.
