@@ -24,8 +24,18 @@ def _seconds(call, repeats):
     return statistics.median(times)
 
 
+def _extra_bytes(call):
+    """What one call needs at its peak beyond what was there before it: its output and its workspace."""
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(call())
+    return mx.get_peak_memory() - before
+
+
 def rows(lengths=LENGTHS, queries=1, repeats=9):
-    """For each length a dict: tokens, and milliseconds of float16, MLX's 4-bit affine codes, TQ4 and TQ3."""
+    """For each length a dict: tokens, and (milliseconds, extra bytes) of float16, MLX's 4-bit affine codes, TQ4 and TQ3;
+    "failed: ..." instead for a kind that this backend cannot run."""
     mx.random.seed(0)
     for tokens in lengths:
         q = mx.random.normal((1, HEADS, queries, DIM)).astype(mx.float16)
@@ -54,26 +64,29 @@ def rows(lengths=LENGTHS, queries=1, repeats=9):
         row = {"tokens": tokens}
         for kind, call in calls.items():
             try:
-                row[kind] = 1e3 * _seconds(call, repeats)
+                row[kind] = 1e3 * _seconds(call, repeats), _extra_bytes(call)
             except Exception as error:  # a kind that this backend cannot run is a result too
                 row[kind] = f"failed: {type(error).__name__}"
         yield row
 
 
-def _cell(row, kind):
+def _cell(row, kind, memory):
     value, base = row[kind], row["float16"]
     if isinstance(value, str):
         return value
-    ratio = f" ({base / value:.2f}x)" if kind != "float16" and not isinstance(base, str) else ""
-    return f"{value:.3f}{ratio}"
+    text = f"{value[0]:.3f}"
+    if kind != "float16" and not isinstance(base, str):
+        text += f" ({base[0] / value[0]:.2f}x)"
+    return text + (f", {value[1] / 2**20:.0f} MiB" if memory else "")
 
 
-def table(title, found):
-    """Markdown: milliseconds a call, and how many times faster than float16."""
+def table(title, found, memory=False):
+    """Markdown: milliseconds a call, how many times faster than float16, and if asked what a call takes in memory."""
     kinds = ("float16", "affine4", "tq4", "tq3")
-    lines = [f"{title}, ms a call (times faster than float16)", "", "| tokens | " + " | ".join(kinds) + " |"]
+    more = "; with it the memory a call takes beside its inputs" if memory else ""
+    lines = [f"{title}, ms a call (times faster than float16){more}", "", "| tokens | " + " | ".join(kinds) + " |"]
     lines.append("|---:" * (len(kinds) + 1) + "|")
-    lines += [f"| {row['tokens']} | " + " | ".join(_cell(row, kind) for kind in kinds) + " |" for row in found]
+    lines += [f"| {row['tokens']} | " + " | ".join(_cell(row, kind, memory) for kind in kinds) + " |" for row in found]
     return "\n".join(lines)
 
 
@@ -83,5 +96,6 @@ def report():
     print(f"\n{info.get('device_name', mx.default_device())}, MLX {mx.__version__}")
     print(f"{HEADS} query heads, {KV_HEADS} KV heads, head_dim {DIM}, float16 queries, medians\n")
     print(table("one query", rows()))
-    print()
-    print(table("512 causal queries", rows((8192, 32768), queries=512, repeats=5)))
+    for queries, lengths in ((512, (8192, 32768)), (2048, (32768,))):
+        print()
+        print(table(f"{queries} causal queries", rows(lengths, queries=queries, repeats=5), memory=True))

@@ -290,6 +290,11 @@ def test_the_speed_table_of_doctor():
 
     found = list(gpu_report.rows((64, 96), queries=2, repeats=2))
     assert [row["tokens"] for row in found] == [64, 96]
-    assert all(isinstance(row[kind], float) and row[kind] > 0 for row in found for kind in ("float16", "tq4", "tq3"))
-    text = gpu_report.table("two queries", found)
-    assert text.count("\n| ") == 3 and "x)" in text
+    output = 16 * 2 * 256 * 2  # bytes: heads, queries, head_dim, float16
+    for row in found:
+        for kind in ("float16", "tq4", "tq3"):
+            milliseconds, extra = row[kind]
+            assert milliseconds > 0 and extra >= output
+    assert gpu_report.table("two queries", found).count("\n| ") == 3
+    text = gpu_report.table("two queries", [*found, {**found[0], "tq3": "failed: ValueError"}], memory=True)
+    assert text.count(" MiB |") == 11 and text.count("x), ") == 8 and "| failed: ValueError |" in text
