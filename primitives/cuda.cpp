@@ -16,14 +16,19 @@ namespace {
 
 namespace cuda = turboquant::cuda;
 
+/// A function of the NVIDIA driver's library; null without a driver.
+template <class F>
+F driver_function(const char* name) {
+  static void* const driver = dlopen("libcuda.so.1", RTLD_LAZY);
+  return driver ? reinterpret_cast<F>(dlsym(driver, name)) : nullptr;
+}
+
 /// Limits of the first GPU, from the driver, which MLX has loaded where there is one.
 cuda::Device device() {
   static const cuda::Device found = [] {
     cuda::Device d;
-    void* driver = dlopen("libcuda.so.1", RTLD_LAZY);
-    const auto get_device = driver ? reinterpret_cast<int (*)(int*, int)>(dlsym(driver, "cuDeviceGet")) : nullptr;
-    const auto get =
-        driver ? reinterpret_cast<int (*)(int*, int, int)>(dlsym(driver, "cuDeviceGetAttribute")) : nullptr;
+    const auto get_device = driver_function<int (*)(int*, int)>("cuDeviceGet");
+    const auto get = driver_function<int (*)(int*, int, int)>("cuDeviceGetAttribute");
     int handle = 0, processors = 0, shared_bytes = 0;
     constexpr int kMultiprocessors = 16, kSharedBytesOptin = 97;  // of CUdevice_attribute
     if (get_device && get && get_device(&handle, 0) == 0 && get(&processors, kMultiprocessors, handle) == 0 &&
@@ -118,6 +123,12 @@ cuda::AttentionShape shape_of(const mx::array& q, const PackedArrays& keys, cons
 }  // namespace
 
 void set_kernel_directory(const std::string& directory) { kernel_directory() = directory; }
+
+int driver_version() {
+  const auto get = driver_function<int (*)(int*)>("cuDriverGetVersion");
+  int version = 0;
+  return get && get(&version) == 0 ? version : 0;
+}
 
 std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
                                  const std::vector<std::optional<mx::array>>& centres,

@@ -9,6 +9,9 @@ namespace turboquant::ops::cuda_backend {
 /// with it, launches cost less time on the host.  Not thread-safe: set it before the first operation.
 void set_kernel_directory(const std::string& directory);
 
+/// The CUDA version that the installed NVIDIA driver serves, as 1000 * major + 10 * minor; 0 without a driver.
+int driver_version();
+
 std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
                                  const std::vector<std::optional<mx::array>>& centres,
                                  const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream);

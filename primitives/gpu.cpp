@@ -2,9 +2,11 @@
 #include "primitives/gpu.h"
 
 #include <mlx/backend/cuda/cuda.h>
+#include <mlx/backend/gpu/device_info.h>
 #include <mlx/backend/metal/metal.h>
 
 #include <stdexcept>
+#include <utility>
 
 #include "primitives/cuda.h"
 #include "primitives/metal.h"
@@ -15,10 +17,32 @@ namespace {
 /// MLX has one GPU backend at most.
 bool on_metal() { return mx::metal::is_available(); }
 
+/// Whether a backend can run, and which, or what is missing.
+std::pair<bool, std::string> support() {
+  if (on_metal()) return {true, "Metal"};
+  const int driver = cuda_backend::driver_version();
+  const std::string needs = driver ? "the NVIDIA driver here is for CUDA " + std::to_string(driver / 1000) + "." +
+                                         std::to_string(driver % 1000 / 10) + ", mlx[cuda13] needs 13.0 or newer"
+                                   : "";
+  if (!mx::cu::is_available()) {
+    return {false, "MLX finds neither an Apple nor an NVIDIA GPU" + (driver ? "; " + needs : "")};
+  }
+  // MLX's CUDA build says that it is available on machines without a GPU, too.
+  if (mx::gpu::device_count() == 0) {
+    return {false, "MLX's CUDA build finds no GPU; " + (driver ? needs : "there is no NVIDIA driver (libcuda.so.1)")};
+  }
+  const auto& info = mx::device_info(mx::Device::gpu);
+  const auto major = info.find("compute_capability_major");
+  if (major != info.end() && std::get<size_t>(major->second) < 8) {
+    return {false, "the CUDA kernels need compute capability 8.0 or newer; this GPU has " +
+                       std::to_string(std::get<size_t>(major->second)) + ".x"};
+  }
+  return {true, "CUDA"};
+}
+
 /// Throws unless a backend can run.
 void require_gpu(const char* op) {
-  std::string why;
-  if (!gpu_supported(&why)) {
+  if (const auto [ok, why] = support(); !ok) {
     throw std::runtime_error(std::string("[") + op + "] no kernels for this GPU (" + why +
                              "); run on the CPU: mx.set_default_device(mx.cpu)");
   }
@@ -27,25 +51,9 @@ void require_gpu(const char* op) {
 }  // namespace
 
 bool gpu_supported(std::string* why) {
-  if (on_metal()) {
-    if (why) *why = "Metal";
-    return true;
-  }
-  if (!mx::cu::is_available()) {
-    if (why) *why = "MLX finds neither an Apple nor an NVIDIA GPU";
-    return false;
-  }
-  const auto& info = mx::device_info(mx::Device::gpu);
-  const auto major = info.find("compute_capability_major");
-  if (major != info.end() && std::get<size_t>(major->second) < 8) {
-    if (why) {
-      *why = "the CUDA kernels need compute capability 8.0 or newer; this GPU has " +
-             std::to_string(std::get<size_t>(major->second)) + ".x";
-    }
-    return false;
-  }
-  if (why) *why = "CUDA";
-  return true;
+  const auto [ok, reason] = support();
+  if (why) *why = reason;
+  return ok;
 }
 
 std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -227,9 +228,13 @@ def ask(port, body):
     raise AssertionError("the server did not start")
 
 
-def module_run(*arguments, timeout=120):
+def module_run(*arguments, timeout=120, env=None):
     return subprocess.run(
-        [sys.executable, "-m", "turboquant_mlx", *map(str, arguments)], capture_output=True, text=True, timeout=timeout
+        [sys.executable, "-m", "turboquant_mlx", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | (env or {}),
     )
 
 
@@ -263,6 +268,14 @@ def test_doctor_says_when_the_gpu_asked_for_is_not_here():
         if not available:
             done = module_run("doctor", flag)
             assert done.returncode != 0 and f"[doctor] {flag}: MLX finds no such GPU here" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux" or mx.cuda.is_available(), reason="for Linux and an MLX without CUDA")
+def test_doctor_names_an_old_nvidia_driver(tmp_path):
+    (tmp_path / "driver.c").write_text("int cuDriverGetVersion(int* v) { *v = 12040; return 0; }")
+    subprocess.run(["cc", "-shared", "-o", tmp_path / "libcuda.so.1", tmp_path / "driver.c"], check=True)
+    done = module_run("doctor", "--cuda", env={"LD_LIBRARY_PATH": str(tmp_path)})
+    assert "the NVIDIA driver here is for CUDA 12.4, mlx[cuda13] needs 13.0 or newer" in done.stderr
 
 
 @pytest.mark.parametrize("kind, marker", [("metal", "metal"), ("cuda", "gpu")])
