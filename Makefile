@@ -57,7 +57,7 @@ test-cpp: $(VENV)/.requirements | system-tests
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir $(BUILD) --output-on-failure -j 2
 
 test-python: install
-	$(WITH_BLAS) $(BIN)/python -m pytest
+	$(WITH_BLAS) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 format:
 	clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cu.h')
