@@ -109,6 +109,60 @@ inline std::vector<uint16_t> random_feedback(int heads, int dim, uint64_t seed =
   return g;
 }
 
+// Checks of an encoder given as Encoded(const Buffer& x, int heads, int tokens, int dim, int bits, const uint16_t* g):
+// empty when it is right, else what is wrong.
+
+/// A zero vector and vectors with NaN and infinity among a small one, a one-hot one and others, one head.
+template <class Encoder>
+std::string wrong_beside_bad_vectors(const Encoder& encoder, Dtype dtype, int dim, int bits, uint64_t seed) {
+  const int tokens = 7, words = words_per_vector(bits, dim);
+  Buffer x = gaussian(size_t(tokens) * dim, dtype);
+  for (int i = 0; i < dim; ++i) {
+    x.set(i, 0);
+    x.set(4 * dim + i, x.get(4 * dim + i) * 1e-4f);
+    x.set(5 * dim + i, i == 5 ? -2.0f : 0.0f);
+  }
+  x.set(dim + 5, NAN);
+  x.set(2 * dim + 9, INFINITY);
+  const auto g = random_feedback(1, dim);
+  const Encoded e = encoder(x, 1, tokens, dim, bits, g.data());
+  std::ostringstream wrong;
+  if (e.scales[0] != 0) wrong << "the zero vector has scale bits " << e.scales[0] << "; ";
+  for (int t : {1, 2}) {
+    if (!std::isnan(half_to_float(e.scales[t])))
+      wrong << "bad vector " << t << " has scale bits " << e.scales[t] << "; ";
+  }
+  for (int i = 0; i < 3 * words; ++i) {
+    if (e.codes[i] != 0) wrong << "word " << i << " of the zero and bad vectors is " << e.codes[i] << "; ";
+  }
+  for (int t = 3; t < tokens; ++t) {
+    const FeedbackInput in{x, size_t(t), dim, bits, seed, nullptr, g.data()};
+    const auto found = wrong_with_feedback(in, &e.codes[size_t(t) * words], e.scales[t]);
+    if (!found.empty()) wrong << "vector " << t << ": " << found;
+  }
+  return wrong.str();
+}
+
+/// The same bytes of a vector alone and among others, two heads.
+template <class Encoder>
+std::string wrong_when_alone(const Encoder& encoder, Dtype dtype, int tokens, int dim, int bits) {
+  const int heads = 2, words = words_per_vector(bits, dim);
+  const Buffer x = gaussian(size_t(heads) * tokens * dim, dtype);
+  const auto g = random_feedback(heads, dim);
+  const Encoded together = encoder(x, heads, tokens, dim, bits, g.data());
+  std::ostringstream wrong;
+  for (int row = 0; row < heads * tokens; ++row) {
+    Buffer one(dtype, dim);
+    for (int i = 0; i < dim; ++i) one.set(i, x.get(size_t(row) * dim + i));
+    const Encoded alone = encoder(one, 1, 1, dim, bits, g.data() + size_t(row / tokens) * dim * dim);
+    if (!std::equal(alone.codes.begin(), alone.codes.end(), together.codes.begin() + size_t(row) * words) ||
+        alone.scales[0] != together.scales[row]) {
+      wrong << "row " << row << " differs; ";
+    }
+  }
+  return wrong.str();
+}
+
 /// The feedback of one head for errors that count e' S e (dim x dim, row-major), as docs/algorithm.md derives it.
 inline std::vector<uint16_t> feedback_of(std::vector<double> s, int dim, uint64_t seed) {
   // R S R': rows, then columns.

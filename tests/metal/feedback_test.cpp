@@ -3,8 +3,6 @@
 
 #include <gtest/gtest.h>
 
-#include <cstring>
-
 #include "launches.h"
 
 namespace turboquant {
@@ -85,50 +83,22 @@ INSTANTIATE_TEST_SUITE_P(All, MetalFeedback, testing::ValuesIn(emulator::feedbac
   return name;
 });
 
+Encoded encode_with_feedback(const Buffer& x, int heads, int tokens, int dim, int bits, const uint16_t* g) {
+  Encoded e(heads, tokens, dim, bits);
+  EncodeParams p = params(x, e, 1, heads, tokens);
+  p.feedback = g;
+  emulator::encode({p});
+  return e;
+}
+
 TEST(MetalFeedback, CodesDoNotDependOnTheCompany) {
   const auto c = emulator::feedback_company_case();
-  const int dim = c.head_dim, bits = c.sides[0].bits, words = words_per_vector(bits, dim);
-  const Buffer x = gaussian(size_t(kHeads) * kTokens * dim, c.dtype);
-  const auto g = random_feedback(kHeads, dim);
-  Encoded together(kHeads, kTokens, dim, bits);
-  EncodeParams p = params(x, together, 1, kHeads, kTokens);
-  p.feedback = g.data();
-  emulator::encode({p});
-  for (int row = 0; row < kHeads * kTokens; ++row) {
-    Buffer one(c.dtype, dim);
-    for (int i = 0; i < dim; ++i) one.set(i, x.get(size_t(row) * dim + i));
-    Encoded alone(1, 1, dim, bits);
-    EncodeParams q = params(one, alone, 1, 1, 1);
-    q.feedback = g.data() + size_t(row / kTokens) * dim * dim;
-    emulator::encode({q});
-    EXPECT_EQ(std::memcmp(alone.codes.data(), &together.codes[size_t(row) * words], words * 4), 0) << row;
-    EXPECT_EQ(alone.scales[0], together.scales[row]) << row;
-  }
+  EXPECT_EQ(wrong_when_alone(encode_with_feedback, c.dtype, kTokens, c.head_dim, c.sides[0].bits), "");
 }
 
 TEST(MetalFeedback, ZeroStaysZeroAndBadVectorsSpoilThemselvesAlone) {
   const auto c = emulator::feedback_edge_case();
-  const int dim = c.head_dim, bits = c.sides[0].bits, words = words_per_vector(bits, dim), tokens = 7;
-  Buffer x = gaussian(size_t(tokens) * dim, c.dtype);
-  for (int i = 0; i < dim; ++i) {
-    x.set(i, 0);
-    x.set(4 * dim + i, x.get(4 * dim + i) * 1e-4f);
-    x.set(5 * dim + i, i == 5 ? -2.0f : 0.0f);
-  }
-  x.set(dim + 5, NAN);
-  x.set(2 * dim + 9, INFINITY);
-  const auto g = random_feedback(1, dim);
-  Encoded e(1, tokens, dim, bits);
-  EncodeParams p = params(x, e, 1, 1, tokens);
-  p.feedback = g.data();
-  emulator::encode({p});
-  EXPECT_EQ(e.scales[0], 0);
-  for (int t : {1, 2}) EXPECT_TRUE(std::isnan(half_to_float(e.scales[t]))) << t;
-  for (int i = 0; i < 3 * words; ++i) EXPECT_EQ(e.codes[i], 0u) << i;
-  for (int t = 3; t < tokens; ++t) {
-    const FeedbackInput in{x, size_t(t), dim, bits, kSeed, nullptr, g.data()};
-    EXPECT_EQ(wrong_with_feedback(in, &e.codes[size_t(t) * words], e.scales[t]), "") << t;
-  }
+  EXPECT_EQ(wrong_beside_bad_vectors(encode_with_feedback, c.dtype, c.head_dim, c.sides[0].bits, kSeed), "");
 }
 
 TEST(MetalPlan, FeedbackHasKernelsOfItsOwnWhereItDoesSomething) {
