@@ -17,6 +17,11 @@ __device__ Range segment_tiles(const AttentionArgs& a, int b) {
   return {first, max(first, last)};
 }
 
+/// Segments of a batch row whose query rows are read `rows_per_block` at a time.
+__device__ inline int segments_of_row(const AttentionArgs& a, int rows_per_block) {
+  return a.kv_heads * ((a.rows() + rows_per_block - 1) / rows_per_block);
+}
+
 /// Where part i of `parts` of `count` tiles begins, rounded; 0 and `count` come out exactly up to 2^21 tiles.  The
 /// neighbour finds the same number; an exact division would take as long as a load from the cache.
 __device__ inline int part_begin(int count, int parts, int i) {
@@ -30,7 +35,7 @@ struct Runs {
   unsigned total;                // tiles
 
   __device__ Runs(const AttentionArgs& a, int rows_per_block, int launched) {
-    segments_per_row = a.kv_heads * ((a.rows() + rows_per_block - 1) / rows_per_block);
+    segments_per_row = segments_of_row(a, rows_per_block);
     total = 0;
     for (int b = 0; b < a.batch; ++b) {
       const Range r = segment_tiles<TILE>(a, b);
@@ -56,7 +61,7 @@ struct Runs {
 template <int TILE, int ROWS, class Work>
 __device__ void for_each_piece(const AttentionArgs& a, const Work& work) {
   if (a.even) {
-    const int segments_per_row = a.kv_heads * ((a.rows() + ROWS - 1) / ROWS), segment = blockIdx.y;
+    const int segments_per_row = segments_of_row(a, ROWS), segment = blockIdx.y;
     const int row = a.batch == 1 ? 0 : segment / segments_per_row;
     const Range r = segment_tiles<TILE>(a, row);
     const int count = r.last - r.first, parts = gridDim.x, part = blockIdx.x;
@@ -86,7 +91,7 @@ __device__ void for_each_piece(const AttentionArgs& a, const Work& work) {
 /// Slots of the partial results of a segment of batch row b, of `slots` that there is room for: [first, last).
 template <int TILE, int ROWS>
 __device__ Range partial_slots(const AttentionArgs& a, int b, int segment_of_row, int slots) {
-  const int segments_per_row = a.kv_heads * ((a.rows() + ROWS - 1) / ROWS);
+  const int segments_per_row = segments_of_row(a, ROWS);
   const int segment = b * segments_per_row + segment_of_row;
   if (a.even) {
     const int parts = slots / (a.batch * segments_per_row);
