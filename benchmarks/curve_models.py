@@ -1,9 +1,15 @@
-"""Models and prompts of the publication curve."""
+"""Models, calibrations and prompts of the publication curve."""
+
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from turboquant_mlx import feedback
+from turboquant_mlx.cache import leaves
+from turboquant_mlx.calibration import Calibration, _float_caches
+from turboquant_mlx.slots import REPLACED, _slot
 
 # Qwen3.5-9B's text model: 32 layers, every fourth of full attention (16 query and 4 KV heads of 256).
 SHAPES = {
@@ -43,21 +49,78 @@ def build_shape(name):
     return model
 
 
-def text_args(model):
-    return getattr(model, "language_model", model).args
+class Slot(NamedTuple):
+    """A cache that `enable` would pack, and what the model puts into it."""
+
+    path: tuple  # place in the model's caches
+    heads: int  # of keys and values
+    key_dim: int
+    value_dim: int
+    dtype: mx.Dtype
 
 
-def attention_shape(model):
-    """(KV heads, head dim)."""
-    args = text_args(model)
-    return args.num_key_value_heads, getattr(args, "head_dim", None) or args.hidden_size // args.num_attention_heads
+class Subject(NamedTuple):
+    """What is measured: a model, its slots, and {slot: Calibration of NumPy arrays} or None.
+
+    NumPy, because MLX counts the bytes of its own arrays: each run makes those that it uses, so they are counted as its
+    own and not as a float cache's."""
+
+    model: nn.Module
+    slots: list
+    calibration: dict | None = None
+
+    @property
+    def dtype(self):
+        """Of the float caches."""
+        return self.slots[0].dtype
+
+
+def attention_slots(model):
+    """The slots that `enable` would pack, as two tokens fill them (their graph is not evaluated).
+
+    ValueError when there is none."""
+    caches = _float_caches(model)
+    found = [(path, c) for path, c in leaves(caches) if type(c) in REPLACED]
+    if not found:
+        kinds = sorted({type(c).__name__ for _, c in leaves(caches)})
+        raise ValueError(f"[curve] the model has no KVCache slot, so there is nothing to compress; it has {kinds}")
+    model(mx.zeros((1, 2), mx.int32), cache=caches)
+    # A slot that stays empty is that of a layer which reads another one's.
+    return [
+        Slot(path, c.keys.shape[1], c.keys.shape[-1], c.values.shape[-1], c.keys.dtype)
+        for path, c in found
+        if c.keys is not None
+    ]
+
+
+def as_numpy(calibration):
+    """{slot: Calibration} with NumPy arrays in place of MLX's."""
+    return {
+        slot: Calibration(*(np.array(x) if isinstance(x, mx.array) else x for x in found))
+        for slot, found in calibration.items()
+    }
+
+
+def synthetic_calibration(slots, seed):
+    """{slot: Calibration} of the right shapes: centres and second moments of random numbers, as good as any for speed."""
+    rng, found = np.random.default_rng(seed), {}
+    for slot in slots:
+        if slot.key_dim != slot.value_dim:
+            continue
+        shape = (slot.heads, slot.key_dim)
+        centres = [mx.array(0.1 * rng.standard_normal(shape).astype(np.float32)) for _ in range(2)]
+        mixed = [rng.standard_normal((*shape, slot.key_dim)) for _ in range(2)]
+        fed = [feedback.of_metrics(x @ x.swapaxes(1, 2), 0) for x in mixed]
+        found[_slot(slot.path)] = Calibration(*centres, *fed, 0)
+    return as_numpy(found)
 
 
 def prompt_tokens(model, tokenizer, text, count, seed):
     """`count` tokens of the text, or random ones when there is no tokenizer.  ValueError when the text is short."""
     if tokenizer is None:
-        return np.random.default_rng(seed).integers(0, text_args(model).vocab_size, count).tolist()
+        vocabulary = getattr(model, "language_model", model).args.vocab_size
+        return np.random.default_rng(seed).integers(0, vocabulary, count).tolist()
     tokens = tokenizer.encode(text.read_text())
     if len(tokens) < count:
-        raise ValueError(f"the longest prompt needs {count} tokens; {text} has {len(tokens)}")
+        raise ValueError(f"[curve] the longest prompt needs {count} tokens; {text} has {len(tokens)}")
     return tokens[:count]

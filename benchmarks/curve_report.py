@@ -1,13 +1,24 @@
 """Summary, pictures and table of the publication curve, from its raw rows alone."""
 
 import json
+import re
 import statistics
 
 from turboquant_mlx.eval.command import write_table
 from turboquant_mlx.eval.pictures import line_style, pyplot
 
 MEASURED = ("prompt_tps", "decode_tps", "first_token_s", "attention_bytes", "peak_bytes")
-NAMES = {"fp16": "float cache", "affine4": "MLX affine, 4 bits", "tq4": "TQ4", "tq3": "TQ3", "tq2": "TQ2"}
+CODES = {"": "", "c": ", centred", "f": ", feedback"}
+
+
+def cache_name(mode, activations):
+    """Of a mode, for people; a float cache is named by the numbers it holds."""
+    if mode == "fp16":
+        return f"{activations} cache"
+    if match := re.fullmatch(r"affine(\d)", mode):
+        return f"MLX affine, {match[1]} bits"
+    bits, kind = re.fullmatch(r"(tq\d|k\dv\d)([cf]?)", mode).groups()
+    return (bits.upper() if bits.startswith("tq") else f"K{bits[1]} V{bits[3]}") + CODES[kind]
 
 
 def ratios(rows, own, name):
@@ -69,7 +80,12 @@ def draw(args, summary, metadata):
         for i, mode in enumerate(modes):
             own = [r for r in summary if r["mode"] == mode and r[name] != ""]
             x = [int(r["prompt_tokens"]) for r in own]
-            axis.plot(x, [float(r[name]) * unit for r in own], label=NAMES[mode], **line_style(i))
+            axis.plot(
+                x,
+                [float(r[name]) * unit for r in own],
+                label=cache_name(mode, metadata["activations"]),
+                **line_style(i),
+            )
         if name == "attention_bytes":
             own = [r for r in summary if r["mode"] == modes[0] and r["fp16_equivalent_bytes"]]
             if own and float(own[0]["attention_bytes"]) > 1.5 * float(own[0]["fp16_equivalent_bytes"]):
@@ -124,7 +140,7 @@ def markdown(summary, metadata):
         f"{metadata['activations']}; MLX {metadata['versions']['mlx']}; BLAS: {metadata['blas']}; linear attention: "
         f"{about['linear_attention']}. Medians of up to {runs} runs in rotated order; prompt read "
         f"{about['step']} tokens at a time, then {about['decode_tokens']} tokens decoded{turns}. In brackets the median "
-        "(smallest to largest) of the ratios to the float cache's speed within a repetition. The machine's load average "
+        f"(smallest to largest) of the ratios to the {metadata['activations']} cache's speed within a repetition. The machine's load average "
         f"went up to {load}.{filled}",
         "",
         "| context | cache | prompt tok/s | decode tok/s | first token s | attention MiB | of float16 | peak MiB "
@@ -146,7 +162,7 @@ def markdown(summary, metadata):
             _number(r["peak_bytes"], 2**-20, 0),
             what.replace("|", "/"),
         ]
-        lines.append(f"| {context} | {NAMES[r['mode']]} | " + " | ".join(cells) + " |")
+        lines.append(f"| {context} | {cache_name(r['mode'], metadata['activations'])} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -173,7 +189,7 @@ def into_readme(path, label, text):
 def write(args, rows):
     """summary_rows.tsv, the pictures and the table."""
     if not rows:
-        raise ValueError(f"{args.out}/raw_rows.tsv holds no rows to report")
+        raise ValueError(f"[curve] {args.out}/raw_rows.tsv holds no rows to report")
     metadata = json.loads((args.out / "run_metadata.json").read_text())
     summary = summarise(rows)
     write_table(args.out / "summary_rows.tsv", summary)

@@ -12,38 +12,59 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
-from curve_models import attention_shape
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
-from turboquant_mlx import TurboQuantKVCache
+from turboquant_mlx import disable, enable
+from turboquant_mlx.cache import leaves
+from turboquant_mlx.calibration import Calibration, _float_caches
+from turboquant_mlx.eval.modes import parse_mode
+from turboquant_mlx.slots import REPLACED, replace_slots
 
-WIDTHS = {"fp16": (16, 16), "affine4": (4, 4), "tq4": (4, 4), "tq3": (3, 3), "tq2": (2, 2)}
 REFERENCE = "fp16"
 
 
-def activation_dtype(model):
-    return next(v.dtype for k, v in tree_flatten(model.parameters()) if k.endswith("norm.weight"))
+def chosen(mode, calibration):
+    """{slot: Calibration of MLX arrays}: what of the calibration this mode uses; None for plain codes."""
+    if not mode.centred:
+        return None
+    if not calibration:
+        raise ValueError(
+            f"[curve] {mode.name} needs a calibration and there is none: python -m turboquant_mlx calibrate"
+        )
+    if mode.fed and not any(found.feedback for found in calibration.values()):
+        raise ValueError(f"[curve] {mode.name} needs feedback, and the calibration has none")
+    out = {}
+    for slot, found in calibration.items():
+        *arrays, seed = found if mode.fed else found.without_feedback()
+        out[slot] = Calibration(*(None if x is None else mx.array(x) for x in arrays), seed)
+    return out
 
 
-def make_caches(model, mode):
-    """The model's caches with this mode's in the KVCache slots: (those of attention, others, all)."""
-    key_bits, value_bits = WIDTHS[mode]
-    caches, attention = model.make_cache(), []
-    for i, cache in enumerate(caches):
-        if type(cache) is KVCache:
-            if mode.startswith("affine"):
-                caches[i] = QuantizedKVCache(group_size=64, bits=key_bits)
-            elif mode.startswith("tq"):
-                caches[i] = TurboQuantKVCache(key_bits=key_bits, value_bits=value_bits)
-            attention.append(caches[i])
-    if not attention:
-        kinds = sorted({type(c).__name__ for c in caches})
-        raise ValueError(f"the model has no KVCache slot, so there is nothing to compress; it has {kinds}")
-    return attention, [c for c in caches if not any(c is a for a in attention)], caches
+def make_caches(subject, name):
+    """The caches a user of this mode would get.
+
+    Packed ones are `enable`'s own, and a model that it refuses is refused here with its reasons."""
+    model, mode = subject.model, parse_mode(name)
+    if mode.kind == "tq":
+        found = chosen(mode, subject.calibration)
+        seed = next((c.seed for c in (found or {}).values()), 0)
+        enable(model, key_bits=mode.key_bits, value_bits=mode.value_bits, seed=seed, calibration=found)
+        caches = model.make_cache()
+        disable(model)
+    else:
+        caches = _float_caches(model)
+    if mode.kind == "affine":
+        caches = replace_slots(
+            caches, lambda path, c: c.to_quantized(group_size=64, bits=mode.key_bits) if type(c) in REPLACED else None
+        )
+    return caches
 
 
 def arrays(cache):
     return [v for _, v in tree_flatten(cache.state) if isinstance(v, mx.array)]
+
+
+def tokens_held(cache):
+    return cache.size() or cache.offset  # mlx-lm's QuantizedKVCache has no size
 
 
 def resident_bytes():
@@ -57,10 +78,13 @@ def resident_bytes():
 class Run:
     """One mode's caches over one context; raises what the model raises, and TimeoutError beyond args.limit seconds."""
 
-    def __init__(self, model, args, mode, others=0):
+    def __init__(self, subject, args, mode, others=0):
         """others: bytes that other modes' caches hold, which are not this run's."""
-        self.model, self.args, self.mode, self.others = model, args, mode, others
-        self.attention, self.linear, self.caches = make_caches(model, mode)
+        self.subject, self.model, self.args, self.mode, self.others = subject, subject.model, args, mode, others
+        self.caches = make_caches(subject, mode)
+        found = dict(leaves(self.caches))
+        self.attention = [found.pop(slot.path) for slot in subject.slots]
+        self.linear = list(found.values())
         self.spent, self.blocks, self.figures = 0.0, [], {}
 
     def _within_limit(self, seconds):
@@ -71,31 +95,18 @@ class Run:
         return mx.argmax(self.model(y[None], cache=self.caches)[:, -1], axis=-1)
 
     def read(self, prompt, tokens, synthetic):
-        """Reads the prompt, or 64 tokens of it and `tokens` in all of random keys and values.
-
-        As mlx-lm's generate_step: all but the last token in steps whose logits nobody computes, then the last one."""
+        """Reads the prompt, or 64 tokens of it and `tokens` in all of random keys and values."""
         gc.collect()
         mx.clear_cache()
         mx.reset_peak_memory()
         read = prompt[:64] if synthetic else prompt
         started = time.perf_counter()
-        for start in range(0, len(read) - 1, self.args.step):
-            self.model(mx.array([read[start : min(start + self.args.step, len(read) - 1)]]), cache=self.caches)
-            mx.eval([arrays(c) for c in self.caches])
-            mx.clear_cache()
-            self._within_limit(time.perf_counter() - started)
-        logits = self.model(mx.array([read[-1:]]), cache=self.caches)[:, -1]
-        y = mx.argmax(logits, axis=-1)
-        mx.eval(y)
-        first_token = time.perf_counter() - started
-        self._within_limit(first_token)
-        if not mx.isfinite(logits).all().item():
-            raise ValueError("the model's logits are not finite")
+        first_token = self._read(read, started)
         if synthetic:
             self._fill(tokens)
             mx.clear_cache()
             mx.reset_peak_memory()  # the peak of decoding: filling is no part of any real prompt
-        self.y = self._next(y)  # the first step over these caches warms up
+        self.y = self._next(self.y)  # the first step over these caches warms up
         mx.eval(self.y, [arrays(c) for c in self.linear])
         self.spent = time.perf_counter() - started
         self._within_limit(0)
@@ -108,20 +119,44 @@ class Run:
             "peak_bytes": mx.get_peak_memory() - self.others,
         }
 
+    def _read(self, read, started):
+        """Seconds to the first token, which `y` becomes, as mlx-lm's generate_step: all but the last token in steps
+        whose logits nobody computes, then the last one."""
+        for start in range(0, len(read) - 1, self.args.step):
+            self.model(mx.array([read[start : min(start + self.args.step, len(read) - 1)]]), cache=self.caches)
+            mx.eval([arrays(c) for _, c in leaves(self.caches)])
+            mx.clear_cache()
+            self._within_limit(time.perf_counter() - started)
+        logits = self.model(mx.array([read[-1:]]), cache=self.caches)[:, -1]
+        self.y = mx.argmax(logits, axis=-1)
+        mx.eval(self.y)
+        first_token = time.perf_counter() - started
+        self._within_limit(first_token)
+        if not mx.isfinite(logits).all().item():
+            raise ValueError("the model's logits are not finite")
+        return first_token
+
     def _fill(self, tokens):
         """Extends the attention caches to `tokens`, some thousands at a time."""
-        heads, dim = attention_shape(self.model)
-        key, dtype = mx.random.key(self.args.seed), activation_dtype(self.model)
-        for cache in self.attention:
+        key = mx.random.key(self.args.seed)
+        for cache, slot in zip(self.attention, self.subject.slots, strict=True):
             while cache.offset < tokens:
-                n = min(4096, tokens - cache.offset)
+                shape = (1, slot.heads, min(4096, tokens - cache.offset))
                 key, *keys = mx.random.split(key, 3)
-                cache.update_and_fetch(*(mx.random.normal((1, heads, n, dim), key=k).astype(dtype) for k in keys))
+                dims = (slot.key_dim, slot.value_dim)
+                new = [mx.random.normal((*shape, d), key=k) for d, k in zip(dims, keys, strict=True)]
+                cache.update_and_fetch(*(x.astype(slot.dtype) for x in new))
                 mx.eval(arrays(cache))
 
     def decode(self, count):
         """Times `count` tokens of a running pipeline: the clock starts when a token arrives while the next one is on
         its way, and stops likewise, so a block costs what as many tokens of a long answer cost."""
+        seconds = self._decode(count)
+        self.blocks.append(count / seconds)
+        self.spent += seconds
+        self._within_limit(0)
+
+    def _decode(self, count):
         a = self._next(self.y)
         mx.async_eval(a)
         b = self._next(a)
@@ -136,23 +171,24 @@ class Run:
         seconds = time.perf_counter() - started
         b.item()
         self.y = b
-        self.blocks.append(count / seconds)
-        self.spent += seconds
-        self._within_limit(0)
+        return seconds
 
     def row(self, reference=None):
         """The measured columns; `reference` is the float cache's run of the same turns."""
-        heads, dim = attention_shape(self.model)
         ratio = ""
         if reference is not None and len(reference.blocks) == len(self.blocks):
             ratio = statistics.median(a / b for a, b in zip(self.blocks, reference.blocks, strict=True))
             ratio = f"{ratio:.4f}"
         route = getattr(self.attention[0], "route", None)
+        numbers = [
+            tokens_held(c) * s.heads * (s.key_dim + s.value_dim)
+            for c, s in zip(self.attention, self.subject.slots, strict=True)
+        ]
         return self.figures | {
             "decode_tps": f"{statistics.median(self.blocks):.2f}",
             "decode_ratio": ratio,
             "attention_bytes": sum(c.nbytes for c in self.attention),
-            "fp16_equivalent_bytes": len(self.attention) * self.attention[0].offset * heads * dim * 2 * 2,
+            "fp16_equivalent_bytes": 2 * sum(numbers),
             "linear_bytes": sum(v.nbytes for c in self.linear for v in arrays(c)),
             "load": f"{os.getloadavg()[0]:.1f}",  # of the last minute: a busy machine shows in the table
             "kernel": route or ("mlx quantized_matmul" if self.mode.startswith("affine") else "mlx fast attention"),
@@ -163,7 +199,7 @@ def describe(error):
     return {"status": "failed", "error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 
-def measure(model, args, modes, prompt, tokens, synthetic):
+def measure(subject, args, modes, prompt, tokens, synthetic):
     """All modes over one context: {mode: measured columns, or status and error of a mode that failed}."""
     gc.collect()
     mx.clear_cache()
@@ -171,7 +207,7 @@ def measure(model, args, modes, prompt, tokens, synthetic):
     runs, out = {}, {}
     for mode in modes:
         try:
-            run = Run(model, args, mode, mx.get_active_memory() - nobody)
+            run = Run(subject, args, mode, mx.get_active_memory() - nobody)
             run.read(prompt, tokens, synthetic)
             runs[mode] = run
         except Exception as error:  # a run that fails is a result

@@ -9,6 +9,9 @@ At each context and repetition the modes read the prompt one after the other and
 where it stopped; a run that fails is a row with its error.  Repetitions rotate the order of the modes.
 summary_rows.tsv (medians), curve.png, curve.svg and the table of README.md are made from the raw rows alone (--report
 makes them again).
+
+Modes are those of `python -m turboquant_mlx eval`: fp16 (the model's own float caches), affine4, tq3, k4v3, tq3c (with the
+model's centres), tq3f (with its centres and feedback).
 """
 
 import argparse
@@ -25,13 +28,14 @@ from pathlib import Path
 
 import curve_report
 import mlx.core as mx
-from curve_models import build_shape, prompt_tokens
-from curve_run import WIDTHS, activation_dtype, make_caches, measure
+from curve_models import Subject, as_numpy, attention_slots, build_shape, prompt_tokens, synthetic_calibration
+from curve_run import make_caches, measure
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 from turboquant_mlx import apply_patch
-from turboquant_mlx.calibration import fingerprint
+from turboquant_mlx.calibration import FILE_NAME, fingerprint, load_calibration
 from turboquant_mlx.eval.model import load_model
+from turboquant_mlx.eval.modes import parse_mode
 from turboquant_mlx.gated_delta import disable_chunked_recurrence, enable_chunked_recurrence
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +54,12 @@ def parse(argv):
     parser.add_argument("--text", type=Path, default=ROOT / "tests" / "data" / "valid.txt", help="prompts come from it")
     parser.add_argument("--tokens", type=int, default=3600, help="prompt tokens at 1.00x")
     parser.add_argument("--scales", default="1,1.5,2.25,3")
-    parser.add_argument("--modes", default="fp16,tq4,tq3,affine4", help=f"of {', '.join(WIDTHS)}")
+    parser.add_argument("--modes", help="default: fp16,tq4,tq3,affine4, and tq3f where there is a calibration")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        help="a directory or a file of `calibrate` (default: the model's; synthetic for --shape)",
+    )
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--decode-tokens", type=int, default=64)
     parser.add_argument("--block", type=int, default=16, help="tokens a mode decodes before the next mode's turn")
@@ -68,18 +77,24 @@ def parse(argv):
     parser.add_argument("--report", action="store_true", help="measure nothing: summary, pictures and table again")
     args = parser.parse_args(argv)
     args.scales = [float(s) for s in args.scales.split(",")]
+    if not args.shape:
+        args.model = args.model or ROOT / "models" / "qwen35-tiny-4bit"
+        if args.calibration is None and (args.model / FILE_NAME).is_file():
+            args.calibration = args.model / FILE_NAME
+    if args.modes is None:
+        args.modes = "fp16,tq4,tq3,affine4" + (",tq3f" if args.shape or args.calibration else "")
     args.modes = args.modes.split(",")
-    if unknown := set(args.modes) - set(WIDTHS):
-        raise ValueError(f"--modes are {', '.join(WIDTHS)}; got {', '.join(sorted(unknown))}")
+    for name in args.modes:
+        parse_mode(name)  # raises
     if (
         min(args.tokens * s for s in args.scales) < 2
         or min(args.repetitions, args.decode_tokens, args.block, args.step) < 1
     ):
-        raise ValueError("--tokens x --scales must be at least 2; --repetitions, --decode-tokens, --block, --step 1")
+        raise ValueError(
+            "[curve] --tokens x --scales must be at least 2; --repetitions, --decode-tokens, --block, --step 1"
+        )
     if args.assets is None:
         args.assets = ROOT / "assets" if args.out.resolve() == ROOT / "benchmarks" else args.out
-    if not args.shape:
-        args.model = args.model or ROOT / "models" / "qwen35-tiny-4bit"
     return args
 
 
@@ -118,7 +133,7 @@ def identity(args):
     }
 
 
-def metadata(args, model):
+def metadata(args, subject):
     return {
         "identity": identity(args),
         "processor": processor(),
@@ -132,8 +147,8 @@ def metadata(args, model):
         "versions": {p: version(p) for p in ("mlx", "mlx-lm", "turboquant-kv-mlx")},
         "commit": command_output("git", "rev-parse", "HEAD") or os.environ.get("TURBOQUANT_COMMIT"),
         "changed_files": len((command_output("git", "status", "--porcelain", "-uno") or "").splitlines()),
-        "activations": str(activation_dtype(model)).split(".")[-1],
-        "weight_bytes": sum(v.nbytes for _, v in tree_flatten(model.parameters())),
+        "activations": str(subject.dtype).split(".")[-1],
+        "weight_bytes": sum(v.nbytes for _, v in tree_flatten(subject.model.parameters())),
         "repetitions": args.repetitions,
         "order": f"rotated each repetition; decoded in turns of {args.block} tokens",
         "started_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -156,7 +171,7 @@ def previous_rows(args):
         before = json.loads(described.read_text()).get("identity", {}) if described.exists() else {}
         if differing := sorted(k for k, v in identity(args).items() if before.get(k) != v):
             raise ValueError(
-                f"{args.out} holds rows of another run ({', '.join(differing)} differ): use --fresh or --out"
+                f"[curve] {args.out} holds rows of another run ({', '.join(differing)} differ): use --fresh or --out"
             )
     return rows
 
@@ -174,6 +189,28 @@ def plan_runs(args, rows):
     return plan
 
 
+def own_columns(subject, scale, tokens, synthetic, repetition, name):
+    """What a row says before anything is measured; the bits of a float cache are its numbers'."""
+    mode, width = parse_mode(name), 8 * subject.dtype.size
+    key_bits, value_bits = (width, width) if mode.kind == "fp16" else (mode.key_bits, mode.value_bits)
+    row = {"scale": scale, "prompt_tokens": tokens, "mode": name, "key_bits": key_bits, "value_bits": value_bits}
+    return row | {"repetition": repetition, "synthetic": int(synthetic)}
+
+
+def load(args):
+    """The Subject, and its tokenizer."""
+    model, tokenizer = (build_shape(args.shape), None) if args.shape else load_model(args.model)
+    (disable_chunked_recurrence if args.loop else enable_chunked_recurrence)()
+    slots = attention_slots(model)
+    calibration = None
+    if any(parse_mode(name).centred for name in args.modes):
+        if args.shape:
+            calibration = synthetic_calibration(slots, args.seed)
+        else:
+            calibration = as_numpy(load_calibration(args.calibration or args.model, directory=args.model))
+    return Subject(model, slots, calibration), tokenizer
+
+
 def sweep(args):
     rows = previous_rows(args)
     plan = plan_runs(args, rows)
@@ -182,13 +219,14 @@ def sweep(args):
     started = time.perf_counter()
     apply_patch()
     mx.random.seed(args.seed)
-    model, tokenizer = (build_shape(args.shape), None) if args.shape else load_model(args.model)
-    (disable_chunked_recurrence if args.loop else enable_chunked_recurrence)()
-    make_caches(model, args.modes[0])  # a model that has nothing to compress is found before the work
+    subject, tokenizer = load(args)
+    for name in args.modes:  # a model that cannot be packed is found before the work
+        if parse_mode(name).kind == "tq":
+            make_caches(subject, name)
     longest = max(tokens for _, tokens, synthetic in contexts(args) if not synthetic)
-    prompt = prompt_tokens(model, tokenizer, args.text, longest, args.seed)
+    prompt = prompt_tokens(subject.model, tokenizer, args.text, longest, args.seed)
     if not rows:
-        (args.out / "run_metadata.json").write_text(json.dumps(metadata(args, model), indent=1) + "\n")
+        (args.out / "run_metadata.json").write_text(json.dumps(metadata(args, subject), indent=1) + "\n")
     with (
         (args.out / "raw_rows.tsv").open("a" if rows else "w", newline="") as file,
         tqdm(total=sum(len(modes) for *_, modes in plan), unit="run") as bar,
@@ -203,16 +241,14 @@ def sweep(args):
         if mx.default_device() == mx.gpu:
             lengths += [args.step + n % args.step for _, n, synthetic in contexts(args) if not synthetic]
         for length in dict.fromkeys(lengths):
-            measure(model, args, warm, prompt[:length], length, False)
+            measure(subject, args, warm, prompt[:length], length, False)
         for scale, tokens, synthetic, repetition, modes in plan:
             if time.perf_counter() - started > args.stop_after:
                 print("[curve] stopped by --stop-after; the same command goes on from here", file=sys.stderr)
                 break
-            measured = measure(model, args, modes, prompt[:tokens], tokens, synthetic)
+            measured = measure(subject, args, modes, prompt[:tokens], tokens, synthetic)
             for mode in modes:
-                key_bits, value_bits = WIDTHS[mode]
-                own = {"scale": scale, "prompt_tokens": tokens, "mode": mode, "key_bits": key_bits}
-                own |= {"value_bits": value_bits, "repetition": repetition, "synthetic": int(synthetic)}
+                own = own_columns(subject, scale, tokens, synthetic, repetition, mode)
                 writer.writerow(own | measured[mode])
             file.flush()
             bar.update(len(modes))
@@ -232,7 +268,7 @@ def main(argv=None):
         print("[curve] interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except (ImportError, OSError, ValueError) as error:
-        print(f"[curve] {error}", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 1
     return 0
 

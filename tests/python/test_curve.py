@@ -1,33 +1,60 @@
-"""The publication curve: what it writes, how it goes on after an interruption, and that failures stay in the table."""
+"""The publication curve: what it measures and writes, how it goes on, and that failures stay in the table."""
 
+import contextlib
 import csv
+import functools
 import importlib
-import sys
 from pathlib import Path
 
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
+from conftest import MODEL
+from mlx_lm.models import qwen3
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache
+from small_models import FAMILIES, save_model, small_llama
+from turboquant_mlx import disable, enable
+from turboquant_mlx.calibration import load_calibration
+from turboquant_mlx.eval.model import load_model
 from turboquant_mlx.gated_delta import disable_chunked_recurrence
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ["--tokens", "40", "--scales", "1,2", "--modes", "fp16,tq3", "--decode-tokens", "4", "--step", "32"]
-SMALL += ["--block", "2"]
+SMALL += ["--block", "2", "--repetitions", "1"]
 DECODED = 1 + 2 * (2 + 2)  # a warm-up, and two turns of two tokens with two in flight
+TEXT = "The curve reads the beginning of a text. " * 50
 
 
-@pytest.fixture(scope="module")
-def curve():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module("qwen35_9b_publication_curve")
-    sys.path.remove(str(BENCHMARKS))
-    disable_chunked_recurrence()
+load_once = functools.cache(load_model)
 
 
 @pytest.fixture
-def run(curve, tmp_path):
-    def run(*extra, out="out"):
-        folder = tmp_path / out
-        status = curve.main([*SMALL, "--out", str(folder), "--readme", str(tmp_path / "README.md"), *extra])
-        path = folder / "raw_rows.tsv"
+def curve(monkeypatch):
+    """The script, which loads a model once and draws no pictures (`test_writes_rows_pictures_and_table` does)."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("qwen35_9b_publication_curve")
+    monkeypatch.setattr(script, "load_model", load_once)
+    script.draw = getattr(script, "draw", script.curve_report.draw)
+    monkeypatch.setattr(script.curve_report, "draw", lambda *_: None)
+    yield script
+    disable_chunked_recurrence()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A model directory for tests of everything but the figures: two layers of two KV heads of 64, and no make_cache."""
+    return save_model(qwen3, tmp_path_factory.mktemp("curve") / "tiny")
+
+
+@pytest.fixture
+def run(curve, tiny, tmp_path):
+    (tmp_path / "text").write_text(TEXT)
+
+    def run(*extra, model=tiny):
+        own = [*SMALL, "--text", str(tmp_path / "text"), "--out", str(tmp_path / "out")]
+        own += ["--readme", str(tmp_path / "README.md"), *extra]
+        status = curve.main(own if {"--shape", "--model"} & {*extra} else [*own, "--model", str(model)])
+        path = tmp_path / "out" / "raw_rows.tsv"
         if not path.exists():
             return status, []
         with path.open(newline="") as file:
@@ -36,8 +63,9 @@ def run(curve, tmp_path):
     return run
 
 
-def test_writes_rows_pictures_and_table(run, tmp_path):
-    status, rows = run("--repetitions", "2")
+def test_writes_rows_pictures_and_table(run, curve, monkeypatch, tmp_path):
+    monkeypatch.setattr(curve.curve_report, "draw", curve.draw)
+    status, rows = run("--repetitions", "2", model=MODEL)
     assert status == 0 and len(rows) == 8 and {r["status"] for r in rows} == {"ok"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "raw_rows.tsv", "summary_rows.tsv", "run_metadata.json", "curve.png", "curve.svg",
@@ -52,39 +80,41 @@ def test_writes_rows_pictures_and_table(run, tmp_path):
     assert (
         by_mode["tq3"]["kernel"].startswith("cpu") and by_mode["fp16"]["linear_bytes"] == by_mode["tq3"]["linear_bytes"]
     )
+    # The bundled model's caches are float32, and twice as large as float16.
+    assert {r["key_bits"] for r in rows if r["mode"] == "fp16"} == {"32"}
     text = (tmp_path / "README.md").read_text()
-    assert text.count("| TQ3 |") == 2
+    assert text.count("| TQ3 |") == 2 and text.count("| float32 cache |") == 2 and "Medians of up to 2 runs" in text
     # The table takes its own place again.
-    assert run("--repetitions", "2", "--report")[0] == 0
+    assert run("--report", model=MODEL)[0] == 0
     assert (tmp_path / "README.md").read_text() == text
 
 
-def test_goes_on_after_an_interruption(run, curve, monkeypatch):
+def test_goes_on_after_an_interruption(run, curve, monkeypatch, tmp_path):
     real, calls = curve.measure, []
 
     def interrupted(*args):
         calls.append(args)
-        if len(calls) == 3:  # a warm-up and one context
+        if len(calls) == 3:  # a warm-up, and one context
             raise KeyboardInterrupt
         return real(*args)
 
     monkeypatch.setattr(curve, "measure", interrupted)
-    status, rows = run("--repetitions", "1")
+    status, rows = run()
     assert status == 130 and len(rows) == 2
     monkeypatch.setattr(curve, "measure", real)
     # A mode that was not asked for before joins the rows that are there.
-    status, after = run("--repetitions", "1", "--modes", "fp16,tq3,tq4")
+    status, after = run("--modes", "fp16,tq3,tq4")
     assert status == 0 and after[:2] == rows and len(after) == 6
     assert len({(r["scale"], r["mode"]) for r in after}) == 6
     assert {r["decode_ratio"] == "" for r in after if r["mode"] == "tq4" and r["scale"] == "1.00x"} == {True}
     # Another run's rows are not mixed in.
-    assert run("--repetitions", "1", "--decode-tokens", "3")[0] == 1
+    assert run("--decode-tokens", "3")[0] == 1
 
 
 def test_stops_when_told(run, capsys):
-    status, rows = run("--repetitions", "1", "--stop-after", "0")
+    status, rows = run("--stop-after", "0")
     assert status == 1 and rows == [] and "stopped by --stop-after" in capsys.readouterr().err
-    assert len(run("--repetitions", "1")[1]) == 4
+    assert len(run()[1]) == 4
 
 
 class Clock:
@@ -102,7 +132,7 @@ class Clock:
         self.now += self.cost[mode] * self.drift
 
 
-def test_ratio_is_that_of_turns_side_by_side(curve, tmp_path, monkeypatch):
+def test_ratio_is_that_of_turns_side_by_side(curve, tiny, monkeypatch):
     """On a machine that becomes three times slower meanwhile; modes that decode one after the other show another ratio."""
     import curve_run
 
@@ -110,9 +140,9 @@ def test_ratio_is_that_of_turns_side_by_side(curve, tmp_path, monkeypatch):
     monkeypatch.setattr(curve_run, "time", clock)
     step = curve_run.Run._next
     monkeypatch.setattr(curve_run.Run, "_next", lambda self, y: (clock.spend(self.mode), step(self, y))[1])
-    args = curve.parse([*SMALL, "--decode-tokens", "16", "--limit", "1e9", "--out", str(tmp_path)])
+    args = curve.parse([*SMALL, "--model", str(tiny), "--decode-tokens", "16", "--limit", "1e9"])
     curve.apply_patch()
-    model, _ = curve.load_model(args.model)
+    model = curve.load(args)[0]
     measured = curve_run.measure(model, args, ["fp16", "tq3"], list(range(8)), 8, False)
     assert {m: r.get("error") for m, r in measured.items()} == {"fp16": None, "tq3": None}
     assert float(measured["tq3"]["decode_ratio"]) == pytest.approx(2, rel=0.1)
@@ -122,10 +152,11 @@ def test_ratio_is_that_of_turns_side_by_side(curve, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def without_room(curve, monkeypatch):
-    """tq3 fails: while it reads, or in its second turn of decoding."""
+def without_room(curve):
+    """Context: tq3 fails, while it reads or in its second turn of decoding."""
     import curve_run
 
+    @contextlib.contextmanager
     def fail(where):
         real = getattr(curve_run.Run, where)
 
@@ -134,15 +165,17 @@ def without_room(curve, monkeypatch):
                 raise MemoryError("no room")
             return real(self, *args)
 
-        monkeypatch.setattr(curve_run.Run, where, failing)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(curve_run.Run, where, failing)
+            yield
 
     return fail
 
 
 @pytest.mark.parametrize("where", ["read", "decode"])
 def test_a_failing_run_is_a_row(run, without_room, tmp_path, where):
-    without_room(where)
-    status, rows = run("--repetitions", "1")
+    with without_room(where):
+        status, rows = run()
     assert status == 0 and len(rows) == 4
     failed = [r for r in rows if r["mode"] == "tq3"]
     assert {(r["status"], r["error"]) for r in failed} == {("failed", "MemoryError: no room")}
@@ -151,30 +184,109 @@ def test_a_failing_run_is_a_row(run, without_room, tmp_path, where):
 
 
 def test_a_run_over_the_limit_fails(run):
-    _, rows = run("--repetitions", "1", "--scales", "1", "--limit", "1e-9")
+    _, rows = run("--scales", "1", "--limit", "1e-9")
     assert {r["error"] for r in rows} == {"TimeoutError: over the limit of 1e-09 s"}
 
 
 def test_long_contexts_are_filled_and_say_so(run, curve, monkeypatch, tmp_path):
     monkeypatch.setattr(curve, "LONG", (1024,))
-    _, rows = run("--repetitions", "1", "--scales", "1", "--long")
+    _, rows = run("--scales", "1", "--long", model=MODEL)
     filled = [r for r in rows if r["synthetic"] == "1"]
     assert [(r["scale"], r["status"], r["prompt_tps"]) for r in filled] == [("1K", "ok", "")] * 2
     assert "| 1024 (filled) | TQ3 |" in (tmp_path / "README.md").read_text()
     assert int(filled[0]["fp16_equivalent_bytes"]) == (1024 + DECODED) * 2 * 2 * 2 * 512
 
 
+@pytest.fixture
+def subject(curve):
+    """The bundled model with its calibration."""
+    return curve.load(curve.parse([*SMALL, "--modes", "fp16,tq3f"]))[0]
+
+
+def measured(curve, subject, *modes, tokens=8, synthetic=False):
+    import curve_run
+
+    args = curve.parse(SMALL)
+    curve.apply_patch()
+    return curve_run.measure(subject, args, modes, list(range(8)), tokens, synthetic)
+
+
+def test_modes_are_coded_as_enable_does(curve, subject):
+    import curve_run
+
+    found = load_calibration(MODEL)
+    model = subject.model
+    for name, calibration in (
+        ("tq3f", found),
+        ("tq3c", {slot: c.without_feedback() for slot, c in found.items()}),
+        ("tq3", None),
+    ):
+        caches = curve_run.make_caches(subject, name)
+        enable(model, bits=3, calibration=calibration)
+        wanted = model.make_cache()
+        disable(model)
+        assert [type(c) for c in caches] == [type(c) for c in wanted]
+        for slot in subject.slots:
+            for got, want in zip(caches[slot.path[0]].state[4:8], wanted[slot.path[0]].state[4:8], strict=True):
+                assert (got is None) == (want is None) and (got is None or mx.array_equal(got, want))
+    assert measured(curve, subject, "tq3f", "k4v3f")["k4v3f"]["status"] == "ok"
+
+
+class Nested(nn.Module):
+    """A model whose slots lie in a CacheList."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = small_llama()
+        self.layers = [0]
+
+    def __call__(self, x, cache):
+        return self.inner(x, cache=cache[0].caches)
+
+    def make_cache(self):
+        return [CacheList(KVCache(), KVCache())]
+
+
+@pytest.mark.parametrize(
+    "name, make, slots",
+    [
+        ("no make_cache", small_llama, 2),
+        ("windows", FAMILIES["gemma3, head_dim 256"], 2),
+        ("shared slots", FAMILIES["gemma3n, shared keys and values"], 2),
+        ("a list", Nested, 2),
+    ],
+)
+def test_what_enable_packs_is_measured(curve, name, make, slots):
+    from curve_models import Subject, attention_slots, synthetic_calibration
+
+    model = make()
+    found = attention_slots(model)
+    assert len(found) == slots and enable(model) >= slots
+    disable(model)
+    subject = Subject(model, found, synthetic_calibration(found, 0))
+    for synthetic in (False, True):
+        rows = measured(
+            curve, subject, "fp16", "tq3", "tq4f", "affine4", tokens=100 if synthetic else 8, synthetic=synthetic
+        )
+        wrong = {m: r["error"] for m, r in rows.items() if r["status"] != "ok"}
+        windows = {"affine4": "NotImplementedError: RotatingKVCache Quantization NYI"}
+        assert wrong == (windows if name in ("windows", "shared slots") else {})
+        packed = [rows[m]["attention_bytes"] for m in ("tq3", "tq4f", "affine4") if m not in wrong]
+        assert max(packed) < rows["fp16"]["attention_bytes"]
+
+
 @pytest.mark.parametrize(
     "extra, message",
     [
-        (["--modes", "fp16,tq9"], "got tq9"),
+        (["--modes", "fp16,tq9"], "got 'tq9'"),
         (["--tokens", "1000000"], "the longest prompt needs 2000000 tokens"),
         (["--block", "0"], "--block"),
+        (["--model", "absent"], "[eval] the model must be a local directory; there is none at absent"),
     ],
 )
 def test_bad_input(run, capsys, extra, message):
     assert run(*extra)[0] == 1
-    assert message in capsys.readouterr().err
+    assert message in (error := capsys.readouterr().err) and "[curve] [" not in error
 
 
 def test_unwritable_folder(run, tmp_path, capsys):
@@ -184,18 +296,14 @@ def test_unwritable_folder(run, tmp_path, capsys):
 
 
 def test_model_without_key_value_slots(run, curve, monkeypatch, capsys):
-    from mlx_lm.models.cache import ArraysCache
-
-    real = curve.load_model
-
     def load(path):
-        model, tokenizer = real(path)
+        model, tokenizer = small_llama(), None
         model.make_cache = lambda: [ArraysCache(2)]
         return model, tokenizer
 
     monkeypatch.setattr(curve, "load_model", load)
     assert run()[0] == 1
-    assert "nothing to compress; it has ['ArraysCache']" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("nothing to compress; it has ['ArraysCache']\n")
 
 
 def test_the_nine_billion_shape_without_its_size(run, curve, monkeypatch, tmp_path):
