@@ -3,8 +3,12 @@
 A machine's clock and its other work change within seconds, by more than the modes differ.  So the modes' caches stand
 side by side and decode some tokens each in rotated order: a block of tokens is compared with the float cache's block of
 the same turn, and the ratio that is reported is the median over turns.
+
+The peak of a mode is the most bytes MLX held while that mode read its prompt or decoded, weights and its own cache
+included; what the other modes' caches hold meanwhile is taken off.
 """
 
+import contextlib
 import gc
 import os
 import statistics
@@ -67,10 +71,13 @@ def tokens_held(cache):
     return cache.size() or cache.offset  # mlx-lm's QuantizedKVCache has no size
 
 
-def resident_bytes():
-    """Of this process on the host, or "" where /proc has none."""
+def resident_bytes(others):
+    """Of this process, without the bytes that other modes' caches hold; "" where /proc has none, and on a GPU, whose
+    memory is no part of it."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        return ""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") - others
     except OSError:
         return ""
 
@@ -78,10 +85,12 @@ def resident_bytes():
 class Run:
     """One mode's caches over one context; raises what the model raises, and TimeoutError beyond args.limit seconds."""
 
-    def __init__(self, subject, args, mode, others=0):
-        """others: bytes that other modes' caches hold, which are not this run's."""
-        self.subject, self.model, self.args, self.mode, self.others = subject, subject.model, args, mode, others
-        self.caches = make_caches(subject, mode)
+    def __init__(self, subject, args, mode, nobody=0):
+        """nobody: bytes that MLX holds when no mode has a cache."""
+        self.subject, self.model, self.args, self.mode = subject, subject.model, args, mode
+        self.held, self.peak = nobody, 0
+        with self._own_memory():
+            self.caches = make_caches(subject, mode)
         found = dict(leaves(self.caches))
         self.attention = [found.pop(slot.path) for slot in subject.slots]
         self.linear = list(found.values())
@@ -91,32 +100,44 @@ class Run:
         if self.spent + seconds > self.args.limit:
             raise TimeoutError(f"over the limit of {self.args.limit:g} s")
 
+    @contextlib.contextmanager
+    def _own_memory(self):
+        """What happens inside counts as this mode's: its peak, and what it leaves behind."""
+        mx.synchronize()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        yield
+        mx.synchronize()
+        self.peak = max(self.peak, mx.get_peak_memory() - (before - self.held))
+        self.held += mx.get_active_memory() - before
+
     def _next(self, y):
         return mx.argmax(self.model(y[None], cache=self.caches)[:, -1], axis=-1)
 
     def read(self, prompt, tokens, synthetic):
-        """Reads the prompt, or 64 tokens of it and `tokens` in all of random keys and values."""
-        gc.collect()
+        """Reads the prompt, or 64 tokens of it and `tokens` in all of random keys and values.
+
+        Of those the peak is that of decoding alone: filling is no part of any real prompt."""
         mx.clear_cache()
-        mx.reset_peak_memory()
+        others = mx.get_active_memory() - self.held
         read = prompt[:64] if synthetic else prompt
         started = time.perf_counter()
-        first_token = self._read(read, started)
+        with self._own_memory():
+            first_token = self._read(read, started)
         if synthetic:
-            self._fill(tokens)
+            with self._own_memory():
+                self._fill(tokens)
             mx.clear_cache()
-            mx.reset_peak_memory()  # the peak of decoding: filling is no part of any real prompt
-        self.y = self._next(self.y)  # the first step over these caches warms up
-        mx.eval(self.y, [arrays(c) for c in self.linear])
+            self.peak = 0
+        with self._own_memory():
+            self.y = self._next(self.y)  # the first step over these caches warms up
+            mx.eval(self.y, [arrays(c) for c in self.linear])
         self.spent = time.perf_counter() - started
         self._within_limit(0)
-        host = resident_bytes()
-        on_host = self.others if mx.default_device() == mx.Device(mx.cpu) else 0
         self.figures = {
             "prompt_tps": "" if synthetic else f"{len(read) / first_token:.2f}",
             "first_token_s": "" if synthetic else f"{first_token:.4f}",
-            "resident_bytes": host and host - on_host,
-            "peak_bytes": mx.get_peak_memory() - self.others,
+            "resident_bytes": resident_bytes(others),
         }
 
     def _read(self, read, started):
@@ -151,7 +172,8 @@ class Run:
     def decode(self, count):
         """Times `count` tokens of a running pipeline: the clock starts when a token arrives while the next one is on
         its way, and stops likewise, so a block costs what as many tokens of a long answer cost."""
-        seconds = self._decode(count)
+        with self._own_memory():
+            seconds = self._decode(count)
         self.blocks.append(count / seconds)
         self.spent += seconds
         self._within_limit(0)
@@ -190,6 +212,7 @@ class Run:
             "attention_bytes": sum(c.nbytes for c in self.attention),
             "fp16_equivalent_bytes": 2 * sum(numbers),
             "linear_bytes": sum(v.nbytes for c in self.linear for v in arrays(c)),
+            "peak_bytes": self.peak,
             "load": f"{os.getloadavg()[0]:.1f}",  # of the last minute: a busy machine shows in the table
             "kernel": route or ("mlx quantized_matmul" if self.mode.startswith("affine") else "mlx fast attention"),
         }
@@ -203,11 +226,12 @@ def measure(subject, args, modes, prompt, tokens, synthetic):
     """All modes over one context: {mode: measured columns, or status and error of a mode that failed}."""
     gc.collect()
     mx.clear_cache()
+    mx.synchronize()
     nobody = mx.get_active_memory()
     runs, out = {}, {}
     for mode in modes:
         try:
-            run = Run(subject, args, mode, mx.get_active_memory() - nobody)
+            run = Run(subject, args, mode, nobody)
             run.read(prompt, tokens, synthetic)
             runs[mode] = run
         except Exception as error:  # a run that fails is a result

@@ -211,6 +211,32 @@ def measured(curve, subject, *modes, tokens=8, synthetic=False):
     return curve_run.measure(subject, args, modes, list(range(8)), tokens, synthetic)
 
 
+def test_peak_is_that_of_a_mode_alone_and_of_decoding_too(curve, subject, monkeypatch):
+    import curve_run
+
+    # Two layers, two heads, keys and values of 256: 32 MiB as float32, 3 MiB as 3-bit codes, and growing copies.
+    saved = 2 * 2 * 2 * 4096 * (1024 - 98)
+    filled = {"tokens": 4096, "synthetic": True}
+    alone = {m: measured(curve, subject, m, **filled)[m]["peak_bytes"] for m in ("fp16", "tq3")}
+    beside = {m: r["peak_bytes"] for m, r in measured(curve, subject, "fp16", "tq3", **filled).items()}
+    assert min(alone["fp16"], beside["fp16"]) > 0.9 * saved + max(alone["tq3"], beside["tq3"])
+    assert beside["tq3"] == pytest.approx(alone["tq3"], abs=saved / 2)
+
+    # What one mode takes while it decodes is its own alone.
+    decode = curve_run.Run._decode
+
+    def greedy(self, count):
+        if self.mode == "tq3":
+            mx.eval(mx.zeros(2**26, mx.uint8) + 1)
+        return decode(self, count)
+
+    before = measured(curve, subject, "fp16", "tq3")
+    monkeypatch.setattr(curve_run.Run, "_decode", greedy)
+    after = measured(curve, subject, "fp16", "tq3")
+    more = {m: after[m]["peak_bytes"] - before[m]["peak_bytes"] for m in after}
+    assert more["tq3"] > 2**25 and abs(more["fp16"]) < 2**22
+
+
 def test_modes_are_coded_as_enable_does(curve, subject):
     import curve_run
 
