@@ -22,8 +22,10 @@ def cache_name(mode, activations):
 
 
 def ratios(rows, own, name):
-    """`own` rows' speeds over the float cache's in the same repetition; of decoding, those that were taken by turns."""
-    out = []
+    """(ratios of `own` rows' speeds to the float cache's in the same repetition, how many of those of decoding were not
+    taken in turns).  A mode that was measured without the float cache beside it, as after an interruption, is compared
+    with what the float cache did at another time."""
+    out, apart = [], 0
     for r in own:
         if name == "decode_tps" and r.get("decode_ratio"):
             out.append(float(r["decode_ratio"]))
@@ -32,7 +34,8 @@ def ratios(rows, own, name):
             same = all(other[k] == r[k] for k in ("scale", "prompt_tokens", "repetition", "synthetic"))
             if same and other["mode"] == "fp16" and other["status"] == "ok" and other[name] and r[name]:
                 out.append(float(r[name]) / float(other[name]))
-    return out
+                apart += name == "decode_tps"
+    return out, apart
 
 
 def summarise(rows):
@@ -49,9 +52,11 @@ def summarise(rows):
             row[name] = statistics.median(values) if values else ""
             if name.endswith("_tps"):
                 row[name + "_min"], row[name + "_max"] = (min(values), max(values)) if values else ("", "")
-                found = ratios(rows, good, name)
+                found, apart = ratios(rows, good, name)
                 for end, f in (("", statistics.median), ("_min", min), ("_max", max)):
                     row[name.replace("_tps", "_ratio") + end] = f(found) if found else ""
+        row["decode_apart"] = apart
+        row["elsewhere"] = sum(1 for r in own if r.get("elsewhere"))
         row["load_max"] = max((float(r["load"]) for r in good), default="")
         for name in ("fp16_equivalent_bytes", "linear_bytes", "kernel"):
             row[name] = good[0][name] if good else ""
@@ -61,11 +66,12 @@ def summarise(rows):
 
 
 def machine(metadata):
-    """The device that computed, and its host."""
-    device, host = metadata["identity"]["device"], f"{metadata['processor']}, {metadata['cores']} cores"
-    if "gpu" not in device:
-        return f"{host}, {device}"
-    return f"{metadata['device_info'].get('device_name', 'GPU')}, {device}; host {host}"
+    """(name of what computed, its host's)."""
+    about = metadata["identity"]
+    if "machine" in about:
+        return about["machine"], about["host"]
+    host = f"{metadata['processor']}, {metadata['cores']} cores"  # rows from before these were part of the identity
+    return metadata["device_info"]["device_name"] if "gpu" in about["device"] else host, host
 
 
 def draw(args, summary, metadata):
@@ -106,7 +112,7 @@ def draw(args, summary, metadata):
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[2].legend(fontsize=8)
-    figure.suptitle(f"{metadata['identity']['model']} on {machine(metadata)}", fontsize=9)
+    figure.suptitle(f"{metadata['identity']['model']} on {machine(metadata)[0]}", fontsize=9)
     figure.tight_layout()
     for suffix in ("png", "svg"):
         figure.savefig(args.assets / f"curve.{suffix}", dpi=150, metadata={"Date": None} if suffix == "svg" else None)
@@ -122,26 +128,50 @@ def _ratio(row, what):
     if middle == "" or row["mode"] == "fp16":
         return ""
     spread = "" if low == high else f", {low:.2f} to {high:.2f}"
-    return f" ({middle:.2f}x{spread})"
+    return f" ({middle:.2f}x{spread})" + (" \\*" if what == "decode" and row["decode_apart"] else "")
+
+
+def caption(summary, metadata):
+    """What was measured, where, and how to read the table."""
+    about, (name, host) = metadata["identity"], machine(metadata)
+    most = max(r["runs"] - r["failed"] for r in summary)
+    load = max((r["load_max"] for r in summary if r["load_max"] != ""), default=0)
+    turns = f" in turns of {about['block']}" if "block" in about else ", one mode after the other"
+    out = (
+        f"{about['model']}; {name}{'' if name == host else f'; host {host}'}; activations {metadata['activations']}; MLX "
+        f"{metadata['versions']['mlx']}; BLAS: {metadata['blas']}; linear attention: {about['linear_attention']}. Medians "
+        f"of up to {most} {'run' if most == 1 else 'runs'} in rotated order; prompt read {about['step']} tokens at a time, "
+        f"then {about['decode_tokens']} tokens decoded{turns}. In brackets the median (smallest to largest) of the ratios to "
+        f"the {metadata['activations']} cache's speed within a repetition. The machine's load average went up to {load}."
+    )
+    if any(int(r["synthetic"]) for r in summary):
+        out += " Rows marked (filled): caches filled with random numbers, no prompt was read; the peak is of decoding."
+    if any(r["decode_apart"] for r in summary):
+        out += " \\* measured without the float cache beside it: the ratio is between different times."
+    if about.get("calibration") == "synthetic" and any(r["mode"][-1] in "cf" for r in summary):
+        out += " Centres and feedback are random, as the weights are: their cost in time is the real ones'."
+    if metadata["changed_files"]:
+        out += f" {metadata['changed_files']} source files differed from the commit."
+    if elsewhere := sum(r["elsewhere"] for r in summary):
+        out += f" {elsewhere} runs come from another machine, version or commit (raw_rows.tsv says which)."
+    return out
+
+
+def _route(row, most):
+    """The kernel, and what kept runs out of the median."""
+    failed = row["failed"]
+    if not row["kernel"]:
+        return row["error"] if row["error"].startswith("not run") else f"failed: {row['error']}"
+    if failed:
+        return f"{row['kernel']} ({failed} of {row['runs']} runs failed: {row['error']})"
+    return row["kernel"] + (f" ({row['runs']} of {most} runs)" if row["runs"] < most else "")
 
 
 def markdown(summary, metadata):
     """The table for people."""
-    about = metadata["identity"]
-    runs, load = (max((r[k] for r in summary if r[k] != ""), default=0) for k in ("runs", "load_max"))
-    turns = f" in turns of {about['block']}" if "block" in about else ", one mode after the other"
-    filled = ""
-    if any(int(r["synthetic"]) for r in summary):
-        filled = (
-            " Rows marked (filled): caches filled with random numbers, no prompt was read; the peak is of decoding."
-        )
+    most = max(r["runs"] - r["failed"] for r in summary)
     lines = [
-        f"{about['model']}; {machine(metadata)}; activations "
-        f"{metadata['activations']}; MLX {metadata['versions']['mlx']}; BLAS: {metadata['blas']}; linear attention: "
-        f"{about['linear_attention']}. Medians of up to {runs} runs in rotated order; prompt read "
-        f"{about['step']} tokens at a time, then {about['decode_tokens']} tokens decoded{turns}. In brackets the median "
-        f"(smallest to largest) of the ratios to the {metadata['activations']} cache's speed within a repetition. The machine's load average "
-        f"went up to {load}.{filled}",
+        caption(summary, metadata),
         "",
         "| context | cache | prompt tok/s | decode tok/s | first token s | attention MiB | of float16 | peak MiB "
         "| kernel |",
@@ -150,9 +180,6 @@ def markdown(summary, metadata):
     for r in summary:
         context = f"{r['prompt_tokens']}{' (filled)' if int(r['synthetic']) else ''}"
         share = float(r["attention_bytes"]) / float(r["fp16_equivalent_bytes"]) if r["attention_bytes"] != "" else ""
-        what = r["kernel"] or f"failed: {r['error']}"
-        if r["failed"] and r["kernel"]:
-            what += f" ({r['failed']} of {r['runs']} runs failed)"
         cells = [
             _number(r["prompt_tps"]) + _ratio(r, "prompt"),
             _number(r["decode_tps"]) + _ratio(r, "decode"),
@@ -160,7 +187,7 @@ def markdown(summary, metadata):
             _number(r["attention_bytes"], 2**-20, 2),
             f"{share:.3f}" if share else "",
             _number(r["peak_bytes"], 2**-20, 0),
-            what.replace("|", "/"),
+            _route(r, most).replace("|", "/"),
         ]
         lines.append(f"| {context} | {cache_name(r['mode'], metadata['activations'])} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -194,6 +221,7 @@ def write(args, rows):
     summary = summarise(rows)
     write_table(args.out / "summary_rows.tsv", summary)
     draw(args, summary, metadata)
-    label = args.label or f"{metadata['identity']['model']} on {metadata['identity']['device']}"
-    into_readme(args.readme, label, markdown(summary, metadata))
-    print(markdown(summary, metadata))
+    label = args.label or f"{metadata['identity']['model']} on {machine(metadata)[0]}"
+    text = markdown(summary, metadata)
+    into_readme(args.readme, label, text)
+    print(text)

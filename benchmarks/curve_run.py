@@ -222,14 +222,17 @@ def describe(error):
     return {"status": "failed", "error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 
-def measure(subject, args, modes, prompt, tokens, synthetic):
-    """All modes over one context: {mode: measured columns, or status and error of a mode that failed}."""
+def measure(subject, args, modes, prompt, tokens, synthetic, begin=lambda mode, doing: None):
+    """All modes over one context: {mode: measured columns, or status and error of a mode that failed}.
+
+    begin(mode, "reading" or "decoding") is called before a mode does either, which some processes do not survive."""
     gc.collect()
     mx.clear_cache()
     mx.synchronize()
     nobody = mx.get_active_memory()
     runs, out = {}, {}
     for mode in modes:
+        begin(mode, "reading")
         try:
             run = Run(subject, args, mode, nobody)
             run.read(prompt, tokens, synthetic)
@@ -240,6 +243,7 @@ def measure(subject, args, modes, prompt, tokens, synthetic):
     for turn in range(-(-args.decode_tokens // args.block)):
         order = list(runs)
         for mode in order[turn % max(1, len(order)) :] + order[: turn % max(1, len(order))]:
+            begin(mode, "decoding")
             try:
                 runs[mode].decode(min(args.block, args.decode_tokens))
             except Exception as error:

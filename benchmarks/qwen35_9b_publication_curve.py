@@ -5,44 +5,34 @@
     python benchmarks/qwen35_9b_publication_curve.py --model models/qwen35-tiny-4bit --out benchmarks/bundled-cpu
 
 At each context and repetition the modes read the prompt one after the other and then decode in turns of some tokens
-(curve_run.py).  Every run is one row of raw_rows.tsv, written when its context ends, so an interrupted sweep goes on
-where it stopped; a run that fails is a row with its error.  Repetitions rotate the order of the modes.
-summary_rows.tsv (medians), curve.png, curve.svg and the table of README.md are made from the raw rows alone (--report
-makes them again).
+(curve_run.py).  Every run is one row of raw_rows.tsv, so an interrupted sweep goes on where it stopped (curve_rows.py);
+a run that fails, that the process does not survive, or that would be over the limit is a row with its error.
+Repetitions rotate the order of the modes.  summary_rows.tsv (medians), curve.png, curve.svg and the table of README.md
+are made from the raw rows alone (--report makes them again).
 
 Modes are those of `python -m turboquant_mlx eval`: fp16 (the model's own float caches), affine4, tq3, k4v3, tq3c (with the
 model's centres), tq3f (with its centres and feedback).
 """
 
 import argparse
-import csv
 import json
-import os
-import platform
-import subprocess
+import signal
 import sys
 import time
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 import curve_report
 import mlx.core as mx
 from curve_models import Subject, as_numpy, attention_slots, build_shape, prompt_tokens, synthetic_calibration
+from curve_rows import ROOT, Mark, RowFile, metadata, previous_rows, read_rows, sources, write_atomically
 from curve_run import make_caches, measure
-from mlx.utils import tree_flatten
 from tqdm import tqdm
 from turboquant_mlx import apply_patch
-from turboquant_mlx.calibration import FILE_NAME, fingerprint, load_calibration
+from turboquant_mlx.calibration import FILE_NAME, load_calibration
 from turboquant_mlx.eval.model import load_model
 from turboquant_mlx.eval.modes import parse_mode
 from turboquant_mlx.gated_delta import disable_chunked_recurrence, enable_chunked_recurrence
 
-ROOT = Path(__file__).resolve().parent.parent
-COLUMNS = (
-    "scale prompt_tokens mode key_bits value_bits repetition status prompt_tps decode_tps decode_ratio first_token_s "
-    "attention_bytes fp16_equivalent_bytes linear_bytes resident_bytes peak_bytes kernel load synthetic error"
-).split()
 LONG = (32768, 65536, 131072)
 
 
@@ -64,16 +54,20 @@ def parse(argv):
     parser.add_argument("--decode-tokens", type=int, default=64)
     parser.add_argument("--block", type=int, default=16, help="tokens a mode decodes before the next mode's turn")
     parser.add_argument("--step", type=int, default=512, help="prompt tokens given to the model at a time")
-    parser.add_argument("--limit", type=float, default=600, help="seconds after which a run is recorded as failed")
+    parser.add_argument(
+        "--limit", type=float, default=600, help="seconds after which a run fails, and longer ones of its mode"
+    )
     parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds after which nothing is begun")
     parser.add_argument("--long", action="store_true", help="also 32K, 64K and 128K over synthetically filled caches")
     parser.add_argument("--loop", action="store_true", help="mlx-lm's own loop over tokens in linear attention")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--label", help="of the table in README.md (default: model and device)")
+    parser.add_argument("--label", help="of the table in README.md (default: model and machine)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the tables")
     parser.add_argument("--assets", type=Path, help="folder of the pictures (default: assets/, or --out when given)")
     parser.add_argument("--readme", type=Path, default=ROOT / "benchmarks" / "README.md")
     parser.add_argument("--fresh", action="store_true", help="forget rows of an earlier run in the folder")
+    parser.add_argument("--retry-failed", action="store_true", help="run again what failed")
+    parser.add_argument("--mix", action="store_true", help="add to rows of another machine, version or commit")
     parser.add_argument("--report", action="store_true", help="measure nothing: summary, pictures and table again")
     args = parser.parse_args(argv)
     args.scales = [float(s) for s in args.scales.split(",")]
@@ -104,87 +98,15 @@ def contexts(args):
     return out + [(f"{n // 1024}K", n, True) for n in LONG if args.long]
 
 
-def command_output(*command):
-    try:
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def processor():
-    if platform.system() == "Darwin":
-        return command_output("sysctl", "-n", "machdep.cpu.brand_string")
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def identity(args):
-    """What rows must share to stand in one table."""
-    return {
-        "model": args.model.name if args.model else f"shape {args.shape}, random weights",
-        "fingerprint": fingerprint(args.model) if args.model else None,
-        "device": str(mx.default_device()),
-        "tokens": args.tokens,
-        "decode_tokens": args.decode_tokens,
-        "block": args.block,
-        "step": args.step,
-        "seed": args.seed,
-        "linear_attention": "mlx-lm's loop" if args.loop else "chunks of 64 off Metal",
-    }
-
-
-def metadata(args, subject):
-    return {
-        "identity": identity(args),
-        "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "device_info": {
-            k: v for k, v in mx.device_info().items() if isinstance(v, (str, int)) and k not in ("uuid", "pci_bus_id")
-        },
-        "blas": Path(os.environ.get("LD_PRELOAD", "")).name or "as MLX was built",
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {p: version(p) for p in ("mlx", "mlx-lm", "turboquant-kv-mlx")},
-        "commit": command_output("git", "rev-parse", "HEAD") or os.environ.get("TURBOQUANT_COMMIT"),
-        "changed_files": len((command_output("git", "status", "--porcelain", "-uno") or "").splitlines()),
-        "activations": str(subject.dtype).split(".")[-1],
-        "weight_bytes": sum(v.nbytes for _, v in tree_flatten(subject.model.parameters())),
-        "repetitions": args.repetitions,
-        "order": f"rotated each repetition; decoded in turns of {args.block} tokens",
-        "started_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "clock": "time.perf_counter",
-    }
-
-
-def read_rows(path):
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t"))
-
-
-def previous_rows(args):
-    """Rows of an interrupted sweep of the same identity; refuses a folder that holds another one's."""
-    described = args.out / "run_metadata.json"
-    rows = [] if args.fresh else read_rows(args.out / "raw_rows.tsv")
-    if rows:
-        before = json.loads(described.read_text()).get("identity", {}) if described.exists() else {}
-        if differing := sorted(k for k, v in identity(args).items() if before.get(k) != v):
-            raise ValueError(
-                f"[curve] {args.out} holds rows of another run ({', '.join(differing)} differ): use --fresh or --out"
-            )
-    return rows
-
-
 def plan_runs(args, rows):
     """What is not yet in `rows`: (scale, tokens, synthetic, repetition, modes in rotated order) of each context."""
-    done = {(r["scale"], r["mode"], int(r["repetition"])) for r in rows}
+    done = {(r["scale"], int(r["synthetic"]), r["mode"], int(r["repetition"])) for r in rows}
     plan = []
     for repetition in range(args.repetitions):
         turn = repetition % len(args.modes)
         order = args.modes[turn:] + args.modes[:turn]
         for scale, tokens, synthetic in contexts(args):
-            if modes := [mode for mode in order if (scale, mode, repetition) not in done]:
+            if modes := [mode for mode in order if (scale, int(synthetic), mode, repetition) not in done]:
                 plan.append((scale, tokens, synthetic, repetition, modes))
     return plan
 
@@ -195,6 +117,15 @@ def own_columns(subject, scale, tokens, synthetic, repetition, name):
     key_bits, value_bits = (width, width) if mode.kind == "fp16" else (mode.key_bits, mode.value_bits)
     row = {"scale": scale, "prompt_tokens": tokens, "mode": name, "key_bits": key_bits, "value_bits": value_bits}
     return row | {"repetition": repetition, "synthetic": int(synthetic)}
+
+
+def over_limit(rows, mode, tokens, synthetic):
+    """Why this mode is not run over this context: it took too long over one as long or shorter.  None otherwise."""
+    for r in rows:
+        same = r["mode"] == mode and int(r["synthetic"]) == synthetic and int(r["prompt_tokens"]) <= tokens
+        if same and r["error"].startswith("TimeoutError: "):
+            return f"not run: {r['error'].removeprefix('TimeoutError: ')} at {r['prompt_tokens']} tokens"
+    return None
 
 
 def load(args):
@@ -211,10 +142,26 @@ def load(args):
     return Subject(model, slots, calibration), tokenizer
 
 
+def warm_up(args, subject, prompt, plan, mark):
+    """Every mode once; what fails here, the rows will record.  On a GPU MLX compiles a kernel when it first meets a size,
+    which takes seconds, and a prompt's last chunk has its own."""
+
+    def begin(mode, doing):
+        lost = [own_columns(subject, *run, mode) for *run, modes in plan if mode in modes]
+        mark.set(lost, f"{mode} was {doing} in the warm-up")
+
+    lengths = [2 * args.step]
+    if mx.default_device() == mx.gpu:
+        lengths += [args.step + n % args.step for _, n, synthetic in contexts(args) if not synthetic]
+    modes = list(dict.fromkeys(mode for *_, modes in plan for mode in modes))
+    for length in dict.fromkeys(lengths):
+        measure(subject, args, modes, prompt[:length], length, False, begin)
+
+
 def sweep(args):
-    rows = previous_rows(args)
-    plan = plan_runs(args, rows)
-    if not plan:
+    rows, aborted, elsewhere = previous_rows(args)
+    plan = plan_runs(args, [*rows, *aborted])
+    if not plan and not aborted:
         return
     started = time.perf_counter()
     apply_patch()
@@ -225,33 +172,44 @@ def sweep(args):
             make_caches(subject, name)
     longest = max(tokens for _, tokens, synthetic in contexts(args) if not synthetic)
     prompt = prompt_tokens(subject.model, tokenizer, args.text, longest, args.seed)
-    if not rows:
-        (args.out / "run_metadata.json").write_text(json.dumps(metadata(args, subject), indent=1) + "\n")
+    commit, changed = sources()
+    if changed:
+        print(f"[curve] {changed} source files differ from commit {commit}; the metadata say so", file=sys.stderr)
+    mark = Mark(args.out)
+    if not rows and not aborted:
+        write_atomically(args.out / "run_metadata.json", json.dumps(metadata(args, subject), indent=1) + "\n")
     with (
-        (args.out / "raw_rows.tsv").open("a" if rows else "w", newline="") as file,
+        RowFile(args.out / "raw_rows.tsv", rows) as file,
         tqdm(total=sum(len(modes) for *_, modes in plan), unit="run") as bar,
     ):
-        writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n", restval="")
-        if not rows:
-            writer.writeheader()
-        warm = list(dict.fromkeys(mode for *_, modes in plan for mode in modes))
-        # What fails in the warm-up, the rows will record.  On a GPU MLX compiles a kernel when it first meets a size, which
-        # takes seconds, and a prompt's last chunk has its own.
-        lengths = [2 * args.step]
-        if mx.default_device() == mx.gpu:
-            lengths += [args.step + n % args.step for _, n, synthetic in contexts(args) if not synthetic]
-        for length in dict.fromkeys(lengths):
-            measure(subject, args, warm, prompt[:length], length, False)
-        for scale, tokens, synthetic, repetition, modes in plan:
-            if time.perf_counter() - started > args.stop_after:
-                print("[curve] stopped by --stop-after; the same command goes on from here", file=sys.stderr)
-                break
-            measured = measure(subject, args, modes, prompt[:tokens], tokens, synthetic)
-            for mode in modes:
-                own = own_columns(subject, scale, tokens, synthetic, repetition, mode)
-                writer.writerow(own | measured[mode])
-            file.flush()
-            bar.update(len(modes))
+        for row in aborted:
+            file.add(row)
+        mark.clear()
+        try:
+            warm_up(args, subject, prompt, plan, mark)
+            mark.clear()
+            for scale, tokens, synthetic, repetition, modes in plan:
+                if time.perf_counter() - started > args.stop_after:
+                    print("[curve] stopped by --stop-after; the same command goes on from here", file=sys.stderr)
+                    break
+                context = (subject, scale, tokens, synthetic, repetition)
+                own = {mode: own_columns(*context, mode) | {"elsewhere": elsewhere} for mode in modes}
+                measured = {}
+                for mode in modes:
+                    if reason := over_limit(file.rows, mode, tokens, synthetic):
+                        measured[mode] = {"status": "failed", "error": reason}
+
+                def begin(mode, doing, own=own):
+                    mark.set([own[mode]], f"{mode} was {doing}")
+
+                left = [mode for mode in modes if mode not in measured]
+                measured |= measure(subject, args, left, prompt[:tokens], tokens, synthetic, begin)
+                for mode in modes:
+                    file.add(own[mode] | measured[mode])
+                mark.clear()
+                bar.update(len(modes))
+        finally:
+            mark.clear()
 
 
 def main(argv=None):
@@ -274,4 +232,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: not what was running is to blame
     sys.exit(main())

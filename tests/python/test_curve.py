@@ -64,6 +64,8 @@ def run(curve, tiny, tmp_path):
 
 
 def test_writes_rows_pictures_and_table(run, curve, monkeypatch, tmp_path):
+    import curve_rows
+
     monkeypatch.setattr(curve.curve_report, "draw", curve.draw)
     status, rows = run("--repetitions", "2", model=MODEL)
     assert status == 0 and len(rows) == 8 and {r["status"] for r in rows} == {"ok"}
@@ -84,6 +86,7 @@ def test_writes_rows_pictures_and_table(run, curve, monkeypatch, tmp_path):
     assert {r["key_bits"] for r in rows if r["mode"] == "fp16"} == {"32"}
     text = (tmp_path / "README.md").read_text()
     assert text.count("| TQ3 |") == 2 and text.count("| float32 cache |") == 2 and "Medians of up to 2 runs" in text
+    assert f"### qwen35-tiny-4bit on {curve_rows.processor()}" in text
     # The table takes its own place again.
     assert run("--report", model=MODEL)[0] == 0
     assert (tmp_path / "README.md").read_text() == text
@@ -94,7 +97,8 @@ def test_goes_on_after_an_interruption(run, curve, monkeypatch, tmp_path):
 
     def interrupted(*args):
         calls.append(args)
-        if len(calls) == 3:  # a warm-up, and one context
+        if len(calls) == 3:  # a warm-up, one context, and then in the midst of one
+            args[-1]("fp16", "reading")
             raise KeyboardInterrupt
         return real(*args)
 
@@ -107,6 +111,9 @@ def test_goes_on_after_an_interruption(run, curve, monkeypatch, tmp_path):
     assert status == 0 and after[:2] == rows and len(after) == 6
     assert len({(r["scale"], r["mode"]) for r in after}) == 6
     assert {r["decode_ratio"] == "" for r in after if r["mode"] == "tq4" and r["scale"] == "1.00x"} == {True}
+    # Its ratio is to a float cache of another time, and the table says so.
+    marked = [line for line in (tmp_path / "README.md").read_text().splitlines() if r"\*" in line]
+    assert [line.split(" | ")[1] for line in marked[1:]] == ["TQ4"] and "different times" in marked[0]
     # Another run's rows are not mixed in.
     assert run("--decode-tokens", "3")[0] == 1
 
@@ -183,9 +190,37 @@ def test_a_failing_run_is_a_row(run, without_room, tmp_path, where):
     assert "failed: MemoryError: no room" in (tmp_path / "README.md").read_text()
 
 
+def test_failed_runs_are_tried_again_when_asked(run, without_room):
+    with without_room("read"):
+        before = run()[1]
+    assert run("--scales", "1")[1] == before
+    after = run("--retry-failed")[1]
+    assert [r["status"] for r in after] == ["ok"] * 4 and [r["mode"] for r in after[2:]] == ["tq3", "tq3"]
+
+
 def test_a_run_over_the_limit_fails(run):
     _, rows = run("--scales", "1", "--limit", "1e-9")
     assert {r["error"] for r in rows} == {"TimeoutError: over the limit of 1e-09 s"}
+
+
+def test_what_would_be_over_the_limit_is_a_row_too(run, curve, monkeypatch, tmp_path):
+    import curve_run
+
+    read, asked = curve_run.Run.read, []
+
+    def slow(self, prompt, tokens, synthetic):
+        asked.append((self.mode, tokens))
+        if self.mode == "tq3" and tokens == 80:
+            raise TimeoutError("over the limit of 9 s")
+        read(self, prompt, tokens, synthetic)
+
+    monkeypatch.setattr(curve_run.Run, "read", slow)
+    rows = run("--scales", "1,2,3", "--repetitions", "2")[1]
+    assert len(rows) == 12 and asked.count(("tq3", 80)) == 1 and ("tq3", 120) not in asked
+    errors = [r["error"] for r in rows if r["mode"] == "tq3" and r["scale"] == "2.00x"]
+    assert errors == ["TimeoutError: over the limit of 9 s", "not run: over the limit of 9 s at 80 tokens"]
+    text = (tmp_path / "README.md").read_text()
+    assert "Medians of up to 2 runs" in text and "| not run: over the limit of 9 s at 80 tokens |" in text
 
 
 def test_long_contexts_are_filled_and_say_so(run, curve, monkeypatch, tmp_path):
