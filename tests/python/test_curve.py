@@ -50,10 +50,10 @@ def tiny(tmp_path_factory):
 def run(curve, tiny, tmp_path):
     (tmp_path / "text").write_text(TEXT)
 
-    def run(*extra, model=tiny):
+    def run(*extra):
         own = [*SMALL, "--text", str(tmp_path / "text"), "--out", str(tmp_path / "out")]
         own += ["--readme", str(tmp_path / "README.md"), *extra]
-        status = curve.main(own if {"--shape", "--model"} & {*extra} else [*own, "--model", str(model)])
+        status = curve.main(own if {"--shape", "--model"} & {*extra} else [*own, "--model", str(tiny)])
         path = tmp_path / "out" / "raw_rows.tsv"
         if not path.exists():
             return status, []
@@ -67,7 +67,7 @@ def test_writes_rows_pictures_and_table(run, curve, monkeypatch, tmp_path):
     import curve_rows
 
     monkeypatch.setattr(curve.curve_report, "draw", curve.draw)
-    status, rows = run("--repetitions", "2", model=MODEL)
+    status, rows = run("--repetitions", "2")
     assert status == 0 and len(rows) == 8 and {r["status"] for r in rows} == {"ok"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "raw_rows.tsv", "summary_rows.tsv", "run_metadata.json", "curve.png", "curve.svg",
@@ -76,20 +76,20 @@ def test_writes_rows_pictures_and_table(run, curve, monkeypatch, tmp_path):
     assert [r["mode"] for r in rows if r["scale"] == "1.00x"] == ["fp16", "tq3", "tq3", "fp16"]
     by_mode = {r["mode"]: r for r in rows if r["scale"] == "2.00x"}
     assert all(float(r[c]) > 0 for r in rows for c in ("prompt_tps", "decode_tps", "first_token_s", "peak_bytes"))
-    # 256 rows of two layers, two heads, keys and values: 98 bytes each.
-    assert int(by_mode["tq3"]["attention_bytes"]) == 2 * 2 * 2 * 98 * 256
-    assert int(by_mode["fp16"]["fp16_equivalent_bytes"]) == (80 + DECODED) * 2 * 2 * 2 * 512
-    assert (
-        by_mode["tq3"]["kernel"].startswith("cpu") and by_mode["fp16"]["linear_bytes"] == by_mode["tq3"]["linear_bytes"]
-    )
-    # The bundled model's caches are float32, and twice as large as float16.
+    # 256 rows of two layers, two heads, keys and values: 26 bytes each.
+    assert int(by_mode["tq3"]["attention_bytes"]) == 2 * 2 * 2 * 26 * 256
+    assert int(by_mode["fp16"]["fp16_equivalent_bytes"]) == (80 + DECODED) * 2 * 2 * 2 * 128
+    assert by_mode["tq3"]["kernel"].startswith("cpu") and {r["linear_bytes"] for r in rows} == {"0"}
+    # On a CPU the model's caches are float32, and twice as large as float16.
     assert {r["key_bits"] for r in rows if r["mode"] == "fp16"} == {"32"}
     text = (tmp_path / "README.md").read_text()
     assert text.count("| TQ3 |") == 2 and text.count("| float32 cache |") == 2 and "Medians of up to 2 runs" in text
-    assert f"### qwen35-tiny-4bit on {curve_rows.processor()}" in text
-    # The table takes its own place again.
-    assert run("--report", model=MODEL)[0] == 0
+    assert f"### tiny on {curve_rows.processor()}" in text
+    # The table takes its own place again, and pictures are the same.
+    picture = (tmp_path / "out" / "curve.svg").read_bytes()
+    assert run("--report")[0] == 0
     assert (tmp_path / "README.md").read_text() == text
+    assert (tmp_path / "out" / "curve.svg").read_bytes() == picture
 
 
 def test_goes_on_after_an_interruption(run, curve, monkeypatch, tmp_path):
@@ -225,11 +225,11 @@ def test_what_would_be_over_the_limit_is_a_row_too(run, curve, monkeypatch, tmp_
 
 def test_long_contexts_are_filled_and_say_so(run, curve, monkeypatch, tmp_path):
     monkeypatch.setattr(curve, "LONG", (1024,))
-    _, rows = run("--scales", "1", "--long", model=MODEL)
+    _, rows = run("--scales", "1", "--long")
     filled = [r for r in rows if r["synthetic"] == "1"]
     assert [(r["scale"], r["status"], r["prompt_tps"]) for r in filled] == [("1K", "ok", "")] * 2
     assert "| 1024 (filled) | TQ3 |" in (tmp_path / "README.md").read_text()
-    assert int(filled[0]["fp16_equivalent_bytes"]) == (1024 + DECODED) * 2 * 2 * 2 * 512
+    assert int(filled[0]["fp16_equivalent_bytes"]) == (1024 + DECODED) * 2 * 2 * 2 * 128
 
 
 @pytest.fixture

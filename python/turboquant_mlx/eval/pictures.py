@@ -9,7 +9,7 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 
 
 def pyplot():
-    """matplotlib without a display; ImportError says what to install."""
+    """matplotlib without a display, whose SVG files are the same each time; ImportError says what to install."""
     try:
         import matplotlib
     except ImportError as error:
@@ -17,6 +17,7 @@ def pyplot():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams["svg.hashsalt"] = "turboquant"  # names within a file depend on what is drawn alone
     return plt
 
 
