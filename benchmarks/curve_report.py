@@ -77,6 +77,8 @@ def machine(metadata):
 def draw(args, summary, metadata):
     """Speed and memory against context; lines differ in dash and marker as well as in colour."""
     plt = pyplot()
+    read = {(r["mode"], r["prompt_tokens"]) for r in summary if not int(r["synthetic"]) and r["kernel"]}
+    summary = [r for r in summary if not int(r["synthetic"]) or (r["mode"], r["prompt_tokens"]) not in read]
     panels = [("prompt_tps", "prompt, tokens/s", 1), ("decode_tps", "decode, tokens/s", 1)]
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6))
     modes = list(dict.fromkeys(r["mode"] for r in summary))
@@ -101,7 +103,8 @@ def draw(args, summary, metadata):
         real = [int(r["prompt_tokens"]) for r in summary if not int(r["synthetic"])]
         filled = [int(r["prompt_tokens"]) for r in summary if int(r["synthetic"])]
         if filled and name != "prompt_tps":
-            first = (max(real) * min(filled)) ** 0.5 if real else min(filled) / 2
+            below = max((n for n in real if n < min(filled)), default=min(filled) / 4)
+            first = (below * min(filled)) ** 0.5
             axis.axvspan(first, 1.2 * max(filled), color="0.92", label="caches filled synthetically")
         places = sorted({int(r["prompt_tokens"]) for r in summary if r[name] != ""})
         if places and places[-1] > 8 * places[0]:

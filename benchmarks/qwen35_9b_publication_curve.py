@@ -59,6 +59,7 @@ def parse(argv):
     )
     parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds after which nothing is begun")
     parser.add_argument("--long", action="store_true", help="also 32K, 64K and 128K over synthetically filled caches")
+    parser.add_argument("--prefill-long", action="store_true", help="also 32K, 64K and 128K with the prompt read")
     parser.add_argument("--loop", action="store_true", help="mlx-lm's own loop over tokens in linear attention")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--label", help="of the table in README.md (default: model and machine)")
@@ -95,7 +96,9 @@ def parse(argv):
 def contexts(args):
     """(scale, prompt tokens, synthetic) of every context length."""
     out = [(f"{s:.2f}x", round(s * args.tokens), False) for s in args.scales]
-    return out + [(f"{n // 1024}K", n, True) for n in LONG if args.long]
+    for wanted, synthetic in ((args.prefill_long, False), (args.long, True)):
+        out += [(f"{n // 1024}K", n, synthetic) for n in LONG if wanted]
+    return out
 
 
 def plan_runs(args, rows):

@@ -232,6 +232,20 @@ def test_long_contexts_are_filled_and_say_so(run, curve, monkeypatch, tmp_path):
     assert int(filled[0]["fp16_equivalent_bytes"]) == (1024 + DECODED) * 2 * 2 * 2 * 128
 
 
+def test_long_contexts_are_read_when_asked(run, curve, monkeypatch, tmp_path):
+    """Beside filled ones, which their rows do not stand in for."""
+    monkeypatch.setattr(curve, "LONG", (128,))
+    monkeypatch.setattr(curve.curve_report, "draw", curve.draw)
+    run("--scales", "1", "--long")
+    _, rows = run("--scales", "1", "--long", "--prefill-long")
+    long = [(r["synthetic"], r["mode"], r["prompt_tps"] != "") for r in rows if r["prompt_tokens"] == "128"]
+    assert long == [("1", "fp16", False), ("1", "tq3", False), ("0", "fp16", True), ("0", "tq3", True)]
+    peaks = {(r["synthetic"], r["mode"]): int(r["peak_bytes"]) for r in rows if r["prompt_tokens"] == "128"}
+    assert all(peaks["0", mode] > peaks["1", mode] > 0 for mode in ("fp16", "tq3"))
+    text = (tmp_path / "README.md").read_text()
+    assert "| 128 (filled) | TQ3 |" in text and "| 128 | TQ3 |" in text
+
+
 @pytest.fixture
 def subject(curve):
     """The bundled model with its calibration."""
