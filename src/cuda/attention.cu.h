@@ -70,24 +70,6 @@ __device__ inline Range visible_keys(const AttentionArgs& a, int b, int query) {
   return {first, max(first, last)};
 }
 
-__device__ inline float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ inline float reciprocal_fast(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ inline float log2_fast(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kNothing = -1e30f;  // the exponent of an empty sum; finite, so that differences are numbers
 

@@ -11,15 +11,10 @@
 #include <cstdint>
 #endif
 
+#include "cuda/ptx.cu.h"
 #include "turboquant/format.h"
 
 namespace turboquant::cuda {
-
-__device__ inline unsigned prmt(unsigned a, unsigned b, unsigned selector) {
-  unsigned d;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
-  return d;
-}
 
 /// This thread's warp.  The compiler knows of the shuffle's result that a warp agrees on it; in branches on
 /// threadIdx.x / 32 it would make every shuffle wait for threads that might have gone another way.
@@ -183,19 +178,50 @@ TQ_FN unsigned level_bytes(int bits, int c) {
          unsigned(level(bits, c + 2) & 0xff) << 16 | unsigned(level(bits, c + 3) & 0xff) << 24;
 }
 
-/// Turns the low four nibbles (codes; anything above 2- and 3-bit codes masked away) into four bytes.  Widths 2 and 3
-/// give signed levels.  Width 4 gives 128 + level unsigned: prmt's sign mode makes the positive magnitudes of one
-/// lookup and the negative ones of another 0, and the difference cannot borrow.
+/// Half of a codebook's table, and what is looked up in both.
+///
+/// `prmt` takes one constant, so that the compiler brings half of the table into a register anew for every lookup: a
+/// tenth of the instructions of a loop over codes.  It does so wherever it can tell that the half is a constant.  Such
+/// a loop therefore keeps the half in shared memory until a barrier has passed, and then in a register.
+template <int BITS>
+struct LevelTable {
+  static constexpr unsigned kFirst = BITS == 4 ? magnitude_bytes(4, 0) : level_bytes(BITS, 0);
+  static constexpr unsigned kSecond = BITS == 4 ? magnitude_bytes(4, 4) : BITS == 3 ? level_bytes(3, 4) : kFirst;
+  unsigned first;
+
+  /// Turns the low four nibbles (codes; anything above 2- and 3-bit codes masked away) into four bytes.  Widths 2 and 3
+  /// give signed levels.  Width 4 gives 128 + level unsigned: prmt's sign mode makes the positive magnitudes of one
+  /// lookup and the negative ones of another 0, and the difference cannot borrow.
+  __device__ unsigned operator()(unsigned codes) const {
+    const unsigned found = prmt(first, kSecond, codes);
+    return BITS < 4 ? found : found - prmt(first, kSecond, codes ^ 0x8888) + 0x80808080u;
+  }
+};
+
 template <int BITS>
 __device__ unsigned lookup(unsigned codes) {
-  if constexpr (BITS < 4) {
-    constexpr unsigned low = level_bytes(BITS, 0), high = BITS == 3 ? level_bytes(BITS, 4) : low;
-    return prmt(low, high, codes);
-  } else {
-    constexpr unsigned low = magnitude_bytes(4, 0), high = magnitude_bytes(4, 4);
-    return prmt(low, high, codes) - prmt(low, high, codes ^ 0x8888) + 0x80808080u;
-  }
+  return LevelTable<BITS>{LevelTable<BITS>::kFirst}(codes);
 }
+
+/// The tables of a loop over keys and values, which share a register when they are the same.
+template <int KEY_BITS, int VALUE_BITS>
+struct LevelTables {
+  LevelTable<KEY_BITS> keys;
+  LevelTable<VALUE_BITS> other;
+  __device__ LevelTable<VALUE_BITS> values() const {
+    if constexpr (KEY_BITS == VALUE_BITS) return keys;
+    return other;
+  }
+  /// One thread stores, and after a barrier all load: of two copies, for the compiler would keep what all threads load
+  /// from one place in a uniform register, which prmt does not take either.
+  using Stored = unsigned[2][2];
+  static __device__ void store(Stored& to) {
+    to[0][0] = to[0][1] = LevelTable<KEY_BITS>::kFirst, to[1][0] = to[1][1] = LevelTable<VALUE_BITS>::kFirst;
+  }
+  __device__ void load(const Stored& from) {
+    keys.first = from[0][threadIdx.x & 1], other.first = from[1][threadIdx.x & 1];
+  }
+};
 
 /// The nibble words of a group (word w holds the codes of coordinates 8w .. 8w + 7), from its packed words.  Words
 /// whose unused bits may be set: `clean` masks them.

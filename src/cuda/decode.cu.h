@@ -31,6 +31,7 @@ struct Decode {
     float q_scale[kRows];
     int q_offset[kRows][2];  // what the unsigned bytes of 4-bit keys add to the products
     float2 sums[WARPS][kRows];
+    unsigned levels[2][2];  // of LevelTables
   };
 
   /// Where a warp's result for a row and coordinate lies in its part of the ring: lanes of different t write rows two
@@ -45,6 +46,8 @@ struct Decode {
   const AttentionArgs& a;
   Shared& shared;
   int lane = threadIdx.x & 31, warp = warp_index(), g = lane / 4, t = lane % 4;
+
+  LevelTables<KEY_BITS, VALUE_BITS> levels;
 
   // Of the segment in hand.
   int b, kv_head, first_row;
@@ -134,7 +137,9 @@ struct Decode {
     if (warp < kRows && q_row < a.rows() && lane < D / 8) q.load(q_from, a.q_strides[3]);
     start_copy(from, mine, last_tile, 0);  // one: more would delay the queries
     if (warp < kRows) prepare_query(q, warp);
+    if (threadIdx.x == 0) levels.store(shared.levels);
     __syncthreads();
+    levels.load(shared.levels);
 #pragma unroll
     for (int s = 1; s < STAGES - 1; ++s) start_copy(from, mine + s * WARPS, last_tile, s);
 
@@ -244,8 +249,8 @@ struct Decode {
   };
 
   /// Products of four query rows, high and low, with the keys of eight tokens; this thread brings those of one.
-  __device__ static void multiply_keys(int (&dots)[4], const KeyReader& keys, int further, const KeyShare& share,
-                                       const unsigned (&q)[kKeySteps][4]) {
+  __device__ void multiply_keys(int (&dots)[4], const KeyReader& keys, int further, const KeyShare& share,
+                                const unsigned (&q)[kKeySteps][4]) const {
     constexpr int n = KeyShare::per_thread;
     unsigned packed[n][KEY_BITS];
     keys.load(further, packed);
@@ -256,7 +261,7 @@ struct Decode {
       for (int w = 0; w < KeyShare::words; ++w) {
         const unsigned x = share.pick(group.word, w) & group.mask;
         const auto& f = q[i * KeyShare::words + w];
-        mma_int8<false, KEY_BITS == 4>(dots, f[0], f[1], f[2], f[3], lookup<KEY_BITS>(x), lookup<KEY_BITS>(x >> 16));
+        mma_int8<false, KEY_BITS == 4>(dots, f[0], f[1], f[2], f[3], levels.keys(x), levels.keys(x >> 16));
       }
     }
   }
@@ -351,8 +356,8 @@ struct Decode {
         transpose_codes<VALUE_BITS>(nibbles[w], selectors);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          bytes[4 * w + k][2 * half] = lookup<VALUE_BITS>(selectors[k]);
-          bytes[4 * w + k][2 * half + 1] = lookup<VALUE_BITS>(selectors[k] >> 16);
+          bytes[4 * w + k][2 * half] = levels.values()(selectors[k]);
+          bytes[4 * w + k][2 * half + 1] = levels.values()(selectors[k] >> 16);
         }
       }
     }

@@ -6,27 +6,6 @@
 
 namespace turboquant::cuda {
 
-/// c += a b: 16x32 by 32x8 bytes.  A and B are signed unless told.
-template <bool A_UNSIGNED, bool B_UNSIGNED>
-__device__ void mma_int8(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-#define TQ_MMA(A, B)                                   \
-  asm("mma.sync.aligned.m16n8k32.row.col.s32." A "." B \
-      ".s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "   \
-      "{%0,%1,%2,%3};"                                 \
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) \
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
-  if constexpr (A_UNSIGNED && B_UNSIGNED) {
-    TQ_MMA("u8", "u8");
-  } else if constexpr (A_UNSIGNED) {
-    TQ_MMA("u8", "s8");
-  } else if constexpr (B_UNSIGNED) {
-    TQ_MMA("s8", "u8");
-  } else {
-    TQ_MMA("s8", "s8");
-  }
-#undef TQ_MMA
-}
-
 /// Which nibble words of which groups a thread holds, when `sharers` threads share the groups of a row.
 template <int D, int SHARERS>
 struct Share {

@@ -126,8 +126,6 @@ const char* mask_name(MaskKind kind) {
 
 }  // namespace
 
-namespace {}  // namespace
-
 std::string before_kernel(const Kernel& k) {
   if (k.max_threads == 0) return "";
   return std::string(kGlobal) + " __launch_bounds__(" + std::to_string(k.max_threads) + ")\n";

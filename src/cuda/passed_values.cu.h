@@ -44,6 +44,11 @@ struct PassedValues {
   /// Reads what a thread of a warp brings to its products.
   struct Reader {
     const unsigned* from;
+    LevelTable<BITS> levels;
+    /// Of the low four nibbles.
+    __device__ unsigned signed_level(unsigned codes) const {
+      return BITS == 4 ? levels(codes) ^ 0x80808080u : levels(codes);
+    }
     /// Signed levels of 32 tokens, the k-th: [product][sixteen tokens].
     __device__ void load(int k, unsigned (&bytes)[2 * kSets][2]) const {
 #pragma unroll
@@ -58,19 +63,14 @@ struct PassedValues {
         }
 #pragma unroll
         for (int i = 0; i < kSets; ++i) {
-          bytes[2 * i][half] = signed_lookup(codes[i]), bytes[2 * i + 1][half] = signed_lookup(codes[i] >> 16);
+          bytes[2 * i][half] = signed_level(codes[i]), bytes[2 * i + 1][half] = signed_level(codes[i] >> 16);
         }
       }
     }
   };
-  __device__ Reader reader(int warp, int g, int t) const {
+  __device__ Reader reader(int warp, int g, int t, LevelTable<BITS> levels) const {
     const int first = first_set(warp);
-    return {&words[first / 2][t * 16 + (pair_at(first % 2 * 8 + g) ^ exchanged(t))]};
-  }
-
-  /// Signed levels of the low four nibbles.
-  static __device__ unsigned signed_lookup(unsigned codes) {
-    return BITS == 4 ? lookup<4>(codes) ^ 0x80808080u : lookup<BITS>(codes);
+    return {&words[first / 2][t * 16 + (pair_at(first % 2 * 8 + g) ^ exchanged(t))], levels};
   }
 };
 

@@ -76,8 +76,8 @@ struct AttentionPlan {
 /// sizeof(Decode::Shared).
 inline int decode_shared_bytes(const AttentionShape& s, const AttentionPlan& p) {
   const int words = 32 * (words_per_vector(s.key_bits, s.head_dim) + words_per_vector(s.value_bits, s.head_dim)) + 32;
-  const int bytes =
-      p.warps * p.stages * words * 4 + p.warps * 32 * 8 + 2 * p.rows * s.head_dim + 12 * p.rows + 8 * p.warps * p.rows;
+  const int bytes = p.warps * p.stages * words * 4 + p.warps * 32 * 8 + 2 * p.rows * s.head_dim + 12 * p.rows +
+                    8 * p.warps * p.rows + 16;
   return (bytes + 15) / 16 * 16;
 }
 
@@ -86,7 +86,7 @@ inline int many_shared_bytes(const AttentionShape& s, const AttentionPlan& p) {
   const int words = 16 * (words_per_vector(s.key_bits, s.head_dim) + words_per_vector(s.value_bits, s.head_dim)) + 16;
   const int groups = s.head_dim / 32;
   const int bytes = p.warps * p.stages * words * 4 + 64 * 8 * p.rows + 2 * groups * (p.warps * 64 + 4) * 4 +
-                    2 * p.warps * 32 * p.rows + p.warps * 16 * 16 + 28 * p.rows + 8 * p.warps * p.rows;
+                    2 * p.warps * 32 * p.rows + p.warps * 16 * 16 + 28 * p.rows + 8 * p.warps * p.rows + 16;
   return (bytes + 15) / 16 * 16;
 }
 

@@ -13,24 +13,6 @@ namespace turboquant::cuda {
 
 constexpr int kPrefillTile = 64;  // tokens that a block expands at a time
 
-__device__ inline void load_matrices(unsigned (&r)[4], const __half* p) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(unsigned(__cvta_generic_to_shared(p))));
-}
-__device__ inline void load_transposed(unsigned (&r)[4], const __half* p) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(unsigned(__cvta_generic_to_shared(p))));
-}
-
-/// c += a b: 16x16 by 16x8, fp16 with fp32 sums.
-__device__ inline void mma_half(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 __device__ inline unsigned pack_halves(float low, float high) {
   const __half2 h = __floats2half2_rn(low, high);
   return reinterpret_cast<const unsigned&>(h);

@@ -41,11 +41,14 @@ struct ManyRows {
     Range range[kRows];
     int top[2][kRows];  // as `ordered`; proposed for even and for odd rounds
     float2 sums[WARPS][kRows];
+    unsigned levels[2][2];  // of LevelTables
   };
 
   const AttentionArgs& a;
   Shared& shared;
   int lane = threadIdx.x & 31, warp = warp_index(), g = lane / 4, t = lane % 4;
+
+  LevelTables<KEY_BITS, VALUE_BITS> levels;
 
   // Of the segment in hand.
   int b, kv_head, first_row, first_piece, last_piece;  // pieces: sixteen tokens
@@ -108,7 +111,9 @@ struct ManyRows {
       shared.range[threadIdx.x] = visible_keys(a, b, query_of(threadIdx.x));
       shared.top[0][threadIdx.x] = shared.top[1][threadIdx.x] = ordered(kNothing);
     }
+    if (threadIdx.x == 0) levels.store(shared.levels);
     __syncthreads();
+    levels.load(shared.levels);
 #pragma unroll
     for (int i = 1; i < STAGES; ++i) start_copy(from, i, i);
 
@@ -295,7 +300,7 @@ struct ManyRows {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const unsigned x = share.pick(groups[j].word, w) & groups[j].mask;
-          bytes[j][0] = lookup<KEY_BITS>(x), bytes[j][1] = lookup<KEY_BITS>(x >> 16);
+          bytes[j][0] = levels.keys(x), bytes[j][1] = levels.keys(x >> 16);
         }
 #pragma unroll
         for (int r = 0; r < GROUPS; ++r) {
@@ -373,7 +378,7 @@ struct ManyRows {
   /// Adds a round's weighted values to the sums of this warp's coordinates; calls between(k) after each product.
   template <class Between>
   __device__ void multiply_values(int parity, const Between& between) {
-    const auto reader = shared.values[parity].reader(warp, g, t);
+    const auto reader = shared.values[parity].reader(warp, g, t, levels.values());
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
       unsigned bytes[2 * kSets][2];

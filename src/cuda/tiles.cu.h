@@ -7,19 +7,6 @@ namespace turboquant::cuda {
 
 constexpr int kTile = 32;  // tokens
 
-/// Copies into shared memory without passing registers.
-__device__ inline void copy16(unsigned to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ inline void copy4(unsigned to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING>
-__device__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
 /// Packed rows of a tile in shared memory.  Rows of 32 words would put every token in the same banks, so their 16-byte
 /// chunks are permuted: by the token for keys (lanes read tokens t and 7 - t), by pairs of chunks for values.
 template <int BITS, int D, bool VALUES, int TOKENS = kTile>
@@ -31,21 +18,18 @@ struct Rows {
     return token * words + (word ^ (VALUES ? (token & 3) * 8 : (token & 7) * 4));
   }
 
-  /// A lane's share of copying a whole tile is every 32nd chunk of 16 bytes: its i-th goes 512 bytes after the one
-  /// before, but for the permutation.
-  static constexpr int chunks = (size + 127) / 128;
-  static __device__ int lane_word() { return at((threadIdx.x & 31) * 4 / words, (threadIdx.x & 31) * 4 % words); }
-  static __device__ int chunk_word(int lane_word, int i) {
-    return (permuted && !VALUES && i % 2 ? lane_word ^ 16 : lane_word) + 128 * i;  // four tokens further
-  }
-
-  /// Starts the copy of a whole tile by one warp; `from` is 16-byte aligned and, as `to`, that of lane 0.
+  /// Starts the copy of a whole tile by one warp, of which every lane takes every 32nd chunk of 16 bytes.  `from` is
+  /// this lane's first chunk, `to` the tile's place; both are 16-byte aligned.
   static __device__ void copy_whole(unsigned to, const unsigned* from) {
-    const int lane = threadIdx.x & 31, first = permuted ? lane_word() : 4 * lane;
-    from += 4 * lane;
-#pragma unroll
-    for (int i = 0; i < chunks; ++i) {
-      if (size % 128 == 0 || 4 * lane + 128 * i < size) copy16(to + 4 * chunk_word(first, i), from + 128 * i);
+    const int lane = threadIdx.x & 31, first = permuted ? at(lane * 4 / words, lane * 4 % words) : 4 * lane;
+    // Every chunk lies four tokens beyond the one before, which permutes keys' the other way.
+    copy_chunks<0>(to + 4 * first, permuted && !VALUES ? to + 4 * (first ^ 16) : to + 4 * first, from);
+  }
+  template <int CHUNK>
+  static __device__ void copy_chunks(unsigned even, unsigned odd, const unsigned* from) {
+    if constexpr (128 * CHUNK < size) {
+      if (128 * (CHUNK + 1) <= size || 4 * (threadIdx.x & 31) + 128 * CHUNK < size) copy16<512 * CHUNK>(even, from);
+      copy_chunks<CHUNK + 1>(odd, even, from);
     }
   }
 
@@ -53,7 +37,7 @@ struct Rows {
   static __device__ void copy(unsigned* to, const unsigned* from, int tokens) {
     const unsigned base = unsigned(__cvta_generic_to_shared(to));
     if (tokens == TOKENS && aligned_to(from, 16)) {
-      copy_whole(base, from);
+      copy_whole(base, from + 4 * (threadIdx.x & 31));
     } else {
 #pragma unroll 1
       for (int word = threadIdx.x & 31; word < tokens * words; word += 32) {
@@ -120,18 +104,21 @@ __device__ void copy_scales(__half* to, const __half* keys, const __half* values
 /// Where a warp copies its next tile of TOKENS tokens from, keys, values and scales; then its tile `step` further on.
 template <class Keys, class Values, int TOKENS>
 struct TileSource {
+  // What this lane copies: 16 bytes of codes, further chunks lie at constant distances; four bytes of scales, of keys
+  // in the first half of the lanes that copy any.
   const unsigned *keys, *values;
-  const __half* scales;  // the four bytes that this lane copies: of keys in the first half of the lanes that copy any
-  bool aligned;          // for wide copies
+  const __half* scales;
+  bool aligned;  // for wide copies
 
   __device__ TileSource(const AttentionArgs& a, int b, int kv_head, int tile) {
     const long long row = (long long)tile * TOKENS;
     const __half* key_scales = a.key_scales + b * a.key_scale_strides[0] + kv_head * a.key_scale_strides[1] + row;
     const __half* value_scales =
         a.value_scales + b * a.value_scale_strides[0] + kv_head * a.value_scale_strides[1] + row;
-    keys = a.key_codes + b * a.key_code_strides[0] + kv_head * a.key_code_strides[1] + row * Keys::words;
-    values = a.value_codes + b * a.value_code_strides[0] + kv_head * a.value_code_strides[1] + row * Values::words;
     const int lane = threadIdx.x & 31;
+    keys = a.key_codes + b * a.key_code_strides[0] + kv_head * a.key_code_strides[1] + row * Keys::words + 4 * lane;
+    values = a.value_codes + b * a.value_code_strides[0] + kv_head * a.value_code_strides[1] + row * Values::words +
+             4 * lane;
     scales = (lane < TOKENS / 2 ? key_scales : value_scales) + 2 * (lane % (TOKENS / 2));
     aligned =
         aligned_to(keys, 16) && aligned_to(values, 16) && aligned_to(key_scales, 4) && aligned_to(value_scales, 4);
@@ -147,8 +134,8 @@ struct TileSource {
       if (TOKENS == 32 || lane < TOKENS) copy4(base + 4 * (Keys::size + Values::size + lane), scales);
     } else if (tokens > 0) {
       const TileSource here(a, b, kv_head, tile);
-      Keys::copy(to, here.keys, min(TOKENS, tokens));
-      Values::copy(to + Keys::size, here.values, min(TOKENS, tokens));
+      Keys::copy(to, here.keys - 4 * lane, min(TOKENS, tokens));
+      Values::copy(to + Keys::size, here.values - 4 * lane, min(TOKENS, tokens));
       const __half* key_scales = a.key_scales + b * a.key_scale_strides[0] + kv_head * a.key_scale_strides[1];
       const __half* value_scales = a.value_scales + b * a.value_scale_strides[0] + kv_head * a.value_scale_strides[1];
       copy_scales<TOKENS>(reinterpret_cast<__half*>(to + Keys::size + Values::size),
