@@ -16,8 +16,6 @@
 namespace turboquant::jit {
 namespace {
 
-constexpr int kMaxNdim = 10;  // of MLX
-
 /// What MLX puts before a kernel, as far as the kernels rely on it.
 constexpr const char* kPrelude = R"(
 #include <cuda_bf16.h>
@@ -34,12 +32,6 @@ struct Strides { int64_t v[10]; int64_t operator[](int i) const { return v[i]; }
 
 void nvrtc_check(nvrtcResult result, const char* what) {
   if (result != NVRTC_SUCCESS) throw std::runtime_error(std::string(what) + ": " + nvrtcGetErrorString(result));
-}
-
-std::string function_name(const cuda::Kernel& kernel) { return "custom_kernel_" + kernel.name; }
-
-bool mentions(const cuda::Kernel& kernel, const std::string& name) {
-  return kernel.source.find(name) != std::string::npos;
 }
 
 /// With an expression that names a kernel, as MLX asks for one, `lowered` gets its mangled name.
@@ -68,46 +60,19 @@ std::string run_compiler(const std::string& source, const std::string& architect
   return code;
 }
 
-template <class T>
-std::vector<uint8_t> bytes_of(const T* data, size_t count) {
-  const auto* from = reinterpret_cast<const uint8_t*>(data);
-  return {from, from + count * sizeof(T)};
-}
-
 }  // namespace
 
 void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-Array::Array(void* data, std::string type, std::vector<int32_t> sizes)
-    : data(data), type(std::move(type)), shape(std::move(sizes)), strides(shape.size()) {
-  int64_t stride = 1;
-  for (size_t i = shape.size(); i--;) {
-    strides[i] = stride;
-    stride *= shape[i];
-  }
-}
-
-std::string type_name(Dtype dtype) {
-  return dtype == Dtype::float32 ? "float" : dtype == Dtype::float16 ? "__half" : "__nv_bfloat16";
-}
-
 std::string whole_source(const cuda::Kernel& kernel, const std::vector<Array>& inputs,
                          const std::vector<Array>& outputs) {
   std::ostringstream s;
   s << kPrelude << cuda::source_text(kernel.header) << cuda::before_kernel(kernel)
-    << "namespace mlx::core::cu {\n__global__ void " << function_name(kernel) << "(";
-  const char* comma = "";
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    const std::string& name = kernel.inputs[i];
-    s << comma << "\n    const " << inputs[i].type << "* " << name;
-    comma = ",";
-    if (mentions(kernel, name + "_shape")) s << ",\n    const __grid_constant__ Shape " << name << "_shape";
-    if (mentions(kernel, name + "_strides")) s << ",\n    const __grid_constant__ Strides " << name << "_strides";
-  }
-  for (size_t i = 0; i < outputs.size(); ++i) s << ",\n    " << outputs[i].type << "* " << kernel.outputs[i];
-  s << ") {\n" << cuda::body(kernel) << "}\n}\n";
+    << "namespace mlx::core::cu {\n__global__ void " << function_name(kernel) << "("
+    << parameters(kernel, inputs, outputs) << ") {\n"
+    << cuda::body(kernel) << "}\n}\n";
   std::string text = s.str();
   // An unmangled name spares looking it up.
   const size_t at = text.find("__global__ void custom_kernel_");
@@ -168,7 +133,9 @@ cuda::Device current_device() {
 }
 
 Launch::Launch(const cuda::Kernel& kernel, const std::vector<Array>& inputs, const std::vector<Array>& outputs)
-    : shared_bytes_(kernel.shared_bytes) {
+    : dimensions_(dimensions(kernel)),
+      shared_bytes_(kernel.shared_bytes),
+      arguments_(argument_bytes(kernel, inputs, outputs)) {
   static const std::string architecture = current_architecture();
   static std::mutex mutex;
   static std::map<size_t, cudaKernel_t> loaded;
@@ -181,48 +148,18 @@ Launch::Launch(const cuda::Kernel& kernel, const std::vector<Array>& inputs, con
     check(cudaLibraryLoadData(&library, code.data(), nullptr, nullptr, 0, nullptr, nullptr, 0), "cudaLibraryLoadData");
     check(cudaLibraryGetKernel(&loaded[key], library, function_name(kernel).c_str()), "cudaLibraryGetKernel");
   }
-  function_ = loaded[key];
+  function_ = (const void*)loaded[key];
   if (shared_bytes_ > 48000) {
-    check(cudaFuncSetAttribute((const void*)function_, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes_),
+    check(cudaFuncSetAttribute(function_, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes_),
           "cudaFuncSetAttribute");
   }
-  for (int i = 0; i < 3; ++i) {
-    const int block = std::min(kernel.block[i], kernel.grid[i]),
-              grid = (kernel.grid[i] + kernel.block[i] - 1) / kernel.block[i];
-    (i == 0 ? block_.x : i == 1 ? block_.y : block_.z) = block;
-    (i == 0 ? grid_.x : i == 1 ? grid_.y : grid_.z) = grid;
-  }
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    arguments_.push_back(bytes_of(&inputs[i].data, 1));
-    std::vector<int32_t> shape(inputs[i].shape);
-    std::vector<int64_t> strides(inputs[i].strides);
-    shape.resize(kMaxNdim), strides.resize(kMaxNdim);
-    if (mentions(kernel, kernel.inputs[i] + "_shape")) arguments_.push_back(bytes_of(shape.data(), kMaxNdim));
-    if (mentions(kernel, kernel.inputs[i] + "_strides")) arguments_.push_back(bytes_of(strides.data(), kMaxNdim));
-  }
-  for (const Array& x : outputs) arguments_.push_back(bytes_of(&x.data, 1));
 }
 
 void Launch::operator()(cudaStream_t stream) const {
   std::vector<void*> pointers;
   for (const auto& x : arguments_) pointers.push_back(const_cast<uint8_t*>(x.data()));
-  check(cudaLaunchKernel((const void*)function_, grid_, block_, pointers.data(), shared_bytes_, stream),
+  check(cudaLaunchKernel(function_, dimensions_.grid, dimensions_.block, pointers.data(), shared_bytes_, stream),
         "cudaLaunchKernel");
-}
-
-Memory::Memory(size_t bytes) : bytes_(bytes) {
-  if (bytes == 0) return;
-  check(cudaMalloc(&data_, bytes), "cudaMalloc");
-  check(cudaMemset(data_, 0xff, bytes), "cudaMemset");  // NaN: an unwritten result must not pass
-}
-
-Memory::Memory(const void* host, size_t bytes) : Memory(bytes) {
-  if (bytes == 0) return;
-  check(cudaMemcpy(data_, host, bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
-}
-
-void Memory::download(void* host) const {
-  check(cudaMemcpy(host, data_, bytes_, cudaMemcpyDeviceToHost), "cudaMemcpy");
 }
 
 }  // namespace turboquant::jit

@@ -1,5 +1,5 @@
 // Compiles and launches the kernels of src/cuda/kernels.h as MLX's cuda_kernel does: the same signature around the same
-// text, compiled by NVRTC.  Compilation needs no GPU.
+// text, compiled by NVRTC.  Compilation needs no GPU.  emulator/ has the same interface and needs none at all.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -29,6 +29,19 @@ struct Array {
 
 std::string type_name(Dtype dtype);
 
+/// "custom_kernel_NAME", as MLX names it.
+std::string function_name(const cuda::Kernel& kernel);
+/// A kernel's parameter list as MLX writes it: sizes and strides follow the inputs whose body mentions them.
+std::string parameters(const cuda::Kernel& kernel, const std::vector<Array>& inputs, const std::vector<Array>& outputs);
+/// The bytes of the arguments in that order.
+std::vector<std::vector<uint8_t>> argument_bytes(const cuda::Kernel& kernel, const std::vector<Array>& inputs,
+                                                 const std::vector<Array>& outputs);
+/// Blocks and threads of a block.
+struct Dimensions {
+  dim3 grid, block;
+};
+Dimensions dimensions(const cuda::Kernel& kernel);
+
 /// The whole translation unit of a kernel, whose function is `function`.
 std::string whole_source(const cuda::Kernel& kernel, const std::vector<Array>& inputs,
                          const std::vector<Array>& outputs);
@@ -53,8 +66,8 @@ class Launch {
   void operator()(cudaStream_t stream = nullptr) const;
 
  private:
-  cudaKernel_t function_;
-  dim3 grid_, block_;
+  const void* function_;
+  Dimensions dimensions_;
   int shared_bytes_;
   std::vector<std::vector<uint8_t>> arguments_;
 };

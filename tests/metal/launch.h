@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "emulator/runtime.h"
+#include "runtime.h"
 #include "emulator/signature.h"
 #include "metal/plan.h"
 
