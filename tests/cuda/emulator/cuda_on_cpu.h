@@ -148,6 +148,13 @@ inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline int __float2int_rn(float x) { return x != x ? 0 : x >= 2147483648.f ? 0x7fffffff : int(std::nearbyint(x)); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((unsigned long long)a * b >> 32); }
+/// A result that is no number has all mantissa bits set on a GPU and few on other processors, which matters to code that
+/// takes it apart.
+inline float gpu_fmaf(float a, float b, float c) {
+  const float x = std::fma(a, b, c);
+  return x == x ? x : std::bit_cast<float>(0x7fffffffu);
+}
+#define fmaf gpu_fmaf
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline int __dp4a(int a, int b, int c) {
   for (int i = 0; i < 32; i += 8) c += int(int8_t(a >> i)) * int(int8_t(b >> i));
