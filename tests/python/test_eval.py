@@ -1,6 +1,9 @@
 """The measuring itself: numbers against plain computations, contexts of the right length, errors said plainly."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -102,6 +105,41 @@ def test_contexts(loaded, tokens):
     assert again == context
     with pytest.raises(ValueError, match="need .* tokens of filler; there are 100"):
         retrieval.needle_context(tokenizer, tokens[:100], 700, depths, retrieval.seeded(0))
+
+
+CONTEXTS = """
+import hashlib, numpy as np
+from turboquant_mlx.eval import retrieval
+class Letters:
+    encode = staticmethod(lambda text: [ord(c) for c in text])
+filler = np.arange(5000)
+made = [retrieval.list_context(Letters, filler, 50, 100, retrieval.seeded(3, 50, 0)),
+        retrieval.needle_context(Letters, filler, 3000, [0, 0.5, 1], retrieval.seeded(3, 3000, 0))]
+print(hashlib.sha256(repr(made).encode()).hexdigest())
+"""
+
+
+def test_contexts_depend_on_the_seed_alone():
+    """Not on the order in which this process happens to walk a set of strings."""
+
+    def digest(hash_seed):
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+        return subprocess.run(
+            [sys.executable, "-c", CONTEXTS], env=environment, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert digest("1") == digest("2") != ""
+
+
+def test_a_list_has_as_many_keys_as_asked_for(loaded, tokens):
+    """All different, shuffled, and asked for in their order; values are those of the list."""
+    context, questions = retrieval.list_context(loaded[1], tokens, 40, 100, retrieval.seeded(0, 40, 0))
+    text = loaded[1].decode(context)
+    keys = [question.split("key ")[1].split("?")[0] for _, question, _ in questions]
+    assert len(set(keys)) == 40 and keys != sorted(keys)
+    assert all(
+        f"The value of key {key} is{answer}" in text for key, (_, _, answer) in zip(keys, questions, strict=True)
+    )
 
 
 @pytest.mark.parametrize("mode", ["fp16", "tq3"])

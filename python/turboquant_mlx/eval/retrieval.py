@@ -57,7 +57,7 @@ def needle_context(tokenizer, filler, length, depths, rng):
 
 def list_context(tokenizer, filler, pairs, filler_tokens, rng):
     """A list of `pairs` keys with their values, and filler after it: (token ids, [(nan, question, answer)])."""
-    keys = sorted({f"{rng.integers(16**5, 16**6):06x}" for _ in range(pairs)}, key=lambda _: rng.random())
+    keys = [f"{16**5 + n:06x}" for n in rng.choice(15 * 16**5, pairs, replace=False)]  # six digits, no key twice
     values = [f"{rng.integers(10000, 100000)}" for _ in keys]
     lines = "\n".join(f"The value of key {key} is {value}." for key, value in zip(keys, values, strict=True))
     if len(filler) < filler_tokens:
