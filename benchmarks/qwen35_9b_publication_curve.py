@@ -29,7 +29,7 @@ from curve_run import make_caches, measure
 from tqdm import tqdm
 from turboquant_mlx import apply_patch
 from turboquant_mlx.calibration import FILE_NAME, load_calibration
-from turboquant_mlx.eval.model import load_model
+from turboquant_mlx.eval.model import load_model, message
 from turboquant_mlx.eval.modes import parse_mode
 from turboquant_mlx.gated_delta import disable_chunked_recurrence, enable_chunked_recurrence
 
@@ -229,7 +229,7 @@ def main(argv=None):
         print("[curve] interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except (ImportError, OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+        print(message("curve", error), file=sys.stderr)
         return 1
     return 0
 

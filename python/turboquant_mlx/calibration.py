@@ -9,7 +9,7 @@ part of a cache's identity.
 
     found = calibrate(model, tokens)                      # {slot: Calibration}
     save_calibration(found, directory)                    # a file beside the weights
-    enable(model, bits=3, calibration=load_calibration(directory))
+    enable(model, bits=3, calibration=directory)          # or the file, or `found`
 """
 
 from __future__ import annotations
@@ -252,9 +252,15 @@ def load_calibration(where, *, directory=None):
     return {slot: Calibration(**found[slot]) for slot in sorted(found)}
 
 
+def load_beside(where):
+    """load_calibration() of a directory or a file, checked against the weights beside it if there are any."""
+    weights = _path(where).parent.glob("model*.safetensors")
+    return load_calibration(where, directory=None if any(weights) else False)
+
+
 def main(argv=None):
     """Makes the calibration file of a model, centres and feedback, from windows spread over a text."""
-    from .eval.model import load_model, read_tokens, spread_windows
+    from .eval.model import load_model, message, read_tokens, spread_windows
 
     parser = argparse.ArgumentParser(prog="turboquant_mlx calibrate", description=main.__doc__)
     parser.add_argument("--model", type=Path, required=True, help="a local model directory")
@@ -274,8 +280,11 @@ def main(argv=None):
         found = calibrate(model, windows, seed=args.seed)
         source = f"{len(windows)} windows of {args.length} tokens spread over {args.text.name}"
         path = save_calibration(found, args.out or args.model, directory=args.model, source=source)
+    except KeyboardInterrupt:
+        print("[calibrate] interrupted; nothing was written", file=sys.stderr)
+        return 130
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+        print(message("calibrate", error), file=sys.stderr)
         return 1
     keys, values = (sum(c[side] is not None for c in found.values()) for side in (2, 3))
     print(f"{path}: centres of {len(found)} layers, feedback of {keys} layers' keys and {values} layers' values")

@@ -1,12 +1,15 @@
 """Replacing the `KVCache` and `RotatingKVCache` slots of a model's caches, after checking that every layer can read
 packed codes."""
 
+import os
+from collections.abc import Mapping
+
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
 from .arguments import whole
 from .cache import TurboQuantKVCache, layer_name, leaves
-from .calibration import NO_CALIBRATION, as_calibration
+from .calibration import NO_CALIBRATION, as_calibration, load_beside
 from .convert import DelayedTurboQuantKVCache
 from .gated_delta import enable_chunked_recurrence
 from .identity import fingerprint
@@ -122,32 +125,14 @@ def _slot(path):
     return path[0] if len(path) == 1 else path
 
 
-def enable(
-    model, bits=3, *, key_bits=None, value_bits=None, seed=0, calibration=None, start=None, chunked_recurrence=False
-):
-    """Makes `model.make_cache()` give packed caches in its `KVCache` and `RotatingKVCache` slots; other slots stay.
+def packing(model, bits=3, *, key_bits=None, value_bits=None, seed=0, calibration=None, start=None):
+    """What `enable` installs, after all its checks, while the model stays as it is.
 
-    Works for models with and without a `make_cache` of their own, and applies the patch.  Calling it again changes
-    the settings; `disable(model)` undoes it.
-
-    Args:
-        model: a model of mlx-lm.
-        bits, key_bits, value_bits, seed: as for TurboQuantKVCache.
-        calibration: {slot index: Calibration}, centres and feedback; see turboquant_mlx.calibration.
-        start (int): tokens that a cache holds as plain floats before it packs itself (mlx-lm's quantized_kv_start);
-            such caches are not batched.
-        chunked_recurrence (bool): off Metal, read prompts through the linear attention of Qwen3.5 and its like 64 tokens
-            a step, where mlx-lm loops over tokens: for every model of the process, until
-            turboquant_mlx.gated_delta.disable_chunked_recurrence(); without effect on models that have no such layers.
-            Same function, other rounding.  False leaves that switch as it is.
+    Arguments and errors are those of `enable`; the patch is applied.
 
     Returns:
-        The number of slots that were replaced.
-
-    Raises:
-        ValueError: the model has no such slot, or layers cannot be packed: the message gives each one's reason;
-            a setting is out of range, or `calibration` names a slot that the model does not have, or has feedback
-            made for another seed.  The model is left as it was, with the caches of an earlier enable() if there was one.
+        (make_cache, slots): a function that makes the model's caches, packed ones in their places, and the kinds of the
+        slots they replace, {path: class}.
     """
     TurboQuantKVCache(bits, key_bits=key_bits, value_bits=value_bits, seed=seed)  # refuses wrong widths first
     if start is not None:
@@ -156,11 +141,18 @@ def enable(
     layers = len(model.layers)
     original = own or (lambda: [KVCache() for _ in range(layers)])
 
-    slots = [(path, c) for path, c in leaves(original()) if type(c) in REPLACED]
+    slots = {path: type(c) for path, c in leaves(original()) if type(c) in REPLACED}
     if not slots:
         kinds = sorted({type(c).__name__ for _, c in leaves(original())})
         raise ValueError(f"[enable] the model has no KVCache slot, so there is nothing to compress; it has {kinds}")
-    names = [_slot(path) for path, _ in slots]
+    names = [_slot(path) for path in slots]
+    if isinstance(calibration, str | os.PathLike):
+        calibration = load_beside(calibration)
+    if calibration is not None and not isinstance(calibration, Mapping):
+        raise ValueError(
+            "[enable] calibration must be {slot: Calibration}, a file of `calibrate` or a folder that holds one; "
+            f"got {type(calibration).__name__}"
+        )
     calibration = {slot: as_calibration(found) for slot, found in (calibration or {}).items()}
     unknown = [slot for slot in calibration if slot not in names]
     if unknown:
@@ -168,7 +160,7 @@ def enable(
     seeds = {c.seed for c in calibration.values() if c.feedback}
     if seeds - {seed}:
         raise ValueError(f"[enable] the feedback of `calibration` was made for seed {min(seeds - {seed})}; got {seed}")
-    windows = [layer_name(path) for path, c in slots if start and type(c) is RotatingKVCache]
+    windows = [layer_name(path) for path, kind in slots.items() if start and kind is RotatingKVCache]
     if windows:
         raise ValueError(
             f"[enable] start = {start} needs caches that can be packed later, and a RotatingKVCache cannot: "
@@ -207,10 +199,47 @@ def enable(
             raise ValueError(f"[enable] start = {start} and max_kv_size = {max_kv_size} exclude each other")
         return replace_slots([RotatingKVCache(max_size=max_kv_size, keep=4) for _ in range(layers)], packed)
 
-    before = vars(model).get("make_cache")
-    make_cache.replaced = getattr(before, "replaced", before)
     if own is None:  # mlx-lm gives max_kv_size to such models only
         make_cache.sized = sized
+    return make_cache, slots
+
+
+def enable(
+    model, bits=3, *, key_bits=None, value_bits=None, seed=0, calibration=None, start=None, chunked_recurrence=False
+):
+    """Makes `model.make_cache()` give packed caches in its `KVCache` and `RotatingKVCache` slots; other slots stay.
+
+    Works for models with and without a `make_cache` of their own, and applies the patch.  Calling it again changes
+    the settings; `disable(model)` undoes it.
+
+    Args:
+        model: a model of mlx-lm.
+        bits, key_bits, value_bits, seed: as for TurboQuantKVCache.
+        calibration: centres and feedback: a file of `calibrate` or a model directory that holds one (str or PathLike),
+            which is checked against the weights that lie beside it; or {slot index: Calibration}, as
+            turboquant_mlx.calibration makes and loads it.
+        start (int): tokens that a cache holds as plain floats before it packs itself (mlx-lm's quantized_kv_start);
+            such caches are not batched.
+        chunked_recurrence (bool): off Metal, read prompts through the linear attention of Qwen3.5 and its like 64 tokens
+            a step, where mlx-lm loops over tokens: for every model of the process, until
+            turboquant_mlx.gated_delta.disable_chunked_recurrence(); without effect on models that have no such layers.
+            Same function, other rounding.  False leaves that switch as it is.
+
+    Returns:
+        The number of slots that were replaced.
+
+    Raises:
+        ValueError: the model has no such slot, or layers cannot be packed: the message gives each one's reason;
+            a setting is out of range, or `calibration` is none, names a slot that the model does not have, or has
+            feedback made for another seed.  The model is left as it was, with the caches of an earlier enable() if
+            there was one.
+        FileNotFoundError: there is no such calibration file.
+    """
+    make_cache, slots = packing(
+        model, bits, key_bits=key_bits, value_bits=value_bits, seed=seed, calibration=calibration, start=start
+    )
+    before = vars(model).get("make_cache")
+    make_cache.replaced = getattr(before, "replaced", before)
     model.make_cache = make_cache
     if chunked_recurrence:
         enable_chunked_recurrence()

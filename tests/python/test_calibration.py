@@ -1,5 +1,6 @@
 """Centres and feedback: that they are what they are said to be, the file that keeps them, what they must not change."""
 
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -92,6 +93,33 @@ def test_file(tmp_path, calibrated):
             calibration.load_calibration(other / "x.safetensors", directory=MODEL)
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_enable_takes_the_file(tmp_path, model, kind):
+    """A file or the folder that holds it, checked against weights that lie beside it."""
+    expected = calibration.load_calibration(MODEL)
+    alone = tmp_path / "alone.safetensors"
+    shutil.copy(MODEL / calibration.FILE_NAME, alone)
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(alone, other / calibration.FILE_NAME)
+    (other / "config.json").write_text("{}")
+    (other / "model.safetensors").symlink_to(MODEL / "model.safetensors")
+    try:
+        for where in (MODEL, MODEL / calibration.FILE_NAME, alone):
+            enable(model, bits=3, calibration=kind(where))
+            for slot, c in enumerate(model.make_cache()):
+                if slot in expected:
+                    found = expected[slot]
+                    assert all(mx.array_equal(a, b) for a, b in zip(c.centres, found.centres, strict=True))
+                    assert all(mx.array_equal(a, b) for a, b in zip(c.feedback, found.feedback, strict=True))
+        with pytest.raises(ValueError, match="was made for the model"):
+            enable(model, bits=3, calibration=kind(other))
+        with pytest.raises(FileNotFoundError, match="there is no .*nowhere"):
+            enable(model, bits=3, calibration=kind(tmp_path / "nowhere"))
+    finally:
+        disable(model)
+
+
 def test_bundled_file_belongs_to_the_bundled_model():
     bundled = calibration.load_calibration(MODEL)
     assert sorted(bundled) == [3, 7]
@@ -122,6 +150,8 @@ def test_command(tmp_path, capsys):
         (["--length", "100000"], "a window takes 100000 tokens; the text has"),
         (["--windows", "0"], "must be at least 1"),
         (["--text", str(tmp_path / "none.txt")], "none.txt"),
+        (["--text", str(out)], "[calibrate] "),
+        (["--model", str(tmp_path / "none")], "[calibrate] the model must be a local directory"),
     ):
         assert calibration.main([*arguments, "--out", str(tmp_path / "other.safetensors"), *extra]) == 1
         assert message in capsys.readouterr().err

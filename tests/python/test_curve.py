@@ -356,7 +356,7 @@ def test_what_enable_packs_is_measured(curve, name, make, slots):
         (["--modes", "fp16,tq9"], "got 'tq9'"),
         (["--tokens", "1000000"], "the longest prompt needs 2000000 tokens"),
         (["--block", "0"], "--block"),
-        (["--model", "absent"], "[eval] the model must be a local directory; there is none at absent"),
+        (["--model", "absent"], "[curve] the model must be a local directory; there is none at absent"),
     ],
 )
 def test_bad_input(run, capsys, extra, message):

@@ -1,79 +1,19 @@
 """`python -m turboquant_mlx eval`: one command from a model and a text to tables and pictures."""
 
-import argparse
-import csv
-import json
 import math
 import sys
-from pathlib import Path
+import tempfile
+from collections import Counter
 
-from mlx_lm.models.cache import KVCache
 from tqdm import tqdm
 
 from ..cache import leaves
 from ..calibration import _float_caches, calibrate, fingerprint, load_calibration
+from ..slots import REPLACED
 from . import divergence, pictures, reconstruction, retrieval
-from .model import cut_windows, load_model, read_tokens, spread_windows, window_numbers
-from .modes import parse_mode
-
-PARTS = ("divergence", "needle", "list", "reconstruction")
-
-
-def _parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="turboquant_mlx eval",
-        description="Perplexity, KL divergence, retrieval and reconstruction error of packed caches.",
-    )
-    parser.add_argument("--model", type=Path, required=True, help="a local model directory")
-    parser.add_argument("--text", type=Path, required=True, help="held-out text: windows and filler come from it")
-    parser.add_argument("--out", type=Path, required=True, help="a folder for TSV, JSON and pictures")
-    parser.add_argument(
-        "--modes",
-        default="fp16,affine4,tq4,tq3,tq2",
-        help="fp16, affine4, tq3, k4v3, tq3c (centred), tq3f (with feedback)",
-    )
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--context", type=int, default=2048, help="tokens of a window")
-    parser.add_argument("--windows", type=int, default=4, help="how many of them")
-    parser.add_argument("--first-window", type=int, default=0, help="number of the first window in the text")
-    parser.add_argument("--without", default="", help="numbers of windows to leave out, as those of calibration: 8,17")
-    parser.add_argument("--batch", type=int, default=6, help="windows read side by side")
-    parser.add_argument("--step", type=int, default=256, help="positions given to the model at a time")
-    parser.add_argument("--lengths", default="1024,4096", help="needle contexts, tokens")
-    parser.add_argument("--depths", default="0,0.25,0.5,0.75,1", help="needle places, 0 is the context's beginning")
-    parser.add_argument("--trials", type=int, default=1, help="contexts a length, and lists")
-    parser.add_argument("--pairs", type=int, default=50, help="keys in a list")
-    parser.add_argument(
-        "--calibration", type=Path, help="a model directory or a file of `calibrate` (default: the model's)"
-    )
-    parser.add_argument("--calibrate-text", type=Path, help="calibrate with 8 windows spread over this text")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    args.modes = [parse_mode(name) for name in args.modes.split(",")]
-    args.parts = args.parts.split(",")
-    if unknown := set(args.parts) - set(PARTS):
-        raise ValueError(f"[eval] --parts are {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
-    args.lengths = [int(x) for x in args.lengths.split(",")]
-    args.depths = [float(x) for x in args.depths.split(",")]
-    args.without = {int(x) for x in args.without.split(",") if x}
-    if (
-        min(args.context, args.windows, args.batch, args.step, args.trials, args.pairs, *args.lengths) < 1
-        or args.first_window < 0
-    ):
-        raise ValueError(
-            "[eval] --context, --windows, --batch, --step, --trials, --pairs and --lengths must be at least 1"
-        )
-    if len(args.depths) > len(retrieval.NAMES) or not all(0 <= d <= 1 for d in args.depths):
-        raise ValueError(f"[eval] --depths must be at most {len(retrieval.NAMES)} numbers from 0 to 1")
-    return args
-
-
-def write_table(path, rows):
-    """A TSV with the keys of the first row as its header."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+from .files import write_json, write_table
+from .model import cut_windows, load_model, message, read_tokens, spread_windows, window_numbers
+from .options import REFERENCE, parse
 
 
 class _Bar:
@@ -87,8 +27,7 @@ class _Bar:
         self.bar.close()
 
 
-def _divergence(args, model, tokens, calibration):
-    windows = cut_windows(tokens, args.context, args.windows, args.first_window, args.without)
+def _divergence(args, model, windows, calibration):
     bar = _Bar("divergence", windows.size * len(args.modes))
     parts = []
     for start in range(0, len(windows), args.batch):
@@ -99,25 +38,24 @@ def _divergence(args, model, tokens, calibration):
         records = {name: divergence.joined([part[name] for part in parts]) for name in caches}
         rows = _divergence_tables(args, records)  # after each batch: what was measured stays when the rest is not
     bar.close()
-    pictures.divergence_by_position(args.out / "divergence.png", rows, args.modes[0].name)
+    pictures.divergence_by_position(args.out / "divergence.png", rows, REFERENCE)
     print(f"{'mode':10} {'perplexity':>10} {'change':>8} {'+-':>6} {'mean KLD':>9} {'99 %':>7} {'top-1':>7}")
     for r in rows:
         if r["band"] == "all":
             print(
                 f"{r['mode']:10} {r['perplexity']:10.3f} {r['perplexity_change']:+8.2%} "
-                f"{r['perplexity_change_stderr']:6.2%} {r['mean_kld']:9.5f} {r['p99_kld']:7.4f} {r['top1_agreement']:7.2%}"
+                f"{_error(r['perplexity_change_stderr'], '.2%'):>6} {r['mean_kld']:9.5f} {r['p99_kld']:7.4f} {r['top1_agreement']:7.2%}"
             )
     return rows
 
 
 def _divergence_tables(args, records):
     """Writes divergence.tsv (by mode and band) and windows.tsv (by mode and window); returns the first one's rows."""
-    first = args.modes[0].name
     rows = []
     for name, record in records.items():
         for start, stop in [(0, args.context), *divergence.bands(args.context)]:
             whole = (start, stop) == (0, args.context) and not any(r["mode"] == name for r in rows)
-            figures = divergence.summarise(record, records[first], start, stop)
+            figures = divergence.summarise(record, records[REFERENCE], start, stop)
             rows.append({"mode": name, "band": "all" if whole else "part", "start": start, "stop": stop, **figures})
     write_table(args.out / "divergence.tsv", rows)
     own, numbers = [], window_numbers(args.windows, args.first_window, args.without)
@@ -129,20 +67,43 @@ def _divergence_tables(args, records):
     return rows
 
 
-def _needle(args, model, tokenizer, tokens, calibration):
-    bar = _Bar("needles", sum(args.lengths) * args.trials * len(args.modes))
+def _error(x, form):
+    """A standard error as text; of one window or context there is none."""
+    return "n/a" if math.isnan(x) else f"{x:{form}}"
+
+
+def _needle_contexts(args, tokenizer, tokens):
+    """{(length, trial): (context, questions)}, the same for every mode."""
+    return {
+        (length, trial): retrieval.needle_context(
+            tokenizer, tokens, length, args.depths, retrieval.seeded(args.seed, length, trial)
+        )
+        for length in args.lengths
+        for trial in range(args.trials)
+    }
+
+
+def _list_contexts(args, tokenizer, tokens):
+    """{trial: (context, questions)}, the same for every mode."""
+    return {
+        trial: retrieval.list_context(
+            tokenizer, tokens, args.pairs, retrieval.LIST_FILLER, retrieval.seeded(args.seed, args.pairs, trial)
+        )
+        for trial in range(args.lists)
+    }
+
+
+def _needle(args, model, tokenizer, contexts, calibration):
+    bar = _Bar("needles", sum(len(context) for context, _ in contexts.values()) * len(args.modes))
     rows = []
-    for mode in args.modes:
-        for length in args.lengths:
-            for trial in range(args.trials):
-                rng = retrieval.seeded(args.seed, length, trial)
-                context, questions = retrieval.needle_context(tokenizer, tokens, length, args.depths, rng)
-                caches = mode.make_caches(model, calibration)
-                for a in retrieval.ask(model, tokenizer, caches, context, questions, progress=bar):
-                    row = {"mode": mode.name, "tokens": length, "depth": a.depth, "trial": trial}
-                    rows.append({**row, "passed": int(a.passed), "log_prob": a.log_prob})
+    for (length, trial), (context, questions) in contexts.items():
+        for mode in args.modes:
+            caches = mode.make_caches(model, calibration)
+            for a in retrieval.ask(model, tokenizer, caches, context, questions, progress=bar):
+                row = {"mode": mode.name, "tokens": length, "depth": a.depth, "trial": trial}
+                rows.append({**row, "passed": int(a.passed), "log_prob": a.log_prob})
+        _write_answers(args, "needle.tsv", rows)
     bar.close()
-    write_table(args.out / "needle.tsv", rows)
     cells = {mode.name: {} for mode in args.modes}
     for mode in cells:
         for length in args.lengths:
@@ -153,37 +114,39 @@ def _needle(args, model, tokenizer, tokens, calibration):
     return _retrieved("needles", rows)
 
 
-def _list(args, model, tokenizer, tokens, calibration):
-    bar = _Bar("lists", len(args.modes) * args.trials * (1000 + 20 * args.pairs))
+def _list(args, model, tokenizer, contexts, calibration):
+    bar = _Bar("lists", sum(len(context) for context, _ in contexts.values()) * len(args.modes))
     rows = []
-    for mode in args.modes:
-        for trial in range(args.trials):
-            rng = retrieval.seeded(args.seed, args.pairs, trial)
-            context, questions = retrieval.list_context(tokenizer, tokens, args.pairs, 1000, rng)
+    for trial, (context, questions) in contexts.items():
+        for mode in args.modes:
             caches = mode.make_caches(model, calibration)
             for place, a in enumerate(retrieval.ask(model, tokenizer, caches, context, questions, progress=bar)):
                 row = {"mode": mode.name, "tokens": a.tokens, "place": place, "trial": trial}
                 rows.append({**row, "passed": int(a.passed), "log_prob": a.log_prob})
+        _write_answers(args, "list.tsv", rows)
     bar.close()
-    write_table(args.out / "list.tsv", rows)
     return _retrieved("look-ups", rows)
 
 
+def _write_answers(args, name, rows):
+    """After each context, mode after mode: what was measured stays when the rest is not."""
+    order = [mode.name for mode in args.modes]
+    write_table(args.out / name, sorted(rows, key=lambda r: order.index(r["mode"])))
+
+
 def _retrieved(what, rows):
-    """Prints and returns {mode: (found, asked, mean log-probability of the answers)}."""
-    summary = {}
-    for mode in dict.fromkeys(r["mode"] for r in rows):
-        own = [r for r in rows if r["mode"] == mode]
-        mean = sum(r["log_prob"] for r in own) / len(own)
-        summary[mode] = {"found": sum(r["passed"] for r in own), "asked": len(own), "mean_log_prob": mean}
-        print(f"{what:9} {mode:10} {summary[mode]['found']:4d} of {len(own):4d}   log-probability {mean:.4f}")
+    """Prints and returns the figures of each mode."""
+    summary = retrieval.summarise(rows, REFERENCE)
+    for mode, r in summary.items():
+        print(
+            f"{what:9} {mode:10} {r['found']:4d} of {r['asked']:4d}   log-probability {r['mean_log_prob']:8.4f}   "
+            f"change {r['change']:+.4f} +- {_error(r['change_stderr'], '.4f')}"
+        )
     return summary
 
 
-def _reconstruction(args, model, tokens, calibration):
-    captured = reconstruction.capture(
-        model, cut_windows(tokens, args.context, args.windows, args.first_window, args.without)
-    )
+def _reconstruction(args, model, windows, calibration):
+    captured = reconstruction.capture(model, windows)
     rows = []
     for bits in sorted({b for m in args.modes if m.kind == "tq" for b in (m.key_bits, m.value_bits)}):
         least, stored = reconstruction.theoretical(bits)
@@ -194,59 +157,81 @@ def _reconstruction(args, model, tokens, calibration):
     return rows
 
 
-def run(args):
-    """Everything the arguments ask for; returns the summary that is also written as JSON."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "summary.json").write_text("{}\n")  # an unwritable folder is found before the work
-    pictures.pyplot()
-    model, tokenizer = load_model(args.model)
-    if not any(type(c) is KVCache for _, c in leaves(_float_caches(model))):
-        raise ValueError(f"[eval] {args.model} has no KVCache slot, so there is nothing to compress")
-    tokens = read_tokens(tokenizer, args.text)
-    calibration, source = None, None
+def _slots(args, model):
+    """({kind of slot: how many are replaced}, {kind: how many stay}); says so on stderr."""
+    kinds = Counter(type(c) for _, c in leaves(_float_caches(model)))
+    replaced, kept = (
+        {kind.__name__: n for kind, n in kinds.items() if (kind in REPLACED) == yes} for yes in (True, False)
+    )
+    if not replaced:
+        raise ValueError(
+            f"[eval] {args.model} has no KVCache slot, so there is nothing to compress; it has {sorted(kept)}"
+        )
+    words = [", ".join(f"{n} x {kind}" for kind, n in some.items()) or "nothing" for some in (replaced, kept)]
+    print(f"[eval] each mode replaces {words[0]}; unchanged: {words[1]}", file=sys.stderr)
+    return replaced, kept
+
+
+def _calibration(args, model, tokenizer):
+    """(calibration or None, where it came from)."""
     if args.calibrate_text:
         text = read_tokens(tokenizer, args.calibrate_text)
-        calibration = calibrate(model, spread_windows(text, min(2048, len(text)), 8))
-        source = args.calibrate_text.name
-    elif args.calibration or any(mode.centred for mode in args.modes):
-        calibration = load_calibration(args.calibration or args.model, directory=args.model)
-        source = "file"
+        return calibrate(model, spread_windows(text, min(2048, len(text)), 8)), args.calibrate_text.name
+    if args.calibration or any(mode.centred for mode in args.modes):
+        return load_calibration(args.calibration or args.model, directory=args.model), "file"
+    return None, None
+
+
+def run(args):
+    """Everything the arguments ask for; returns the summary, which is also written as JSON after each part."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=args.out):
+        pass  # an unwritable folder is found before the work
+    pictures.pyplot()
+    model, tokenizer = load_model(args.model)
+    replaced, kept = _slots(args, model)
+    tokens = read_tokens(tokenizer, args.text)
+    # All that can be refused is made before anything is measured.
+    windows = contexts = lists = None
+    if {"divergence", "reconstruction"} & set(args.parts):
+        windows = cut_windows(tokens, args.context, args.windows, args.first_window, args.without)
+    if "list" in args.parts:
+        lists = _list_contexts(args, tokenizer, tokens)
+    if "needle" in args.parts:
+        contexts = _needle_contexts(args, tokenizer, tokens)
+    calibration, source = _calibration(args, model, tokenizer)
+    for mode in args.modes:
+        mode.check(model, calibration)
     summary = {
         "model": args.model.name,
         "fingerprint": fingerprint(args.model),
+        "slots": {"replaced": replaced, "kept": kept},
         "text": args.text.name,
         "windows": [args.first_window, args.windows, args.context],
         "without": sorted(args.without),
         "seed": args.seed,
         "calibration": source,
     }
-    if "divergence" in args.parts:
-        summary["divergence"] = _divergence(args, model, tokens, calibration)
-    if "reconstruction" in args.parts:
-        summary["reconstruction"] = _reconstruction(args, model, tokens, calibration)
-    if "list" in args.parts:
-        summary["list"] = _list(args, model, tokenizer, tokens, calibration)
-    if "needle" in args.parts:
-        summary["needle"] = _needle(args, model, tokenizer, tokens, calibration)
-    text = json.dumps(_plain(summary), indent=1)
-    (args.out / "summary.json").write_text(text + "\n")
+    measure = {
+        "divergence": lambda: _divergence(args, model, windows, calibration),
+        "reconstruction": lambda: _reconstruction(args, model, windows, calibration),
+        "list": lambda: _list(args, model, tokenizer, lists, calibration),
+        "needle": lambda: _needle(args, model, tokenizer, contexts, calibration),
+    }
+    for part in args.parts:
+        summary[part] = measure[part]()
+        write_json(args.out / "summary.json", summary)
     return summary
-
-
-def _plain(x):
-    """JSON has no NaN."""
-    if isinstance(x, dict):
-        return {k: _plain(v) for k, v in x.items()}
-    if isinstance(x, list):
-        return [_plain(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def main(argv=None):
     """Entry of the command line; returns the exit status."""
     try:
-        run(_parse(argv))
+        run(parse(argv))
+    except KeyboardInterrupt:
+        print("[eval] interrupted; the tables and summary.json hold what was finished", file=sys.stderr)
+        return 130
     except (ImportError, OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+        print(message("eval", error), file=sys.stderr)
         return 1
     return 0

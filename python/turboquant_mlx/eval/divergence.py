@@ -63,9 +63,11 @@ def joined(records):
 
 
 def bands(length):
-    """Position ranges that double: [(0, 256), (256, 512), (512, 1024), ...] up to `length`."""
+    """Position ranges that double: [(0, 256), (256, 512), (512, 1024), ...] up to `length`.
+
+    The last has at least two positions, because the last position of all has no next token."""
     edges = [0, 256]
-    while edges[-1] < length:
+    while edges[-1] + 1 < length:
         edges.append(2 * edges[-1])
     edges[-1] = length
     return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]

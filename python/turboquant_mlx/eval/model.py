@@ -1,5 +1,9 @@
-"""Loading a model and a text so that measuring is bearable on a CPU."""
+"""Loading a model and a text so that measuring is bearable on a CPU.
 
+Several commands share this: errors here do not begin with an operation's name, and each command puts its own in front
+(`message`)."""
+
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,9 +22,9 @@ def load_model(path):
     and the gated delta recurrence goes by chunks wherever mlx-lm would loop over tokens."""
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"[eval] the model must be a local directory; there is none at {path}")
+        raise ValueError(f"the model must be a local directory; there is none at {path}")
     if not any(path.glob("model*.safetensors")):
-        raise ValueError(f"[eval] {path} holds no model*.safetensors weights")
+        raise ValueError(f"{path} holds no model*.safetensors weights")
     model, tokenizer = load(str(path))
     if mx.default_device() == mx.Device(mx.cpu):
         if sum(v.size for _, v in tree_flatten(model.parameters())) < 500e6:
@@ -32,8 +36,18 @@ def load_model(path):
 
 
 def read_tokens(tokenizer, path):
-    """Token ids of a text file."""
-    return np.array(tokenizer.encode(Path(path).read_text()), np.int32)
+    """Token ids of a text file in UTF-8."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a text in UTF-8: {error}") from None
+    # A whole text is longer than any context, and is never given to the model at once: no warning about that.
+    return np.array(tokenizer.encode(text, verbose=False), np.int32)
+
+
+def message(command, error):
+    """An error as `command` prints it: with its name in front, unless the error names an operation itself."""
+    return str(error) if re.match(r"\[\w+\] ", str(error)) else f"[{command}] {error}"
 
 
 def window_numbers(count, first=0, without=()):
@@ -49,8 +63,7 @@ def cut_windows(tokens, length, count, first=0, without=()):
     need = (numbers[-1] + 1) * length
     if len(tokens) < need:
         raise ValueError(
-            f"[eval] {count} windows of {length} tokens from window {first} on need {need} tokens; "
-            f"the text has {len(tokens)}"
+            f"{count} windows of {length} tokens from window {first} on need {need} tokens; the text has {len(tokens)}"
         )
     return np.stack([tokens[n * length : (n + 1) * length] for n in numbers])
 
@@ -61,7 +74,7 @@ def spread_windows(tokens, length, count):
     Raises ValueError when the text is shorter than one window."""
     total = len(tokens) // length
     if total == 0:
-        raise ValueError(f"[eval] a window takes {length} tokens; the text has {len(tokens)}")
+        raise ValueError(f"a window takes {length} tokens; the text has {len(tokens)}")
     count = min(count, total)
     windows = tokens[: total * length].reshape(total, length)
     return windows[[(i + 1) * total // count - 1 for i in range(count)]]

@@ -12,23 +12,46 @@ import re
 from dataclasses import dataclass
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from ..cache import TurboQuantKVCache
-from ..calibration import NO_CALIBRATION, _float_caches
-from ..patch import apply_patch
-from ..slots import _replace
+from ..calibration import _float_caches
+from ..slots import REPLACED, packing, replace_slots
+
+AFFINE_GROUP = 64  # numbers that share a scale in MLX's affine codes, and what a head_dim must be a multiple of
 
 
-class FloatCache(KVCache):
-    """Holds what `code` makes of keys and values as floats, for codes that are judged by their numbers alone."""
+class _Coded:
+    """Holds what two functions make of keys and values as floats, for codes that are judged by their numbers alone."""
+
+    def update_and_fetch(self, keys, values):
+        return super().update_and_fetch(self.code_keys(keys), self.code_values(values))
+
+
+class FloatCache(_Coded, KVCache):
+    """A KVCache of such numbers."""
 
     def __init__(self, code_keys, code_values=None):
         super().__init__()
         self.code_keys, self.code_values = code_keys, code_values or code_keys
 
-    def update_and_fetch(self, keys, values):
-        return super().update_and_fetch(self.code_keys(keys), self.code_values(values))
+
+class FloatWindow(_Coded, RotatingKVCache):
+    """A RotatingKVCache of such numbers."""
+
+    def __init__(self, max_size, keep, code_keys, code_values):
+        super().__init__(max_size, keep)
+        self.code_keys, self.code_values = code_keys, code_values
+
+
+def float_caches(model, coders):
+    """A model's caches with such numbers in every slot that `enable` packs.  coders: path -> (of keys, of values)."""
+
+    def make(path, c):
+        if type(c) not in REPLACED:
+            return None
+        return FloatCache(*coders(path)) if type(c) is KVCache else FloatWindow(c.max_size, c.keep, *coders(path))
+
+    return replace_slots(_float_caches(model), make)
 
 
 def to_half(x):
@@ -36,11 +59,13 @@ def to_half(x):
     return x.astype(mx.float16).astype(x.dtype)
 
 
-def affine(bits, group=64):
+def affine(bits, group=AFFINE_GROUP):
     """The numbers of MLX's affine codes with float16 scales.  MLX's CPU products on such codes are too slow to measure
     through, so they are decoded first; tests hold them equal to `QuantizedKVCache`."""
 
     def code(x):
+        if x.shape[-1] % group:
+            raise ValueError(f"[affine] head_dim must be a multiple of {group}; got {x.shape[-1]}")
         packed = mx.quantize(x.astype(mx.float16), group_size=group, bits=bits)
         return mx.dequantize(*packed, group_size=group, bits=bits).astype(x.dtype)
 
@@ -62,32 +87,33 @@ class Mode:
         """Bytes of one head's key and value."""
         if self.kind == "fp16":
             return 4 * head_dim
-        extra = 4 * head_dim // 64 if self.kind == "affine" else 2
+        extra = 4 * head_dim // AFFINE_GROUP if self.kind == "affine" else 2
         return (self.key_bits + self.value_bits) * head_dim // 8 + 2 * extra
 
     def make_caches(self, model, calibration=None):
-        """Fresh caches for `model`, with this mode's in the place of each KVCache."""
-        if self.centred and not calibration:
+        """Fresh caches for `model`, with this mode's in every slot that `enable` packs."""
+        if self.kind == "fp16":
+            return float_caches(model, lambda path: (to_half, to_half))
+        if self.kind == "affine":
+            return float_caches(model, lambda path: (affine(self.key_bits), affine(self.value_bits)))
+        if not self.centred:
+            calibration = None
+        elif not calibration:
             raise ValueError(f"[eval] {self.name} needs centres: give --calibration, or --calibrate-text")
-        if self.fed and not any(c.feedback for c in calibration.values()):
+        elif not self.fed:
+            calibration = {slot: found.without_feedback() for slot, found in calibration.items()}
+        elif not any(found.feedback for found in calibration.values()):
             raise ValueError(f"[eval] {self.name} needs feedback, and the calibration has none")
+        make, _ = packing(model, key_bits=self.key_bits, value_bits=self.value_bits, calibration=calibration)
+        return make()
 
-        def make(path):
-            if self.kind == "fp16":
-                return FloatCache(to_half)
-            if self.kind == "affine":
-                return FloatCache(affine(self.key_bits), affine(self.value_bits))
-            slot = path[0] if len(path) == 1 else path
-            found = calibration[slot] if self.centred else NO_CALIBRATION
-            return TurboQuantKVCache(
-                key_bits=self.key_bits,
-                value_bits=self.value_bits,
-                centres=found.centres,
-                feedback=found.feedback if self.fed else None,
-            )
-
-        apply_patch()
-        return _replace(_float_caches(model), make)
+    def check(self, model, calibration=None):
+        """ValueError when the model cannot run on such caches; computes nothing."""
+        caches = self.make_caches(model, calibration)
+        try:
+            model(mx.zeros((1, 2), mx.int32), cache=caches)
+        except Exception as error:  # whatever a model makes of caches that it cannot use
+            raise ValueError(f"[eval] the model cannot be measured with {self.name}: {error}") from error
 
 
 def parse_mode(name):

@@ -3,8 +3,11 @@
 import mlx.core as mx
 import numpy as np
 
+from ..cache import leaves
+from ..calibration import as_calibration
 from ..ops import decode, encode
-from .modes import FloatCache, affine, to_half
+from ..slots import _slot
+from .modes import AFFINE_GROUP, affine, float_caches, to_half
 
 # Mean squared error per coordinate of the best b-bit scalar quantizer of N(0, 1) (Max, 1960).
 LLOYD_MAX = {2: 0.117482, 3: 0.034548, 4: 0.009501}
@@ -21,27 +24,28 @@ def theoretical(bits):
 
 def capture(model, tokens, step=512):
     """{slot: (keys, values)} of a text (W, L): float32 arrays (W, H_kv, L, D), read through float16 caches."""
-    from ..calibration import _float_caches
-    from ..slots import _replace
-
     made = {}
 
-    def make(path):
-        made[path[0] if len(path) == 1 else path] = cache = FloatCache(to_half)
-        return cache
+    def recorder(path, side):
+        parts = made.setdefault(path, ([], []))[side]
 
-    caches = _replace(_float_caches(model), make)
+        def record(x):
+            parts.append(to_half(x))
+            return parts[-1]
+
+        return record
+
+    caches = float_caches(model, lambda path: (recorder(path, 0), recorder(path, 1)))
     if not made:
         raise ValueError("[eval] the model has no KVCache slot, so there is nothing to compress")
     tokens = mx.array(tokens)
     for start in range(0, tokens.shape[1], step):
-        mx.eval(
-            model(tokens[:, start : start + step], cache=caches)[:, -1],
-            [c.state for c in caches if hasattr(c, "cache")],
-        )
-    histories = {slot: c for slot, c in made.items() if c.keys is not None}
-    return {
-        slot: tuple(x[:, :, : c.offset].astype(mx.float32) for x in (c.keys, c.values)) for slot, c in histories.items()
+        states = [c.state for _, c in leaves(caches) if hasattr(c, "cache")]
+        mx.eval(model(tokens[:, start : start + step], cache=caches)[:, -1], states)
+    return {  # a slot that reads another layer's cache was given nothing
+        _slot(path): tuple(mx.concatenate(x, axis=2).astype(mx.float32) for x in sides)
+        for path, sides in made.items()
+        if sides[0]
     }
 
 
@@ -51,33 +55,35 @@ def relative_error(x, code):
     return np.array(error)
 
 
-def tq(bits, centre=None):
+def tq(bits, centre=None, feedback=None, seed=0):
     """x -> x^ by the package's codes."""
-    return lambda x: decode(*encode(x, bits, centre=centre), bits, centre=centre)
+    return lambda x: decode(
+        *encode(x, bits, seed=seed, centre=centre, feedback=feedback), bits, seed=seed, centre=centre
+    )
 
 
 def table(captured, bits, calibration=None):
-    """Rows (slot, side, head, energy share of the mean, error of TQ, of centred TQ, of affine) for one width."""
+    """Rows (slot, side, head, energy share of the mean, error of TQ, of centred TQ, of TQ with feedback, of affine) for
+    one width; nan where a code does not exist."""
     rows = []
     for slot, sides in captured.items():
-        for side, x in zip(("keys", "values"), sides, strict=True):
-            centre = None if calibration is None else calibration[slot][side == "values"].astype(mx.float32)
-
+        found = as_calibration((calibration or {}).get(slot))
+        for side, x in enumerate(sides):
+            centre, feedback = found.centres[side], (found.feedback or (None, None))[side]
             mean = x.mean((0, 2))
+            codes = {"tq": tq(bits)}
+            if centre is not None:
+                centre = centre.astype(mx.float32)
+                codes["tq_centred"] = tq(bits, centre)
+            if feedback is not None:
+                codes["tq_feedback"] = tq(bits, centre, feedback, found.seed)
+            if x.shape[-1] % AFFINE_GROUP == 0:
+                codes["affine"] = affine(bits)
             share = np.array(mx.square(mean).sum(-1) / mx.square(x).sum(-1).mean((0, 2)))
-            plain = relative_error(x, tq(bits))
-            centred = relative_error(x, tq(bits, centre)) if centre is not None else np.full(len(plain), np.nan)
-            other = relative_error(x, affine(bits))
-            for head in range(len(plain)):
-                rows.append(
-                    {
-                        "slot": slot,
-                        "side": side,
-                        "head": head,
-                        "mean_share": float(share[head]),
-                        "tq": float(plain[head]),
-                        "tq_centred": float(centred[head]),
-                        "affine": float(other[head]),
-                    }
-                )
+            errors = {name: relative_error(x, code) for name, code in codes.items()}
+            for head in range(x.shape[1]):
+                row = {"slot": slot, "side": ("keys", "values")[side], "head": head, "mean_share": float(share[head])}
+                for name in ("tq", "tq_centred", "tq_feedback", "affine"):
+                    row[name] = float(errors[name][head]) if name in errors else float("nan")
+                rows.append(row)
     return rows
