@@ -18,7 +18,7 @@ namespace {
 bool on_metal() { return mx::metal::is_available(); }
 
 /// Whether a backend can run, and which, or what is missing.
-std::pair<bool, std::string> support() {
+std::pair<bool, std::string> find_support() {
   if (on_metal()) return {true, "Metal"};
   const int driver = cuda_backend::driver_version();
   const std::string needs = driver ? "the NVIDIA driver here is for CUDA " + std::to_string(driver / 1000) + "." +
@@ -40,9 +40,15 @@ std::pair<bool, std::string> support() {
   return {true, "CUDA"};
 }
 
+/// The same, found once: every operation asks, and MLX looks up the free memory to tell about a device.
+const std::pair<bool, std::string>& support() {
+  static const auto found = find_support();
+  return found;
+}
+
 /// Throws unless a backend can run.
 void require_gpu(const char* op) {
-  if (const auto [ok, why] = support(); !ok) {
+  if (const auto& [ok, why] = support(); !ok) {
     throw std::runtime_error(std::string("[") + op + "] no kernels for this GPU (" + why +
                              "); run on the CPU: mx.set_default_device(mx.cpu)");
   }
@@ -51,7 +57,7 @@ void require_gpu(const char* op) {
 }  // namespace
 
 bool gpu_supported(std::string* why) {
-  const auto [ok, reason] = support();
+  const auto& [ok, reason] = support();
   if (why) *why = reason;
   return ok;
 }
@@ -64,10 +70,7 @@ std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const 
   return cuda_backend::encode(sides, bits, seed, centres, feedback, stream);
 }
 
-bool appends_in_place_gpu() {
-  static const bool cuda = !on_metal() && gpu_supported();
-  return cuda;
-}
+bool appends_in_place_gpu() { return !on_metal() && gpu_supported(); }
 
 mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
                      const std::vector<std::optional<mx::array>>& centres,

@@ -4,13 +4,6 @@
 // in D/8 neighbouring lanes, eight consecutive coordinates a lane, so that a lane's codes are one nibble word.
 #pragma once
 
-#if !defined(__CUDACC_RTC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-#endif
-
 #include "cuda/ptx.cu.h"
 #include "turboquant/format.h"
 

@@ -109,6 +109,21 @@ inline std::vector<uint16_t> random_feedback(int heads, int dim, uint64_t seed =
   return g;
 }
 
+/// The same for all vectors [heads, tokens, dim] of `e`, or for several such batches; `centres` [heads, dim] or null,
+/// `feedback` [heads, dim, dim].
+inline std::string wrong_rows(const Buffer& x, const Encoded& e, int heads, uint64_t seed, const float* centres,
+                              const uint16_t* feedback) {
+  std::ostringstream wrong;
+  for (size_t row = 0; row < e.scales.size(); ++row) {
+    const size_t head = row / e.tokens % heads;
+    const FeedbackInput in{
+        x, row, e.dim, e.bits, seed, centres ? centres + head * e.dim : nullptr, feedback + head * e.dim * e.dim};
+    const auto found = wrong_with_feedback(in, &e.codes[row * words_per_vector(e.bits, e.dim)], e.scales[row]);
+    if (!found.empty()) wrong << "row " << row << ": " << found << "\n";
+  }
+  return wrong.str();
+}
+
 // Checks of an encoder given as Encoded(const Buffer& x, int heads, int tokens, int dim, int bits, const uint16_t* g):
 // empty when it is right, else what is wrong.
 

@@ -34,18 +34,7 @@ TEST_F(Gpu, FeedbackCodesAreTheNearestToTheirTargets) {
       EncodeParams k = params(x, keys, 1, heads, tokens), v = params(x, values, 1, heads, tokens);
       k.centre = centre, k.feedback = g.data();
       jit::encode_on_gpu(k, &v);  // values without
-      for (int row = 0; row < heads * tokens; ++row) {
-        const int head = row / tokens;
-        const FeedbackInput in{x,
-                               size_t(row),
-                               dim,
-                               bits,
-                               kSeed,
-                               centre ? centre + head * dim : nullptr,
-                               g.data() + size_t(head) * dim * dim};
-        ASSERT_EQ(wrong_with_feedback(in, &keys.codes[size_t(row) * words_per_vector(bits, dim)], keys.scales[row]), "")
-            << "row " << row;
-      }
+      ASSERT_EQ(wrong_rows(x, keys, heads, kSeed, centre, g.data()), "");
       const Encoded plain = encode_rows(x, heads, tokens, dim, 6 - bits, Backend::reference, kSeed);
       size_t differ = 0;
       for (size_t i = 0; i < plain.codes.size(); ++i) differ += plain.codes[i] != values.codes[i];
@@ -62,14 +51,7 @@ TEST_F(Gpu, FeedbackOfBothSidesWithDifferentWidths) {
   EncodeParams k = params(x, keys, 1, 1, tokens), v = params(x, values, 1, 1, tokens);
   k.feedback = v.feedback = g.data();
   jit::encode_on_gpu(k, &v);
-  for (const Encoded* e : {&keys, &values}) {
-    for (int row = 0; row < tokens; ++row) {
-      ASSERT_EQ(wrong_with_feedback({x, size_t(row), dim, e->bits, kSeed, nullptr, g.data()},
-                                    &e->codes[size_t(row) * words_per_vector(e->bits, dim)], e->scales[row]),
-                "")
-          << row;
-    }
-  }
+  for (const Encoded* e : {&keys, &values}) ASSERT_EQ(wrong_rows(x, *e, 1, kSeed, nullptr, g.data()), "");
 }
 
 Encoded encode_with_feedback(const Buffer& x, int heads, int tokens, int dim, int bits, const uint16_t* g) {

@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "runtime.h"
 #include "emulator/signature.h"
 #include "metal/plan.h"
+#include "runtime.h"
 
 namespace emulator {
 

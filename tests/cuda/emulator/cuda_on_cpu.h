@@ -148,8 +148,8 @@ inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline int __float2int_rn(float x) { return x != x ? 0 : x >= 2147483648.f ? 0x7fffffff : int(std::nearbyint(x)); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((unsigned long long)a * b >> 32); }
-/// A result that is no number has all mantissa bits set on a GPU and few on other processors, which matters to code that
-/// takes it apart.
+/// A result that is no number has all mantissa bits set on a GPU and few on other processors, which matters to code
+/// that takes it apart.
 inline float gpu_fmaf(float a, float b, float c) {
   const float x = std::fma(a, b, c);
   return x == x ? x : std::bit_cast<float>(0x7fffffffu);
@@ -230,11 +230,12 @@ inline void load_transposed(unsigned (&r)[4], const __half* p, int line = __buil
   }
 }
 
-struct HalfOperands {
+/// What a lane brings to a product of matrices.
+struct Operands {
   unsigned a[4], b[2];
 };
 inline void mma_half(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, int line = __builtin_LINE()) {
-  const auto* all = emulator::gather(HalfOperands{{a[0], a[1], a[2], a[3]}, {b0, b1}}, line);
+  const auto* all = emulator::gather(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}}, line);
   const int g = emulator::position.lane / 4, t = emulator::position.lane % 4;
   const auto half = [](unsigned word, int i) {
     return __half2float(__ushort_as_half(static_cast<unsigned short>(word >> (16 * i))));
@@ -251,13 +252,10 @@ inline void mma_half(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigne
   }
 }
 
-struct ByteOperands {
-  unsigned a[4], b[2];
-};
 template <bool A_UNSIGNED, bool B_UNSIGNED>
 void mma_int8(int (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1,
               int line = __builtin_LINE()) {
-  const auto* all = emulator::gather(ByteOperands{{a0, a1, a2, a3}, {b0, b1}}, line);
+  const auto* all = emulator::gather(Operands{{a0, a1, a2, a3}, {b0, b1}}, line);
   const int g = emulator::position.lane / 4, t = emulator::position.lane % 4;
   const auto byte = [](unsigned word, int i, bool is_unsigned) {
     const unsigned x = word >> (8 * i) & 255;

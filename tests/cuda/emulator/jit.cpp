@@ -104,12 +104,6 @@ std::string whole_source(const cuda::Kernel& kernel, const std::vector<Array>& i
          "  emulator::enter(mlx::core::cu::" + function_name(kernel) + ", arguments);\n}\n";
 }
 
-std::string compile(const std::string& source, const std::string&) { return load(source), ""; }
-
-std::string name_as_mlx_does(const cuda::Kernel&, std::string, const std::string&) { return ""; }
-
-std::string current_architecture() { return "emulated"; }
-
 cuda::Device current_device() { return {8, 232448}; }
 
 Launch::Launch(const cuda::Kernel& kernel, const std::vector<Array>& inputs, const std::vector<Array>& outputs)
