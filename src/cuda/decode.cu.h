@@ -16,12 +16,12 @@ struct Decode {
   static constexpr int kRows = 4;
   using Keys = Rows<KEY_BITS, D, false>;
   using Values = Rows<VALUE_BITS, D, true>;
-  using Source = TileSource<Keys, Values, kTile>;
+  using Copies = TileCopies<Keys, Values, kTile, STAGES>;
   using KeyShare = Share<D, 4>;
   using ValueShare = Share<D, 8>;
   static constexpr int kKeySteps = KeyShare::per_thread * KeyShare::words;
   static constexpr int kValueTiles = 4 * ValueShare::words;  // of 16 coordinates
-  static constexpr int kStageWords = Keys::size + Values::size + 32;
+  static constexpr int kStageWords = Copies::kWords;
   static constexpr float kWeightOne = 65280;  // 255 * 256: the fixed-point weight of 1
 
   struct Shared {
@@ -65,11 +65,11 @@ struct Decode {
     });
   }
 
-  /// Starts the copy of a tile into a stage of the ring, if there is one; `from` goes on to this warp's next.
-  __device__ void start_copy(Source& from, int tile, int last, int stage) {
+  /// Starts the copy of a tile into a stage of the ring, if there is one; `copies` goes on to this warp's next.
+  __device__ void start_copy(Copies& copies, int tile, int last, int stage) {
     if (tile < last) {
-      from.copy(a, b, kv_head, tile, shared.ring[warp][stage]);
-      from.advance(WARPS);
+      copies.copy(a, b, kv_head, tile, shared.ring[warp][stage]);
+      copies.advance(WARPS, stage);
     }
     commit_copies();
   }
@@ -131,17 +131,17 @@ struct Decode {
     // cache, and misses overlap only within a block of code.  The queries' load goes first, for the first product waits
     // for it; nothing here waits for it before the copies.
     const int mine = first_tile + warp, q_row = first_row + warp;
-    Source from(a, b, kv_head, mine);
+    Copies copies(a, b, kv_head, mine, shared.ring[0][0]);
     const T* q_from = a.query_at<T>(b, kv_head * a.group() + q_row % a.group(), q_row / a.group(), 8 * lane);
     Raw8<T> q = {};
     if (warp < kRows && q_row < a.rows() && lane < D / 8) q.load(q_from, a.q_strides[3]);
-    start_copy(from, mine, last_tile, 0);  // one: more would delay the queries
+    start_copy(copies, mine, last_tile, 0);  // one: more would delay the queries
     if (warp < kRows) prepare_query(q, warp);
     if (threadIdx.x == 0) levels.store(shared.levels);
     __syncthreads();
     levels.load(shared.levels);
 #pragma unroll
-    for (int s = 1; s < STAGES - 1; ++s) start_copy(from, mine + s * WARPS, last_tile, s);
+    for (int s = 1; s < STAGES - 1; ++s) start_copy(copies, mine + s * WARPS, last_tile, s);
 
     unsigned q_parts[kKeySteps][4];
     const KeyShare share(t);
@@ -162,7 +162,7 @@ struct Decode {
 #pragma unroll 1
     for (int tile = mine; tile < last_tile; tile += WARPS) {
       __syncwarp();  // the stage that is filled next has been read by all
-      start_copy(from, tile + (STAGES - 1) * WARPS, last_tile, filled);
+      start_copy(copies, tile + (STAGES - 1) * WARPS, last_tile, filled);
       filled = filled == STAGES - 1 ? 0 : filled + 1;
       wait_copies<STAGES - 1>();
       __syncwarp();

@@ -18,7 +18,7 @@ struct ManyRows {
   static constexpr int kSteps = WARPS * kTokens / kTile;  // products of 32 tokens in a round
   using Keys = Rows<KEY_BITS, D, false, kTokens>;
   using Values = Rows<VALUE_BITS, D, true, kTokens>;
-  using Source = TileSource<Keys, Values, kTokens>;
+  using Copies = TileCopies<Keys, Values, kTokens, STAGES>;
   using KeyShare = Share<D, 4>;
   static constexpr int kKeySteps = KeyShare::per_thread * KeyShare::words;
   static constexpr int kRoom = (WARPS == 8 ? 16 : 8) / GROUPS;
@@ -26,7 +26,7 @@ struct ManyRows {
   static constexpr int kEach = (kRows + WARPS - 1) / WARPS;            // queries that a warp prepares
   using Passed = PassedValues<D, VALUE_BITS, WARPS>;
   static constexpr int kSets = Passed::kSets;  // of 16 coordinates, that a warp sums
-  static constexpr int kStageWords = Keys::size + Values::size + kTokens;
+  static constexpr int kStageWords = Copies::kWords;
   static constexpr float kWeightOne = 65280;  // 255 * 256: the fixed-point weight of 1
   static_assert(STAGES >= 2 && D > 128, "smaller heads have fewer sets of coordinates than warps");
 
@@ -77,11 +77,11 @@ struct ManyRows {
 
   __device__ int piece(int round) const { return first_piece + WARPS * round + warp; }
 
-  /// Starts the copy of this warp's piece of a round; `from` goes on to that of the next.
-  __device__ void start_copy(Source& from, int round, int stage) {
+  /// Starts the copy of this warp's piece of a round; `copies` goes on to that of the next.
+  __device__ void start_copy(Copies& copies, int round, int stage) {
     if (piece(round) < last_piece) {
-      from.copy(a, b, kv_head, piece(round), shared.ring[warp][stage]);
-      from.advance(WARPS);
+      copies.copy(a, b, kv_head, piece(round), shared.ring[warp][stage]);
+      copies.advance(WARPS, stage);
     }
     commit_copies();
   }
@@ -93,7 +93,7 @@ struct ManyRows {
     const int rounds = (last_tile - first_tile + kSteps - 1) / kSteps;
 
     // All addresses before the first branch, then the queries, as in decode.cu.h.
-    Source from(a, b, kv_head, piece(0));
+    Copies copies(a, b, kv_head, piece(0), shared.ring[0][0]);
     const T* q_from[kEach];
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
@@ -105,7 +105,7 @@ struct ManyRows {
       const int row = WARPS * i + warp;
       if (row < kRows && first_row + row < a.rows() && lane < D / 8) raw[i].load(q_from[i], a.q_strides[3]);
     }
-    start_copy(from, 0, 0);
+    start_copy(copies, 0, 0);
     prepare_queries(raw);
     if (threadIdx.x < kRows) {
       shared.range[threadIdx.x] = visible_keys(a, b, query_of(threadIdx.x));
@@ -115,7 +115,7 @@ struct ManyRows {
     __syncthreads();
     levels.load(shared.levels);
 #pragma unroll
-    for (int i = 1; i < STAGES; ++i) start_copy(from, i, i);
+    for (int i = 1; i < STAGES; ++i) start_copy(copies, i, i);
 
 #pragma unroll
     for (int step = 0; step < kHeld; ++step) {
@@ -164,7 +164,7 @@ struct ManyRows {
         }
         rescale(down);
         __syncwarp();
-        start_copy(from, i + STAGES, stage);  // where this round's values have just been read
+        start_copy(copies, i + STAGES, stage);  // where this round's values have just been read
       }
       if (i + 1 < rounds) {
         wait_copies<STAGES - 1>();

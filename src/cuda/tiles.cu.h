@@ -19,17 +19,21 @@ struct Rows {
   }
 
   /// Starts the copy of a whole tile by one warp, of which every lane takes every 32nd chunk of 16 bytes.  `from` is
-  /// this lane's first chunk, `to` the tile's place; both are 16-byte aligned.
+  /// this lane's first chunk, `to` the tile's place and 16 bytes a lane; both are 16-byte aligned.
+  template <bool ONCE>
   static __device__ void copy_whole(unsigned to, const unsigned* from) {
     const int lane = threadIdx.x & 31, first = permuted ? at(lane * 4 / words, lane * 4 % words) : 4 * lane;
     // Every chunk lies four tokens beyond the one before, which permutes keys' the other way.
-    copy_chunks<0>(to + 4 * first, permuted && !VALUES ? to + 4 * (first ^ 16) : to + 4 * first, from);
+    to += 4 * (first - 4 * lane);
+    copy_chunks<0, ONCE>(to, permuted && !VALUES ? to + 4 * ((first ^ 16) - first) : to, from);
   }
-  template <int CHUNK>
+  template <int CHUNK, bool ONCE>
   static __device__ void copy_chunks(unsigned even, unsigned odd, const unsigned* from) {
     if constexpr (128 * CHUNK < size) {
-      if (128 * (CHUNK + 1) <= size || 4 * (threadIdx.x & 31) + 128 * CHUNK < size) copy16<512 * CHUNK>(even, from);
-      copy_chunks<CHUNK + 1>(odd, even, from);
+      if (128 * (CHUNK + 1) <= size || 4 * (threadIdx.x & 31) + 128 * CHUNK < size) {
+        copy16<512 * CHUNK, ONCE>(even, from);
+      }
+      copy_chunks<CHUNK + 1, ONCE>(odd, even, from);
     }
   }
 
@@ -37,7 +41,8 @@ struct Rows {
   static __device__ void copy(unsigned* to, const unsigned* from, int tokens) {
     const unsigned base = unsigned(__cvta_generic_to_shared(to));
     if (tokens == TOKENS && aligned_to(from, 16)) {
-      copy_whole(base, from + 4 * (threadIdx.x & 31));
+      const int lane = threadIdx.x & 31;
+      copy_whole<false>(base + 16 * lane, from + 4 * lane);
     } else {
 #pragma unroll 1
       for (int word = threadIdx.x & 31; word < tokens * words; word += 32) {
@@ -101,16 +106,20 @@ __device__ void copy_scales(__half* to, const __half* keys, const __half* values
   }
 }
 
-/// Where a warp copies its next tile of TOKENS tokens from, keys, values and scales; then its tile `step` further on.
-template <class Keys, class Values, int TOKENS>
-struct TileSource {
+/// Where a warp copies its next tile of TOKENS tokens from, keys, values and scales, and the place in its ring of
+/// STAGES that it copies them to; then its tile `step` further on, and the ring's next place.
+template <class Keys, class Values, int TOKENS, int STAGES>
+struct TileCopies {
+  static constexpr int kWords = Keys::size + Values::size + TOKENS;  // of a place in the ring
   // What this lane copies: 16 bytes of codes, further chunks lie at constant distances; four bytes of scales, of keys
   // in the first half of the lanes that copy any.
   const unsigned *keys, *values;
   const __half* scales;
   bool aligned;  // for wide copies
+  unsigned to;   // and 16 bytes a lane
 
-  __device__ TileSource(const AttentionArgs& a, int b, int kv_head, int tile) {
+  /// `rings`: those of all warps.
+  __device__ TileCopies(const AttentionArgs& a, int b, int kv_head, int tile, const unsigned* rings) {
     const long long row = (long long)tile * TOKENS;
     const __half* key_scales = a.key_scales + b * a.key_scale_strides[0] + kv_head * a.key_scale_strides[1] + row;
     const __half* value_scales =
@@ -120,32 +129,35 @@ struct TileSource {
     values = a.value_codes + b * a.value_code_strides[0] + kv_head * a.value_code_strides[1] + row * Values::words +
              4 * lane;
     scales = (lane < TOKENS / 2 ? key_scales : value_scales) + 2 * (lane % (TOKENS / 2));
+    // Not by warp_index(): see copy16.
+    to = unsigned(__cvta_generic_to_shared(rings)) + threadIdx.x / 32 * (STAGES * 4 * kWords) + 16 * lane;
     aligned =
         aligned_to(keys, 16) && aligned_to(values, 16) && aligned_to(key_scales, 4) && aligned_to(value_scales, 4);
   }
 
-  /// Starts the copy of `tile`, where this source stands, into `to` (keys, values, scales).
-  __device__ void copy(const AttentionArgs& a, int b, int kv_head, int tile, unsigned* to) const {
+  /// Starts the copy of `tile`, where this stands, into `place` of the ring (keys, values, scales).
+  __device__ void copy(const AttentionArgs& a, int b, int kv_head, int tile, unsigned* place) const {
     const int lane = threadIdx.x & 31, tokens = a.kv_len - tile * TOKENS;
     if (aligned && tokens >= TOKENS) {
-      const unsigned base = unsigned(__cvta_generic_to_shared(to));
-      Keys::copy_whole(base, keys);
-      Values::copy_whole(base + 4 * Keys::size, values);
-      if (TOKENS == 32 || lane < TOKENS) copy4(base + 4 * (Keys::size + Values::size + lane), scales);
+      Keys::template copy_whole<true>(to, keys);
+      Values::template copy_whole<true>(to + 4 * Keys::size, values);
+      if (TOKENS == 32 || lane < TOKENS) copy4(to + 4 * (Keys::size + Values::size) - 12 * lane, scales);
     } else if (tokens > 0) {
-      const TileSource here(a, b, kv_head, tile);
-      Keys::copy(to, here.keys - 4 * lane, min(TOKENS, tokens));
-      Values::copy(to + Keys::size, here.values - 4 * lane, min(TOKENS, tokens));
+      const TileCopies here(a, b, kv_head, tile, place);
+      Keys::copy(place, here.keys - 4 * lane, min(TOKENS, tokens));
+      Values::copy(place + Keys::size, here.values - 4 * lane, min(TOKENS, tokens));
       const __half* key_scales = a.key_scales + b * a.key_scale_strides[0] + kv_head * a.key_scale_strides[1];
       const __half* value_scales = a.value_scales + b * a.value_scale_strides[0] + kv_head * a.value_scale_strides[1];
-      copy_scales<TOKENS>(reinterpret_cast<__half*>(to + Keys::size + Values::size),
+      copy_scales<TOKENS>(reinterpret_cast<__half*>(place + Keys::size + Values::size),
                           key_scales + (long long)tile * TOKENS, value_scales + (long long)tile * TOKENS,
                           min(TOKENS, tokens));
     }
   }
 
-  __device__ void advance(int step) {
+  /// `stage`: of the place that has been copied to.
+  __device__ void advance(int step, int stage) {
     keys += step * Keys::size, values += step * Values::size, scales += step * TOKENS;
+    to += stage == STAGES - 1 ? -(STAGES - 1) * 4 * kWords : 4 * kWords;
   }
 };
 

@@ -187,7 +187,7 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal_fast(float x) { return 1 / x; }
 inline float log2_fast(float x) { return std::log2(x); }
 
-template <int FURTHER>
+template <int FURTHER, bool ONCE = false>
 void copy16(unsigned to, const void* from) {
   emulator::self().open.push_back(
       {emulator::shared_memory + to + FURTHER, static_cast<const unsigned char*>(from) + FURTHER, 16});
