@@ -3,7 +3,8 @@
 // A segment is one KV head of one batch row, read for one block of ROWS query rows.  In an even launch every segment
 // has as many tiles as the others and a column of the grid to itself: block x of column y takes the x-th part of
 // segment y. Otherwise (ragged batches, or many segments) the tiles of all segments, in order, are dealt to the blocks
-// in equal contiguous runs.  A block leaves one partial result for each segment that it touches.
+// in equal contiguous runs, in which every segment has some tiles more at its beginning: what starting on a segment
+// costs a block.  A block leaves one partial result for each segment of whose own tiles it has any.
 #pragma once
 
 #include "cuda/attention.cu.h"
@@ -31,18 +32,21 @@ __device__ inline int part_begin(int count, int parts, int i) {
 /// Runs of tiles.
 template <int TILE>
 struct Runs {
-  int blocks, segments_per_row;  // of the batch
-  unsigned total;                // tiles
+  static constexpr unsigned kStart = 256 / TILE;  // what starting on a segment counts
+  int blocks, segments_per_row;                   // of the batch
+  unsigned total;                                 // tiles, and what starting counts
 
   __device__ Runs(const AttentionArgs& a, int rows_per_block, int launched) {
     segments_per_row = segments_of_row(a, rows_per_block);
     total = 0;
     for (int b = 0; b < a.batch; ++b) {
       const Range r = segment_tiles<TILE>(a, b);
-      total += unsigned(r.last - r.first) * segments_per_row;
+      total += segment(r.last - r.first) * segments_per_row;
     }
     blocks = min(unsigned(launched), max(total, 1u));
   }
+  /// What a segment of some tiles counts.
+  static __device__ unsigned segment(unsigned tiles) { return tiles ? kStart + tiles : 0; }
   /// First tile of a block's run.
   __device__ unsigned begin(int block) const { return scaled(block, total, 0, blocks); }
   /// The block whose run holds a tile.
@@ -76,12 +80,14 @@ __device__ void for_each_piece(const AttentionArgs& a, const Work& work) {
   const unsigned end = runs.begin(block + 1);
   for (int row = 0; tile < end; ++row) {
     const Range r = segment_tiles<TILE>(a, row);
-    const unsigned count = r.last - r.first, all = count * runs.segments_per_row;
+    const unsigned count = runs.segment(r.last - r.first), all = count * runs.segments_per_row;
     while (tile < end && tile < base + all) {
       const int local = int((tile - base) / count);
-      const unsigned start = base + local * count, stop = min(end, start + count);
-      work(row, local, r.first + int(tile - start), r.first + int(stop - start),
-           block + row * runs.segments_per_row + local);
+      const unsigned start = base + local * count, own = start + runs.kStart, stop = min(end, start + count);
+      if (stop > own) {
+        work(row, local, r.first + int(max(tile, own) - own), r.first + int(stop - own),
+             block + row * runs.segments_per_row + local);
+      }
       tile = stop;
     }
     base += all;
@@ -102,11 +108,11 @@ __device__ Range partial_slots(const AttentionArgs& a, int b, int segment_of_row
   for (int i = 0; i <= b; ++i) {
     begin += tiles * segments_per_row;
     const Range r = segment_tiles<TILE>(a, i);
-    tiles = r.last - r.first;
+    tiles = runs.segment(r.last - r.first);
   }
   if (tiles == 0) return {0, 0};
   begin += tiles * segment_of_row;
-  return {runs.block_of(begin) + segment, runs.block_of(begin + tiles - 1) + 1 + segment};
+  return {runs.block_of(begin + runs.kStart) + segment, runs.block_of(begin + tiles - 1) + 1 + segment};
 }
 
 }  // namespace turboquant::cuda
