@@ -5,6 +5,7 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <random>
@@ -105,6 +106,16 @@ struct State {
   std::mt19937 random{1};
 };
 State state;
+
+/// Threadgroup memory of each kernel that has run.
+struct Memory {
+  void* data;
+  size_t bytes;
+};
+std::map<Entry, std::vector<Memory>> memories;
+
+/// NaN, which a comparison may pass over, or large numbers, which it may not; in half and in float.
+void fill_with_garbage(const Memory& m) { std::memset(m.data, state.random() % 2 ? 0xff : 0x7b, m.bytes); }
 
 void to_scheduler(bool last) {
   Fiber& f = *state.running;
@@ -255,6 +266,7 @@ void run_threadgroup(int threads) {
   const int simdgroups = threads / kLanes;
   std::vector<int> order(simdgroups);
   for (int i = 0; i < threads; ++i) prepare(state.fibers[i]);
+  for (const auto& m : memories[state.entry]) fill_with_garbage(m);
   for (int i = 0; i < simdgroups; ++i) order[i] = i;
   for (bool waiting = true; waiting;) {
     std::shuffle(order.begin(), order.end(), state.random);
@@ -304,6 +316,11 @@ void index_error(long index, long count) {
                 " in an array or vector; SIMD-group " + std::to_string(f.simdgroup) + ", lane " +
                 std::to_string(f.lane);
   for (;;) to_scheduler(false);  // which throws
+}
+
+void threadgroup_memory(void* data, size_t bytes) {
+  memories[state.entry].push_back({data, bytes});
+  fill_with_garbage({data, bytes});
 }
 
 void run_grid(Entry entry, void* const* buffers, const int grid[3], const int threadgroup[3]) {

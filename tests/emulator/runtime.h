@@ -5,6 +5,7 @@
 // lanes run in a random order between two such points, so that code that lacks a barrier reads stale memory.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace emulator {
@@ -43,6 +44,9 @@ bool matrix(Site site, const void* address, uint64_t argument);
 
 /// Ends the running thread, and the grid with an error: an index outside an array in threadgroup memory.
 [[noreturn]] void index_error(long index, long count);
+
+/// Makes this memory of the kernel that runs: filled with garbage now and at the start of each of its threadgroups.
+void threadgroup_memory(void* data, size_t bytes);
 
 /// Position of the running thread.
 struct Position {

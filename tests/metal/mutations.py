@@ -77,6 +77,12 @@ MUTATIONS = {
         "negative[r] = -sums[r];",
         "negative[r] = sums[r];",
     ),
+    "prefill: garbage beside the diagonal": ("prefill.metal", "  diagonal[lane + 32] = 0.0f;\n", ""),
+    "sums start from what was there": (
+        "decode.metal",
+        "(s == 0 ? 0.0f : shared->x[r][d])",
+        "shared->x[r][d]",
+    ),
     "prefill: a float32 query without its second half": (
         "prefill.metal",
         "part ? half(x[k] - float(rounded)) : rounded",

@@ -63,10 +63,12 @@ class Pointer {
   long at_, count_;
 };
 
-/// An array of N.  As in C++ and Metal, adding an integer gives an address.
+/// An array of N, which holds garbage when a threadgroup starts.  As in C++ and Metal, adding an integer gives an
+/// address.
 template <class T, int N>
 struct Checked {
   T data[N];
+  Checked() { threadgroup_memory(data, sizeof data); }
   template <class I>
   typename Element<T>::type operator[](I i) {
     return typename Element<T>::type(data[checked(long(i), N)]);
