@@ -5,13 +5,14 @@
 #include <array>
 #include <bit>
 #include <cmath>
-#include <cstring>
 #include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "threadgroup.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #define EMULATOR_ASAN 1
@@ -107,16 +108,6 @@ struct State {
 };
 State state;
 
-/// Threadgroup memory of each kernel that has run.
-struct Memory {
-  void* data;
-  size_t bytes;
-};
-std::map<Entry, std::vector<Memory>> memories;
-
-/// NaN, which a comparison may pass over, or large numbers, which it may not; in half and in float.
-void fill_with_garbage(const Memory& m) { std::memset(m.data, state.random() % 2 ? 0xff : 0x7b, m.bytes); }
-
 void to_scheduler(bool last) {
   Fiber& f = *state.running;
 #ifdef EMULATOR_ASAN
@@ -193,7 +184,7 @@ void resume(Fiber& f) {
 
 /// Carries out the function at which all lanes wait.
 void exchange(Fiber* lanes) {
-  std::array<uint32_t, kLanes> in, out;
+  std::array<uint32_t, kLanes> in, out{};
   for (int i = 0; i < kLanes; ++i) in[i] = lanes[i].value;
   const auto reduce = [&](auto combine) {
     auto level = in;
@@ -205,6 +196,9 @@ void exchange(Fiber* lanes) {
   const auto number = [](uint32_t bits) { return std::bit_cast<float>(bits); };
   const auto bits = [](float x) { return std::bit_cast<uint32_t>(x); };
   switch (lanes[0].site.op) {
+    case Op::simdgroup_barrier:
+      pass_simdgroup_barrier(lanes[0].simdgroup);
+      break;
     case Op::sum_float:
       reduce([&](uint32_t a, uint32_t b) { return bits(number(a) + number(b)); });
       break;
@@ -230,7 +224,7 @@ void exchange(Fiber* lanes) {
       }
       break;
     default:
-      out.fill(0);
+      break;
   }
   for (int i = 0; i < kLanes; ++i) lanes[i].value = out[i];
 }
@@ -266,7 +260,7 @@ void run_threadgroup(int threads) {
   const int simdgroups = threads / kLanes;
   std::vector<int> order(simdgroups);
   for (int i = 0; i < threads; ++i) prepare(state.fibers[i]);
-  for (const auto& m : memories[state.entry]) fill_with_garbage(m);
+  start_threadgroup_memory(state.entry);
   for (int i = 0; i < simdgroups; ++i) order[i] = i;
   for (bool waiting = true; waiting;) {
     std::shuffle(order.begin(), order.end(), state.random);
@@ -278,6 +272,7 @@ void run_threadgroup(int threads) {
       if (waits[s] != waiting) fail("a SIMD-group has ended while others wait at a barrier", waits[s] ? b : a);
       if (waiting && a.site.line != b.site.line) fail("a threadgroup barrier in divergent code", b);
     }
+    pass_threadgroup_barrier();
   }
 }
 
@@ -310,17 +305,15 @@ bool matrix(Site site, const void* address, uint64_t argument) {
   return f.lane == 0;
 }
 
-void index_error(long index, long count) {
+void thread_error(const char* what) {
   const Fiber& f = *state.running;
-  state.error = "[emulator] index " + std::to_string(index) + " of " + std::to_string(count) +
-                " in an array or vector; SIMD-group " + std::to_string(f.simdgroup) + ", lane " +
+  state.error = std::string("[emulator] ") + what + "; SIMD-group " + std::to_string(f.simdgroup) + ", lane " +
                 std::to_string(f.lane);
   for (;;) to_scheduler(false);  // which throws
 }
 
-void threadgroup_memory(void* data, size_t bytes) {
-  memories[state.entry].push_back({data, bytes});
-  fill_with_garbage({data, bytes});
+void index_error(long index, long count) {
+  thread_error(("index " + std::to_string(index) + " of " + std::to_string(count) + " in an array or vector").c_str());
 }
 
 void run_grid(Entry entry, void* const* buffers, const int grid[3], const int threadgroup[3]) {

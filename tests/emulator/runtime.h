@@ -5,7 +5,6 @@
 // lanes run in a random order between two such points, so that code that lacks a barrier reads stale memory.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 namespace emulator {
@@ -42,11 +41,10 @@ uint32_t wait(Site site, uint32_t value, uint32_t argument);
 /// Notes a matrix operation on this address; true for the lane that carries it out.
 bool matrix(Site site, const void* address, uint64_t argument);
 
-/// Ends the running thread, and the grid with an error: an index outside an array in threadgroup memory.
+/// Ends the running thread, and the grid with an error ...
+[[noreturn]] void thread_error(const char* what);
+/// ... an index outside an array in threadgroup memory.
 [[noreturn]] void index_error(long index, long count);
-
-/// Makes this memory of the kernel that runs: filled with garbage now and at the start of each of its threadgroups.
-void threadgroup_memory(void* data, size_t bytes);
 
 /// Position of the running thread.
 struct Position {
