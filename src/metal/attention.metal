@@ -113,7 +113,8 @@ float normalise_query(thread float* x, Params params) {
   TQ_UNROLL
   for (int r = 0; r < D / 32; ++r) largest = fmax(largest, fabs(x[r]));
   largest = simd_max(largest);
-  const float inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
+  // A query of subnormal numbers, whose inverse may be infinite, is zero: so are its scores.
+  const float inverse = largest >= 1.17549435e-38f ? 1.0f / largest : 0.0f;
   TQ_UNROLL
   for (int r = 0; r < D / 32; ++r) x[r] *= inverse;
   return largest * as_type<float>(int(params[metal_layout::kScale])) * (log2_e() * level_step(B));

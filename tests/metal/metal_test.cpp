@@ -286,7 +286,7 @@ TEST(MetalRules, ScalesOfAnySizeKeepTheirPrecision) {
 
 TEST(MetalRules, QueriesOfAnySizeKeepTheirPrecision) {
   for (auto c : {kDecodeCase, kDecodePairsCase, kPrefillCase}) {
-    for (float size : {1e-6f, 1e6f}) {
+    for (float size : {1e-39f, 1e-6f, 1e6f}) {  // the first makes subnormal numbers
       const auto [got, want] = run_changed(c, [&](cases::Inputs& in) {
         for (size_t i = 0; i < in.q.size(); ++i) in.q.set(i, in.q.get(i) * size);
         for (auto& s : in.keys.scales) s = float_to_half(std::min(6e4f, half_to_float(s) / size));
