@@ -208,9 +208,8 @@ void merge_splits(Q q, Strides strides, Partial partial, Stats stats, Sinks sink
   for (int s = 0; s < splits; ++s) {
     const ulong its = (first + s) * metal_layout::kStats;
     const float factor = exp2_difference(stats[its + metal_layout::kMaximum], m);
-    // A split whose scores are all NaN has m = -infinity and a sum that is NaN.
-    const float its_sum = stats[its + metal_layout::kSum];
-    sum += factor == 0.0f ? its_sum * 0.0f : its_sum * factor;
+    // A split whose scores are all NaN has m = -infinity, so factor 0, and a sum that is NaN, which stays NaN.
+    sum += stats[its + metal_layout::kSum] * factor;
     const float unit_of_x = factor * stats[its + metal_layout::kLargest];
     TQ_UNROLL
     for (int r = 0; r < D / 32; ++r) x[r] = fma(unit_of_x, float(partial[(first + s) * D + 32 * r + lane]), x[r]);
