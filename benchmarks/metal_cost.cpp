@@ -8,7 +8,7 @@
 // pipeline of their own ("Mixed workload performance": EXP2 with 2 FMUL32 takes 4.08 cycles, EXP2 alone 4.00); "On-Chip
 // Memory" gives 256 bytes of SIMD shuffles and no rate for threadgroup memory, for which 128 bytes are assumed, as on
 // other GPUs.  M1 Max's clock is that page's; those of M3 Max and M4 Max are what users report.  M3 and M4 issue float
-// and integer work side by side, which is not counted on.
+// and integer work side by side, which is not counted on; nor is index arithmetic (docs/metal.md).
 #include <algorithm>
 #include <cstdio>
 

@@ -113,7 +113,8 @@ float normalise_query(thread float* x, Params params) {
   TQ_UNROLL
   for (int r = 0; r < D / 32; ++r) largest = fmax(largest, fabs(x[r]));
   largest = simd_max(largest);
-  const float inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
+  // A query of subnormal numbers, whose inverse may be infinite, is zero: so are its scores.
+  const float inverse = largest >= 1.17549435e-38f ? 1.0f / largest : 0.0f;
   TQ_UNROLL
   for (int r = 0; r < D / 32; ++r) x[r] *= inverse;
   return largest * as_type<float>(int(params[metal_layout::kScale])) * (log2_e() * level_step(B));
@@ -207,9 +208,8 @@ void merge_splits(Q q, Strides strides, Partial partial, Stats stats, Sinks sink
   for (int s = 0; s < splits; ++s) {
     const ulong its = (first + s) * metal_layout::kStats;
     const float factor = exp2_difference(stats[its + metal_layout::kMaximum], m);
-    // A split whose scores are all NaN has m = -infinity and a sum that is NaN.
-    const float its_sum = stats[its + metal_layout::kSum];
-    sum += factor == 0.0f ? its_sum * 0.0f : its_sum * factor;
+    // A split whose scores are all NaN has m = -infinity, so factor 0, and a sum that is NaN, which stays NaN.
+    sum += stats[its + metal_layout::kSum] * factor;
     const float unit_of_x = factor * stats[its + metal_layout::kLargest];
     TQ_UNROLL
     for (int r = 0; r < D / 32; ++r) x[r] = fma(unit_of_x, float(partial[(first + s) * D + 32 * r + lane]), x[r]);

@@ -72,11 +72,12 @@ void score_block(Shared shared, Codes codes, int block, int last, const thread h
   constexpr int groups = D / 32, words = B * groups, lanes = lanes_per_token(D), tokens = 32 / lanes;
   constexpr int folded = lanes < R ? R / lanes : 1;
   const int group = min(int(lane) % lanes, groups - 1);
+  auto its_group = codes + (long(block) * words + group * B);
   for (int t = lane / lanes; t < metal_layout::kBlock; t += tokens) {
-    const long at = long(min(block + t, last - 1)) * words + group * B;
+    const int at = min(t, last - 1 - block) * words;
     uint packed[B];
     TQ_UNROLL
-    for (int w = 0; w < B; ++w) packed[w] = codes[at + w];
+    for (int w = 0; w < B; ++w) packed[w] = its_group[at + w];
     float sums[R] = {};
     TQ_UNROLL
     for (int part = 0; part < 4; ++part) {
@@ -99,23 +100,19 @@ void score_block(Shared shared, Codes codes, int block, int last, const thread h
   }
 }
 
-/// Adds weights[token][row] times the levels of `count` tokens from `block` on.
+/// Adds weights[token][row] times the levels of `count` tokens from `block` on; 3 or 4 bits.
 template <int B, int D, int R, class Shared, class Codes>
 void add_values(Shared shared, Codes codes, int block, int count, thread float* x, ushort lane, ushort simdgroup) {
   constexpr int groups = D / 32, words = B * groups, lanes = 4 * lanes_per_token(D), tokens = 32 / lanes;
   const int group = min(int(lane) % lanes / 4, groups - 1), part = lane % 4;
   const uint spare_mask = part < 3 ? 0x11111111u << part : 0u;
-  for (int t = lane / lanes; t < metal_layout::kBlock; t += tokens) {
-    const long at = long(block + min(t, count - 1)) * words + group * B;
-    uint word;
-    if (B == 4) {
-      word = codes[at + part];
-    } else if (B == 2) {
-      word = codes[at + (part & 1)];
-      word = word >> (part & 2);
-    } else {
+  auto its_word = codes + (long(block) * words + group * B + min(part, B - 1));
+  // As many times for all lanes; none beyond the last token if a SIMD-group takes one at a time.
+  for (int begin = 0; begin < count; begin += tokens) {
+    const int t = begin + lane / lanes;
+    uint word = its_word[(tokens == 1 ? begin : min(t, count - 1)) * words];
+    if (B == 3) {
       // The fourth lane of a quad gathers its codes from the spare bits of the words the other three hold.
-      word = codes[at + min(part, 2)];
       uint spare = word >> (3 - part) & spare_mask;
       spare |= simd_shuffle_xor(spare, 1);
       spare |= simd_shuffle_xor(spare, 2);
@@ -361,8 +358,7 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
     float top = shared->m[0][r], total = 0.0f;
     for (int o = 1; o < metal_layout::kDecodeSimdgroups; ++o) top = fmax(top, shared->m[o][r]);
     for (int o = 0; o < metal_layout::kDecodeSimdgroups; ++o) {
-      const float factor = exp2_difference(shared->m[o][r], top);
-      total += factor == 0.0f ? shared->sum[o][r] * 0.0f : shared->sum[o][r] * factor;
+      total += shared->sum[o][r] * exp2_difference(shared->m[o][r], top);
     }
     float y[registers];
     TQ_UNROLL

@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "threadgroup.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #define EMULATOR_ASAN 1
 #elif defined(__has_feature)
@@ -182,7 +184,7 @@ void resume(Fiber& f) {
 
 /// Carries out the function at which all lanes wait.
 void exchange(Fiber* lanes) {
-  std::array<uint32_t, kLanes> in, out;
+  std::array<uint32_t, kLanes> in, out{};
   for (int i = 0; i < kLanes; ++i) in[i] = lanes[i].value;
   const auto reduce = [&](auto combine) {
     auto level = in;
@@ -194,6 +196,9 @@ void exchange(Fiber* lanes) {
   const auto number = [](uint32_t bits) { return std::bit_cast<float>(bits); };
   const auto bits = [](float x) { return std::bit_cast<uint32_t>(x); };
   switch (lanes[0].site.op) {
+    case Op::simdgroup_barrier:
+      pass_simdgroup_barrier(lanes[0].simdgroup);
+      break;
     case Op::sum_float:
       reduce([&](uint32_t a, uint32_t b) { return bits(number(a) + number(b)); });
       break;
@@ -219,7 +224,7 @@ void exchange(Fiber* lanes) {
       }
       break;
     default:
-      out.fill(0);
+      break;
   }
   for (int i = 0; i < kLanes; ++i) lanes[i].value = out[i];
 }
@@ -255,6 +260,7 @@ void run_threadgroup(int threads) {
   const int simdgroups = threads / kLanes;
   std::vector<int> order(simdgroups);
   for (int i = 0; i < threads; ++i) prepare(state.fibers[i]);
+  start_threadgroup_memory(state.entry);
   for (int i = 0; i < simdgroups; ++i) order[i] = i;
   for (bool waiting = true; waiting;) {
     std::shuffle(order.begin(), order.end(), state.random);
@@ -266,6 +272,7 @@ void run_threadgroup(int threads) {
       if (waits[s] != waiting) fail("a SIMD-group has ended while others wait at a barrier", waits[s] ? b : a);
       if (waiting && a.site.line != b.site.line) fail("a threadgroup barrier in divergent code", b);
     }
+    pass_threadgroup_barrier();
   }
 }
 
@@ -298,12 +305,15 @@ bool matrix(Site site, const void* address, uint64_t argument) {
   return f.lane == 0;
 }
 
-void index_error(long index, long count) {
+void thread_error(const char* what) {
   const Fiber& f = *state.running;
-  state.error = "[emulator] index " + std::to_string(index) + " of " + std::to_string(count) +
-                " in an array or vector; SIMD-group " + std::to_string(f.simdgroup) + ", lane " +
+  state.error = std::string("[emulator] ") + what + "; SIMD-group " + std::to_string(f.simdgroup) + ", lane " +
                 std::to_string(f.lane);
   for (;;) to_scheduler(false);  // which throws
+}
+
+void index_error(long index, long count) {
+  thread_error(("index " + std::to_string(index) + " of " + std::to_string(count) + " in an array or vector").c_str());
 }
 
 void run_grid(Entry entry, void* const* buffers, const int grid[3], const int threadgroup[3]) {

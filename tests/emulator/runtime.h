@@ -41,7 +41,9 @@ uint32_t wait(Site site, uint32_t value, uint32_t argument);
 /// Notes a matrix operation on this address; true for the lane that carries it out.
 bool matrix(Site site, const void* address, uint64_t argument);
 
-/// Ends the running thread, and the grid with an error: an index outside an array in threadgroup memory.
+/// Ends the running thread, and the grid with an error ...
+[[noreturn]] void thread_error(const char* what);
+/// ... an index outside an array in threadgroup memory.
 [[noreturn]] void index_error(long index, long count);
 
 /// Position of the running thread.

@@ -199,8 +199,9 @@ inline turboquant::AttendParams shape_of(const Case& c) {
 /// Calls every operation that the tests call, for the recorder.
 inline void record_launches() {
   for (const auto& c : attention_cases(true)) emulator::attend(shape_of(c));
-  for (const auto& c : {decode_case(), shared_tile_case(3), shared_tile_case(2), prefill_case()})
-    emulator::attend(shape_of(c));
+  for (const auto& c : {decode_case(), shared_tile_case(3), shared_tile_case(2), prefill_case()}) {
+    for (int splits : {1, 2}) emulator::attend(shape_of(c), splits);
+  }
   for (const auto& v : variants()) emulator::attend(shape_of(v.c), v.splits);
   for (const auto& c : codec_cases()) {
     turboquant::EncodeParams side;

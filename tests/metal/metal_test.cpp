@@ -1,6 +1,7 @@
 // The Metal kernels, run by the emulator, against the oracle.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <fstream>
 
 #include "golden.h"
@@ -190,11 +191,11 @@ INSTANTIATE_TEST_SUITE_P(All, MetalCodec, testing::ValuesIn(emulator::codec_case
 
 /// A case whose inputs the caller changes before both sides run; returns (got, want).
 template <class Change>
-std::pair<std::vector<float>, std::vector<float>> run_changed(const cases::Case& c, Change change) {
+std::pair<std::vector<float>, std::vector<float>> run_changed(const cases::Case& c, Change change, int splits = 0) {
   cases::Inputs inputs(c);
   change(inputs);
   AttendParams p = inputs.params();
-  emulator::attend(p);
+  emulator::attend(p, splits);
   std::vector<float> got(inputs.out.size()), want(inputs.out.size());
   for (size_t i = 0; i < got.size(); ++i) got[i] = inputs.out.get(i);
   p.out = cases::contiguous<void*>(want.data(), Dtype::float32, c.query_heads, c.query_len, c.head_dim);
@@ -239,6 +240,24 @@ TEST(MetalRules, BadKeysAndValuesPoisonOnlyRowsThatSeeThem) {
   }
 }
 
+TEST(MetalRules, BlocksAndSplitsOfBadKeysAlonePoisonRowsThatSeeThem) {
+  for (auto c : {kDecodeCase, kSharedTileCase, kDecodePairsCase, kPrefillCase}) {
+    const int blocks = (c.kv_len + metal_layout::kBlock - 1) / metal_layout::kBlock;
+    const int half = (blocks + 1) / 2 * metal_layout::kBlock;  // the first of two splits
+    const int block = metal_layout::kBlock;                    // in decode the second SIMD-group's only one
+    for (const auto& [begin, end, splits] : {std::array{block, 2 * block, 1}, {0, half, 2}, {half, c.kv_len, 2}}) {
+      SCOPED_TRACE(c.name() + " keys " + std::to_string(begin) + " to " + std::to_string(end));
+      const auto [got, want] = run_changed(
+          c,
+          [&, begin = begin, end = end](cases::Inputs& in) {
+            for (int t = begin; t < end; ++t) in.keys.scales[t] = 0x7e00;
+          },
+          splits);
+      expect_same_poison(got, want, c.head_dim);
+    }
+  }
+}
+
 TEST(MetalRules, BadQueriesPoisonThemselves) {
   for (auto c : {kDecodeCase, kDecodePairsCase, kPrefillCase}) {
     const auto [got, want] = run_changed(c, [&](cases::Inputs& in) {
@@ -267,7 +286,7 @@ TEST(MetalRules, ScalesOfAnySizeKeepTheirPrecision) {
 
 TEST(MetalRules, QueriesOfAnySizeKeepTheirPrecision) {
   for (auto c : {kDecodeCase, kDecodePairsCase, kPrefillCase}) {
-    for (float size : {1e-6f, 1e6f}) {
+    for (float size : {1e-39f, 1e-6f, 1e6f}) {  // the first makes subnormal numbers
       const auto [got, want] = run_changed(c, [&](cases::Inputs& in) {
         for (size_t i = 0; i < in.q.size(); ++i) in.q.set(i, in.q.get(i) * size);
         for (auto& s : in.keys.scales) s = float_to_half(std::min(6e4f, half_to_float(s) / size));

@@ -37,6 +37,16 @@ MUTATIONS = {
         "    simdgroup_barrier(mem_flags::mem_threadgroup);\n    const int count",
         "    const int count",
     ),
+    "a SIMD-group function in place of a barrier": (
+        "decode.metal",
+        "mine, lane, simdgroup);\n      simdgroup_barrier(mem_flags::mem_threadgroup);",
+        "mine, lane, simdgroup);\n      simd_any(true);",
+    ),
+    "no barrier before the sums of SIMD-groups": (
+        "decode.metal",
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n  for (int s = 0;",
+        "for (int s = 0;",
+    ),
     "2 bits: sums not rescaled when the maximum moves": (
         "decode.metal",
         "x[8 * r + i] *= old_v;",
@@ -77,6 +87,17 @@ MUTATIONS = {
         "negative[r] = -sums[r];",
         "negative[r] = sums[r];",
     ),
+    "prefill: NaN in a fragment": (
+        "prefill.metal",
+        "half(fits ? exp2_difference(with_scale, top_v) : 0.0f)",
+        "half(exp2_difference(with_scale, top_v))",
+    ),
+    "prefill: garbage beside the diagonal": ("prefill.metal", "  diagonal[lane + 32] = 0.0f;\n", ""),
+    "sums start from what was there": (
+        "decode.metal",
+        "(s == 0 ? 0.0f : shared->x[r][d])",
+        "shared->x[r][d]",
+    ),
     "prefill: a float32 query without its second half": (
         "prefill.metal",
         "part ? half(x[k] - float(rounded)) : rounded",
@@ -86,6 +107,11 @@ MUTATIONS = {
         "decode.metal",
         "tile = position.x, split = position.y",
         "tile = position.y, split = position.x",
+    ),
+    "a split of NaN forgotten": (
+        "attention.metal",
+        "sum += stats[its + metal_layout::kSum] * factor;",
+        "sum += factor == 0.0f ? 0.0f : stats[its + metal_layout::kSum] * factor;",
     ),
     "partial results without their unit": ("attention.metal", "factor * stats[its + metal_layout::kLargest]", "factor"),
     "prefill: the values' own maximum the wrong way round": (
@@ -103,7 +129,7 @@ MUTATIONS = {
         "x < 0.0f ? m + magnitudes(B) : m",
         "x > 0.0f ? m + magnitudes(B) : m",
     ),
-    "reads one row beyond the last": ("decode.metal", "min(block + t, last - 1)", "min(block + t, last)"),
+    "reads one row beyond the last": ("decode.metal", "min(t, last - 1 - block)", "min(t, last - block)"),
     "a barrier that only some SIMD-groups reach": (
         "prefill.metal",
         "threadgroup_barrier(mem_flags::mem_threadgroup);\n    unpack_tile<VB, D>",
@@ -127,6 +153,12 @@ MUTATIONS = {
     "keys not transposed": ("prefill.metal", "pitch, ulong2(0, 0), true)", "pitch, ulong2(0, 0), false)"),
     "window one key too wide": ("attention.metal", "position - window + 1", "position - window"),
     "hidden NaN gets through": ("decode.metal", "hidden ? 0.0f : weight * scale_v", "weight * scale_v"),
+    "keys' centre not taken from the sink": (
+        "attention.metal",
+        "(float(sinks[row.head]) - shift) * log2_e()",
+        "(float(sinks[row.head]) - shift * 0.0f) * log2_e()",
+    ),
+    "additive mask in the wrong base": ("attention.metal", "fma(value, log2_e(), score)", "value + score"),
     "sinks forgotten": ("attention.metal", "total = sum * part + exp2_difference(sink, top);", "total = sum * part;"),
     "threshold off by one level": ("codec.metal", "float(double_threshold(B, k))", "float(double_threshold(B, k) + 1)"),
     "signs forgotten on the way back": (

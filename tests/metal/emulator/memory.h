@@ -1,10 +1,10 @@
-// Arrays in threadgroup memory that check every index, also inside a struct of several arrays: what common.metal
-// declares with TQ_ARRAY and TQ_ARRAY2.
+// Arrays in threadgroup memory that check every index, also inside a struct of several arrays, and note every access:
+// what common.metal declares with TQ_ARRAY and TQ_ARRAY2.
 #pragma once
 
 #include <utility>
 
-#include "runtime.h"
+#include "threadgroup.h"
 
 namespace emulator {
 
@@ -13,19 +13,33 @@ inline long checked(long index, long count) {
   return index;
 }
 
-/// A vector in threadgroup memory.  It is read and written as a whole, and its components are read alone: a compiler
-/// may store a component by loading the vector, changing it and storing it, which another lane's store would undo.
+#ifdef TURBOQUANT_EMULATOR_COUNTS  // numbers that count are noted by their own operators
+inline void note_read(const void*) {}
+inline void note_write(const void*) {}
+#else
+inline void note_read(const void* at) { threadgroup_read(at); }
+inline void note_write(const void* at) { threadgroup_write(at); }
+#endif
+
+/// A number or vector in threadgroup memory.  A vector is read and written as a whole, and its components are read
+/// alone: a compiler may store a component by loading the vector, changing it and storing it, which another lane's
+/// store would undo.
 template <class T>
 class Whole {
  public:
   explicit Whole(T& at) : at_(at) {}
-  operator const T&() const { return at_; }
+  operator const T&() const {
+    note_read(&at_);
+    return at_;
+  }
   const Whole& operator=(const T& value) const {
+    note_write(&at_);
     at_ = value;
     return *this;
   }
   template <class I>
   auto operator[](I i) const -> decltype(static_cast<const T&>(std::declval<T&>())[i]) {
+    note_read(&at_);
     return static_cast<const T&>(at_)[i];
   }
 
@@ -33,10 +47,21 @@ class Whole {
   T& at_;
 };
 
-/// What an element of an array is taken as: specialised for vectors.
+template <class T, int N>
+struct Checked;
+
+/// What an element of an array is taken as.
 template <class T>
 struct Element {
+#ifdef TURBOQUANT_EMULATOR_COUNTS
   using type = T&;
+#else
+  using type = Whole<T>;
+#endif
+};
+template <class T, int N>
+struct Element<Checked<T, N>> {
+  using type = Checked<T, N>&;
 };
 
 /// An address in an array, which knows the array's bounds.
@@ -63,10 +88,12 @@ class Pointer {
   long at_, count_;
 };
 
-/// An array of N.  As in C++ and Metal, adding an integer gives an address.
+/// An array of N, which holds garbage when a threadgroup starts.  As in C++ and Metal, adding an integer gives an
+/// address.
 template <class T, int N>
 struct Checked {
   T data[N];
+  Checked() { threadgroup_memory(data, sizeof data); }
   template <class I>
   typename Element<T>::type operator[](I i) {
     return typename Element<T>::type(data[checked(long(i), N)]);

@@ -112,17 +112,6 @@ inline uint min(uint a, uint b) { return a < b ? a : b; }
 
 }  // namespace metal
 
-namespace emulator {
-template <>
-struct Element<metal::half2> {
-  using type = Whole<metal::half2>;
-};
-template <class T, int N>
-struct Element<metal::Vector<T, N>> {
-  using type = Whole<metal::Vector<T, N>>;
-};
-}  // namespace emulator
-
 // What MLX's own prelude adds.
 using float16_t = metal::half;
 using bfloat16_t = metal::bfloat;
