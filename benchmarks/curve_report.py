@@ -162,11 +162,13 @@ def caption(summary, metadata):
 
 def _route(row, most):
     """The kernel, and what kept runs out of the median."""
-    failed = row["failed"]
+    failed, error = row["failed"], row["error"]
+    if len(error) > 100:
+        error = error[:97] + "..."  # whole in the tables of rows
     if not row["kernel"]:
-        return row["error"] if row["error"].startswith("not run") else f"failed: {row['error']}"
+        return error if error.startswith("not run") else f"failed: {error}"
     if failed:
-        return f"{row['kernel']} ({failed} of {row['runs']} runs failed: {row['error']})"
+        return f"{row['kernel']} ({failed} of {row['runs']} runs failed: {error})"
     return row["kernel"] + (f" ({row['runs']} of {most} runs)" if row["runs"] < most else "")
 
 

@@ -94,7 +94,7 @@ struct Decode {
     for (int step = 16; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
     bad = __any_sync(~0u, bad);
     constexpr float limit = 127 * 256;
-    const float factor = largest > 0 ? limit / largest : 0.f;
+    const float factor = largest >= kLeastQuery ? limit / largest : 0.f;
     unsigned high[2] = {}, low[2] = {};
 #pragma unroll
     for (int j = 0; j < 8; ++j) {

@@ -69,7 +69,7 @@ __device__ void split_queries(const AttentionArgs& a, const Raw8<T> (&raw)[N], u
   constexpr float limit = 127 * 256;
 #pragma unroll
   for (int i = 0; i < N; ++i) all = lane == i ? largest[i] : all;
-  all = all > 0 ? limit / all : 0.f;  // of all queries at once, for division is slow
+  all = all >= kLeastQuery ? limit / all : 0.f;  // of all queries at once, for division is slow
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const float factor = __shfl_sync(~0u, all, i);

@@ -146,7 +146,7 @@ struct Prefill {
         }
         for (int step = 16; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
         bad = __any_sync(~0u, bad);
-        const float factor = largest > 0 ? 1 / largest : 0.f;
+        const float factor = largest >= kLeastQuery ? 1 / largest : 0.f;
 #pragma unroll
         for (int j = 0; j < 8; ++j) v[j] *= factor;
         if (lane < D / 8) store8(&shared.q[warp * each + i + k][8 * lane], v);

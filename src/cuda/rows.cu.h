@@ -21,7 +21,7 @@ struct ManyRows {
   using Copies = TileCopies<Keys, Values, kTokens, STAGES>;
   using KeyShare = Share<D, 4>;
   static constexpr int kKeySteps = KeyShare::per_thread * KeyShare::words;
-  static constexpr int kRoom = (WARPS == 8 ? 16 : 8) / GROUPS;
+  static constexpr int kRoom = (WARPS == 8 ? 12 : 8) / GROUPS;
   static constexpr int kHeld = kRoom < kKeySteps ? kRoom : kKeySteps;  // steps whose q stays in registers
   static constexpr int kEach = (kRows + WARPS - 1) / WARPS;            // queries that a warp prepares
   using Passed = PassedValues<D, VALUE_BITS, WARPS>;
@@ -138,31 +138,23 @@ struct ManyRows {
       for (auto& x : row) x[0] = x[1] = x[2] = x[3] = 0;
     }
 
+    // Half of the warps multiply the values of the last round first and half of them last, so that the tensor cores
+    // work for some while others look up codes and weigh.
+    const bool late = warp >= WARPS / 2;
     int stage = 0, next = 0;  // of round i and the one after
 #pragma unroll 1
-    for (int i = -1;; ++i) {
-      if (i == rounds) {
-        if (rounds > 0) multiply_values(i + 1 & 1, [](int) {});
-        break;
-      }
+    for (int i = -1; i < rounds; ++i) {
+      if (!late && i > 0) multiply_values(i + 1 & 1);
+      int down[GROUPS];
       if (i >= 0) {
-        // Weights and values of this round are made while the tensor cores multiply those of the last.
-        int down[GROUPS];
         float scales[4];
         unsigned nibbles[4][4];
         load_values(shared.ring[warp][stage] + Keys::size, nibbles);
         load_value_scales(scales);
-        const auto between = [&](int k) {
-          if (k < GROUPS) write_weights(k, i & 1, scales, down[k < GROUPS ? k : 0]);
-          if (k < 2) shared.values[i & 1].store(k, warp, g, t, nibbles);
-        };
-        if (i > 0) {
-          multiply_values(i + 1 & 1, between);
-        } else {
 #pragma unroll
-          for (int k = 0; k < 4; ++k) between(k);
-        }
-        rescale(down);
+        for (int r = 0; r < GROUPS; ++r) write_weights(r, i & 1, scales, down[r]);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) shared.values[i & 1].store(k, warp, g, t, nibbles);
         __syncwarp();
         start_copy(copies, i + STAGES, stage);  // where this round's values have just been read
       }
@@ -171,9 +163,12 @@ struct ManyRows {
         __syncwarp();
         score(shared.ring[warp][next], i + 1, sees);
       }
+      if (late && i > 0) multiply_values(i + 1 & 1);
+      if (i >= 0) rescale(down);
       stage = next, next = next == STAGES - 1 ? 0 : next + 1;
       __syncthreads();  // weights and values of round i are there, and the exponents of round i + 1
     }
+    if (rounds > 0) multiply_values(rounds + 1 & 1);
     finish(slot);
   }
 
@@ -375,9 +370,8 @@ struct ManyRows {
     }
   }
 
-  /// Adds a round's weighted values to the sums of this warp's coordinates; calls between(k) after each product.
-  template <class Between>
-  __device__ void multiply_values(int parity, const Between& between) {
+  /// Adds a round's weighted values to the sums of this warp's coordinates.
+  __device__ void multiply_values(int parity) {
     const auto reader = shared.values[parity].reader(warp, g, t, levels.values());
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
@@ -391,7 +385,6 @@ struct ManyRows {
           mma_int8<true, false>(acc[r][n], w.x, w.y, w.z, w.w, bytes[n][0], bytes[n][1]);
         }
       }
-      between(k);
     }
   }
 

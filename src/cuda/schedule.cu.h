@@ -29,28 +29,65 @@ __device__ inline int part_begin(int count, int parts, int i) {
   return __float2int_rn(float(count) * float(i) * reciprocal_fast(float(parts)));
 }
 
+/// Of a batch's first rows: the tiles of one segment of each, and how many rows have any.  All lanes of a warp ask
+/// together and each counts some rows, for one after the other they would wait for one `start` after the other.
+template <int TILE>
+struct Counted {
+  unsigned tiles = 0, rows = 0;
+  __device__ Counted(const AttentionArgs& a, int first_rows) {
+    for (int b = threadIdx.x & 31; b < first_rows; b += 32) {
+      const Range r = segment_tiles<TILE>(a, b);
+      tiles += r.last - r.first, rows += r.last > r.first;
+    }
+    tiles = __reduce_add_sync(~0u, tiles), rows = __reduce_add_sync(~0u, rows);
+  }
+};
+
 /// Runs of tiles.
 template <int TILE>
 struct Runs {
-  static constexpr unsigned kStart = 256 / TILE;  // what starting on a segment counts
-  int blocks, segments_per_row;                   // of the batch
-  unsigned total;                                 // tiles, and what starting counts
+  int blocks, segments_per_row;  // of the batch
+  unsigned start;                // what starting on a segment counts
+  unsigned total;                // tiles, and what starting counts
 
   __device__ Runs(const AttentionArgs& a, int rows_per_block, int launched) {
     segments_per_row = segments_of_row(a, rows_per_block);
-    total = 0;
-    for (int b = 0; b < a.batch; ++b) {
-      const Range r = segment_tiles<TILE>(a, b);
-      total += segment(r.last - r.first) * segments_per_row;
-    }
+    const Counted<TILE> all(a, a.batch);
+    // As measured, but so little that every block gets tiles.
+    start = min(1024u / TILE, unsigned(float(all.tiles * segments_per_row) * reciprocal_fast(2.f * float(launched))));
+    total = counts(all);
     blocks = min(unsigned(launched), max(total, 1u));
   }
+  /// What the segments of some batch rows count.
+  __device__ unsigned counts(const Counted<TILE>& of) const { return (of.tiles + of.rows * start) * segments_per_row; }
   /// What a segment of some tiles counts.
-  static __device__ unsigned segment(unsigned tiles) { return tiles ? kStart + tiles : 0; }
+  __device__ unsigned segment(unsigned tiles) const { return tiles ? start + tiles : 0; }
   /// First tile of a block's run.
   __device__ unsigned begin(int block) const { return scaled(block, total, 0, blocks); }
   /// The block whose run holds a tile.
   __device__ int block_of(unsigned tile) const { return int(scaled(tile + 1, blocks, 1, total)); }
+
+  /// The batch row whose segments hold a tile; `base` becomes the first of the row's tiles.
+  __device__ int row_of(const AttentionArgs& a, unsigned tile, unsigned& base) const {
+    const int lane = threadIdx.x & 31;
+    base = 0;
+    for (int first = 0;; first += 32) {
+      const Range r = first + lane < a.batch ? segment_tiles<TILE>(a, first + lane) : Range{0, 0};
+      const unsigned own = segment(r.last - r.first) * segments_per_row;
+      unsigned end = own;  // of the rows up to this lane's
+      for (int step = 1; step < 32; step *= 2) {
+        const unsigned before = __shfl_up_sync(~0u, end, step);
+        if (lane >= step) end += before;
+      }
+      const unsigned found = __ballot_sync(~0u, base + end > tile);
+      if (found || first + 32 >= a.batch) {
+        const int at = found ? __ffs(found) - 1 : 31;
+        base += __shfl_sync(~0u, end - own, at);
+        return first + at;
+      }
+      base += __shfl_sync(~0u, end, 31);
+    }
+  }
 
  private:
   /// (a b - c) / d; 64-bit division is slow, and seldom needed.
@@ -76,14 +113,14 @@ __device__ void for_each_piece(const AttentionArgs& a, const Work& work) {
   const Runs<TILE> runs(a, ROWS, gridDim.x);
   const int block = blockIdx.x;
   if (block >= runs.blocks) return;
-  unsigned tile = runs.begin(block), base = 0;
+  unsigned tile = runs.begin(block), base;
   const unsigned end = runs.begin(block + 1);
-  for (int row = 0; tile < end; ++row) {
+  for (int row = runs.row_of(a, tile, base); tile < end; ++row) {
     const Range r = segment_tiles<TILE>(a, row);
     const unsigned count = runs.segment(r.last - r.first), all = count * runs.segments_per_row;
     while (tile < end && tile < base + all) {
       const int local = int((tile - base) / count);
-      const unsigned start = base + local * count, own = start + runs.kStart, stop = min(end, start + count);
+      const unsigned start = base + local * count, own = start + runs.start, stop = min(end, start + count);
       if (stop > own) {
         work(row, local, r.first + int(max(tile, own) - own), r.first + int(stop - own),
              block + row * runs.segments_per_row + local);
@@ -104,15 +141,11 @@ __device__ Range partial_slots(const AttentionArgs& a, int b, int segment_of_row
     return {segment * parts, segment * parts + parts};
   }
   const Runs<TILE> runs(a, ROWS, slots - a.batch * segments_per_row);
-  unsigned begin = 0, tiles = 0;
-  for (int i = 0; i <= b; ++i) {
-    begin += tiles * segments_per_row;
-    const Range r = segment_tiles<TILE>(a, i);
-    tiles = runs.segment(r.last - r.first);
-  }
-  if (tiles == 0) return {0, 0};
-  begin += tiles * segment_of_row;
-  return {runs.block_of(begin + runs.kStart) + segment, runs.block_of(begin + tiles - 1) + 1 + segment};
+  const Range r = segment_tiles<TILE>(a, b);
+  const unsigned count = runs.segment(r.last - r.first);
+  if (count == 0) return {0, 0};
+  const unsigned begin = runs.counts(Counted<TILE>(a, b)) + count * segment_of_row;
+  return {runs.block_of(begin + runs.start) + segment, runs.block_of(begin + count - 1) + 1 + segment};
 }
 
 }  // namespace turboquant::cuda

@@ -298,6 +298,16 @@ inline std::vector<Case> table(bool long_contexts = false) {
     rows.push_back({.query_heads = 16, .kv_heads = 4, .kv_len = n});
     rows.push_back({.key_bits = 4, .value_bits = 4, .batch = 2, .kv_len = n, .ragged = true});
   }
+  for (int len : {1, 5}) {  // more rows than a warp has lanes
+    rows.push_back({.head_dim = 64,
+                    .batch = 40,
+                    .query_heads = 4,
+                    .kv_heads = 1,
+                    .query_len = len,
+                    .kv_len = 150,
+                    .causal = true,
+                    .ragged = true});
+  }
   if (long_contexts) {
     for (int bits : {2, 3, 4}) {
       rows.push_back({.key_bits = bits, .value_bits = bits, .query_heads = 16, .kv_heads = 4, .kv_len = 40001});

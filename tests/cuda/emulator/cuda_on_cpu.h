@@ -121,19 +121,25 @@ template <class T>
 T __shfl_xor_sync(unsigned, T x, int by, int line = __builtin_LINE()) {
   return emulator::gather(x, line)[emulator::position.lane ^ by];
 }
-inline bool __any_sync(unsigned, int x, int line = __builtin_LINE()) {
-  const int* all = emulator::gather(x, line);
-  for (int i = 0; i < 32; ++i) {
-    if (all[i]) return true;
-  }
-  return false;
+template <class T>
+T __shfl_up_sync(unsigned, T x, int by, int line = __builtin_LINE()) {
+  const T* all = emulator::gather(x, line);
+  const int lane = int(emulator::position.lane);
+  return all[lane < by ? lane : lane - by];
 }
-inline bool __all_sync(unsigned, int x, int line = __builtin_LINE()) {
+inline unsigned __ballot_sync(unsigned, int x, int line = __builtin_LINE()) {
   const int* all = emulator::gather(x, line);
-  for (int i = 0; i < 32; ++i) {
-    if (!all[i]) return false;
-  }
-  return true;
+  unsigned lanes = 0;
+  for (int i = 0; i < 32; ++i) lanes |= unsigned(all[i] != 0) << i;
+  return lanes;
+}
+inline bool __any_sync(unsigned, int x, int line = __builtin_LINE()) { return __ballot_sync(~0u, x, line) != 0; }
+inline bool __all_sync(unsigned, int x, int line = __builtin_LINE()) { return __ballot_sync(~0u, x, line) == ~0u; }
+inline unsigned __reduce_add_sync(unsigned, unsigned x, int line = __builtin_LINE()) {
+  const unsigned* all = emulator::gather(x, line);
+  unsigned sum = 0;
+  for (int i = 0; i < 32; ++i) sum += all[i];
+  return sum;
 }
 inline int atomicMax(int* to, int x) {
   const int old = *to;
@@ -146,6 +152,7 @@ inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline int __float2int_rn(float x) { return x != x ? 0 : x >= 2147483648.f ? 0x7fffffff : int(std::nearbyint(x)); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((unsigned long long)a * b >> 32); }
 /// A result that is no number has all mantissa bits set on a GPU and few on other processors, which matters to code
