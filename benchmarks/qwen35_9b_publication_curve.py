@@ -147,7 +147,7 @@ def load(args):
 
 def warm_up(args, subject, prompt, plan, mark):
     """Every mode once; what fails here, the rows will record.  On a GPU MLX compiles a kernel when it first meets a size,
-    which takes seconds, and a prompt's last chunk has its own."""
+    which takes seconds: a prompt's last chunk has its own, and so may one token over a longer context."""
 
     def begin(mode, doing):
         lost = [own_columns(subject, *run, mode) for *run, modes in plan if mode in modes]
@@ -159,6 +159,10 @@ def warm_up(args, subject, prompt, plan, mark):
     modes = list(dict.fromkeys(mode for *_, modes in plan for mode in modes))
     for length in dict.fromkeys(lengths):
         measure(subject, args, modes, prompt[:length], length, False, begin)
+    if mx.default_device() == mx.gpu:
+        once = argparse.Namespace(**vars(args) | {"decode_tokens": 1})
+        for length in dict.fromkeys(n for _, n, _ in contexts(args)):
+            measure(subject, once, modes, prompt, length, True, begin)
 
 
 def sweep(args):

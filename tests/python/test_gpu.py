@@ -202,6 +202,31 @@ def test_appends_in_place_are_seen_by_nobody_else():
         assert relative_error(mx.array(a), mx.array(b)) < 0.01  # a coordinate at a threshold may take the other level
 
 
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="Metal would swap instead")
+def test_out_of_memory_leaves_copies_valid():
+    mx.set_default_device(mx.gpu)
+    k = mx.random.normal((1, 4, 20, 256)).astype(mx.float16)
+
+    def filled():
+        cache = TurboQuantKVCache(bits=3)
+        cache.update_and_fetch(k, k)
+        mx.eval(cache.state)
+        return cache
+
+    def answer(cache):
+        view, _ = cache.update_and_fetch(k[:, :, :1], k[:, :, :1])
+        return view.attend(mx.broadcast_to(k[:, :1, :1], (1, 16, 1, 256)), 1 / 16)
+
+    cache = filled()
+    twin, want = copy.deepcopy(cache), answer(filled())
+    tokens = mx.device_info(mx.gpu)["total_memory"] // (4 * 96)  # whose keys' codes alone fill it
+    many = mx.broadcast_to(k[:, :, :1], (1, 4, tokens, 256))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cache.update_and_fetch(many, many)
+        mx.eval(cache.state)
+    assert mx.array_equal(answer(twin), want)
+
+
 def test_a_trace_appends_by_value():
     mx.set_default_device(mx.gpu)
     cache = TurboQuantKVCache(bits=3)
