@@ -75,48 +75,15 @@ struct Decode {
   }
 
   /// Rotates a query row and splits it into int8 parts; one warp.
-  __device__ void prepare_query(const Raw8<T>& raw, int row) {
-    float v[8];
-    raw.to_floats(v);
-    apply_signs(v, a.seed, lane < D / 8 ? lane : 0, rsqrtf(float(Lanes<D>::power)));
-    hadamard<D>(v);
-    if (lane >= D / 8) {
-#pragma unroll
-      for (float& x : v) x = 0;
-    }
-    float largest = 0;
-    bool bad = false;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      largest = fmaxf(largest, fabsf(v[j]));
-      bad = bad || v[j] != v[j];
-    }
-    for (int step = 16; step; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-    bad = __any_sync(~0u, bad);
-    constexpr float limit = 127 * 256;
-    const float factor = largest >= kLeastQuery ? limit / largest : 0.f;
-    unsigned high[2] = {}, low[2] = {};
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int q = __float2int_rn(v[j] * factor), top_part = (q + 128) >> 8;
-      high[j / 4] |= unsigned(top_part & 255) << (8 * (j % 4));
-      low[j / 4] |= unsigned((q - 256 * top_part) & 255) << (8 * (j % 4));
-    }
-    if (lane < D / 8) {
-      shared.q[row][lane] = make_uint4(high[0], low[0], high[1], low[1]);
-    }
+  __device__ void prepare_query(const Raw8<T> (&raw)[1], int row) {
+    uint4 parts[1];
+    float scale[1];
+    int offset[1][2];
+    split_queries<D, KEY_BITS>(a, raw, parts, scale, offset);
+    if (lane < D / 8) shared.q[row][lane] = parts[0];
     if (lane == 0) {
-      shared.q_scale[row] =
-          bad ? __uint_as_float(0x7fc00000) : largest / limit * level_step(KEY_BITS) * a.scale * kLog2E;
-    }
-    if constexpr (KEY_BITS == 4) {
-      int sums[2] = {__dp4a(int(high[0]), 0x01010101, __dp4a(int(high[1]), 0x01010101, 0)),
-                     __dp4a(int(low[0]), 0x01010101, __dp4a(int(low[1]), 0x01010101, 0))};
-      for (int step = 16; step; step /= 2) {
-        sums[0] += __shfl_xor_sync(~0u, sums[0], step);
-        sums[1] += __shfl_xor_sync(~0u, sums[1], step);
-      }
-      if (lane == 0) shared.q_offset[row][0] = -128 * sums[0], shared.q_offset[row][1] = -128 * sums[1];
+      shared.q_scale[row] = scale[0];
+      if constexpr (KEY_BITS == 4) shared.q_offset[row][0] = offset[0][0], shared.q_offset[row][1] = offset[0][1];
     }
   }
 
@@ -133,8 +100,8 @@ struct Decode {
     const int mine = first_tile + warp, q_row = first_row + warp;
     Copies copies(a, b, kv_head, mine, shared.ring[0][0]);
     const T* q_from = a.query_at<T>(b, kv_head * a.group() + q_row % a.group(), q_row / a.group(), 8 * lane);
-    Raw8<T> q = {};
-    if (warp < kRows && q_row < a.rows() && lane < D / 8) q.load(q_from, a.q_strides[3]);
+    Raw8<T> q[1] = {};
+    if (warp < kRows && q_row < a.rows() && lane < D / 8) q[0].load(q_from, a.q_strides[3]);
     start_copy(copies, mine, last_tile, 0);  // one: more would delay the queries
     if (warp < kRows) prepare_query(q, warp);
     if (threadIdx.x == 0) levels.store(shared.levels);
