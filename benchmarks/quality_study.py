@@ -1,4 +1,4 @@
-"""What each choice about codes buys, by KL divergence from float16 caches: the tables of docs/quality.md.
+"""What each choice about codes buys, by KL divergence from float16 caches: the tables of docs/quality_studies.md.
 
     python benchmarks/quality_study.py --study scale --out benchmarks/quality
 

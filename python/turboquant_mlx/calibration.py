@@ -97,7 +97,7 @@ def calibrate(model, tokens, *, step=512, seed=0, feedback=True):
     Args:
         model: a model of mlx-lm; its caches may be packed or not.
         tokens: token ids, (N,) or (B, N): some windows of different texts, each as long as a usual prompt, because the
-            rotary part of the keys' mean depends on positions (docs/quality.md).
+            rotary part of the keys' mean depends on positions (docs/quality_studies.md).
         step (int): tokens of a row given to the model at a time; without influence on the result beyond rounding.
         seed (int): of the caches that will use the feedback.
         feedback (bool): False makes centres alone.
