@@ -15,8 +15,7 @@ from mlx_lm import load
 from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import dequantize_model
 from turboquant_mlx import TurboQuantKVCache, apply_patch
-from turboquant_mlx.calibration import _float_caches
-from turboquant_mlx.slots import _replace
+from turboquant_mlx.slots import own_caches, replace_kv_caches
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "qwen35-tiny-4bit"
 ROUNDS, STEPS = 7, 4
@@ -32,7 +31,7 @@ class HalfKVCache(KVCache):
 
 def filled(model, make, tokens):
     """The model's caches with make() in the KVCache slots, holding `tokens` tokens."""
-    cache = _replace(_float_caches(model), lambda path: make())
+    cache = replace_kv_caches(own_caches(model), lambda path: make())
     mx.eval(model(mx.zeros((1, 4), mx.int32), cache=cache))
     mx.random.seed(0)
     for c in cache:

@@ -8,8 +8,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 from turboquant_mlx import feedback
 from turboquant_mlx.cache import leaves
-from turboquant_mlx.calibration import Calibration, _float_caches
-from turboquant_mlx.slots import REPLACED, _slot
+from turboquant_mlx.calibration import Calibration
+from turboquant_mlx.slots import kv_slots, own_caches, slot_name
 
 # Qwen3.5-9B's text model: 32 layers, every fourth of full attention (16 query and 4 KV heads of 256).
 SHAPES = {
@@ -79,17 +79,14 @@ def attention_slots(model):
     """The slots that `enable` would pack, as two tokens fill them (their graph is not evaluated).
 
     ValueError when there is none."""
-    caches = _float_caches(model)
-    found = [(path, c) for path, c in leaves(caches) if type(c) in REPLACED]
-    if not found:
-        kinds = sorted({type(c).__name__ for _, c in leaves(caches)})
-        raise ValueError(f"[curve] the model has no KVCache slot, so there is nothing to compress; it has {kinds}")
+    caches = own_caches(model)
+    found = kv_slots(caches, "curve")
     model(mx.zeros((1, 2), mx.int32), cache=caches)
     # A slot that stays empty is that of a layer which reads another one's.
     return [
         Slot(path, c.keys.shape[1], c.keys.shape[-1], c.values.shape[-1], c.keys.dtype)
-        for path, c in found
-        if c.keys is not None
+        for path, c in leaves(caches)
+        if path in found and c.keys is not None
     ]
 
 
@@ -111,7 +108,7 @@ def synthetic_calibration(slots, seed):
         centres = [mx.array(0.1 * rng.standard_normal(shape).astype(np.float32)) for _ in range(2)]
         mixed = [rng.standard_normal((*shape, slot.key_dim)) for _ in range(2)]
         fed = [feedback.of_metrics(x @ x.swapaxes(1, 2), 0) for x in mixed]
-        found[_slot(slot.path)] = Calibration(*centres, *fed, 0)
+        found[slot_name(slot.path)] = Calibration(*centres, *fed, 0)
     return as_numpy(found)
 
 

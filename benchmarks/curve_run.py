@@ -19,9 +19,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from turboquant_mlx import disable, enable
 from turboquant_mlx.cache import leaves
-from turboquant_mlx.calibration import Calibration, _float_caches
+from turboquant_mlx.calibration import Calibration
 from turboquant_mlx.eval.modes import parse_mode
-from turboquant_mlx.slots import REPLACED, replace_slots
+from turboquant_mlx.slots import REPLACED, own_caches, replace_slots
 
 REFERENCE = "fp16"
 
@@ -55,7 +55,7 @@ def make_caches(subject, name):
         caches = model.make_cache()
         disable(model)
     else:
-        caches = _float_caches(model)
+        caches = own_caches(model)
     if mode.kind == "affine":
         caches = replace_slots(
             caches, lambda path, c: c.to_quantized(group_size=64, bits=mode.key_bits) if type(c) in REPLACED else None

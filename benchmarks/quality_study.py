@@ -1,4 +1,4 @@
-"""What each choice about codes buys, by KL divergence from float16 caches: the tables of docs/quality.md.
+"""What each choice about codes buys, by KL divergence from float16 caches: the tables of docs/quality_studies.md.
 
     python benchmarks/quality_study.py --study scale --out benchmarks/quality
 
@@ -18,12 +18,12 @@ from mlx_lm.models import base
 from mlx_lm.models.cache import KVCache
 from tqdm import tqdm
 from turboquant_mlx import decode, encode
-from turboquant_mlx.calibration import _float_caches, calibrate
+from turboquant_mlx.calibration import calibrate
 from turboquant_mlx.eval import divergence, modes
 from turboquant_mlx.eval.command import write_table
 from turboquant_mlx.eval.model import load_model, read_tokens, spread_windows
 from turboquant_mlx.patch import apply_patch
-from turboquant_mlx.slots import _replace
+from turboquant_mlx.slots import own_caches, replace_kv_caches
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 2048
@@ -270,7 +270,9 @@ def main(argv=None):
     makers = {"float16": lambda slot: modes.FloatCache(modes.to_half)} | {
         k: v for k, v in study_modes(args.study, centres, others).items() if args.only in k
     }
-    caches = {k: _replace(_float_caches(model), lambda path, make=make: make(path[0])) for k, make in makers.items()}
+    caches = {
+        k: replace_kv_caches(own_caches(model), lambda path, make=make: make(path[0])) for k, make in makers.items()
+    }
     with tqdm(total=len(measured) * LENGTH * len(caches), unit="tok", disable=None) as bar:
         records = divergence.compare(model, windows[measured], caches, progress=bar.update)
     base.quantized_scaled_dot_product_attention = hook

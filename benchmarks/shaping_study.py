@@ -24,11 +24,10 @@ from mlx_lm.models import base
 from mlx_lm.models.cache import KVCache
 from quality_study import LENGTH, LEVELS, ROOT, UNITS, against
 from tqdm import tqdm
-from turboquant_mlx.calibration import _float_caches
 from turboquant_mlx.eval import divergence, modes
 from turboquant_mlx.eval.command import write_table
 from turboquant_mlx.eval.model import load_model, read_tokens
-from turboquant_mlx.slots import _replace
+from turboquant_mlx.slots import own_caches, replace_kv_caches
 
 SIDES = ("K", "V")
 
@@ -133,7 +132,7 @@ def moments(model, windows):
 
     for window in tqdm(windows, desc="calibration", unit="window", disable=None):
         tokens = mx.array(window)[None]
-        mx.eval(model(tokens, cache=_replace(_float_caches(model), watched)))
+        mx.eval(model(tokens, cache=replace_kv_caches(own_caches(model), watched)))
         for slot, seen in notes.items():
             heads = seen["k"].shape[1]
             for name in ("k", "v"):
@@ -153,7 +152,7 @@ def moments(model, windows):
         tokens = mx.array(window)[None]
 
         def loss(shifts, tokens=tokens, number=number):
-            caches = _replace(_float_caches(model), lambda path: Shifted(shifts[path[0]]))
+            caches = replace_kv_caches(own_caches(model), lambda path: Shifted(shifts[path[0]]))
             logits = model(tokens, cache=caches)
             drawn = mx.random.categorical(mx.stop_gradient(logits), key=mx.random.key(number))
             chosen = mx.take_along_axis(logits, drawn[..., None], axis=-1)[..., 0]
@@ -342,7 +341,7 @@ def main(argv=None):
         write_table(args.out / f"{args.name}-spectra.tsv", table := spectra(moment))
         print("\n".join(str(row) for row in table))
         return 0
-    coders, caches = {}, {"float16": _replace(_float_caches(model), lambda path: modes.FloatCache(modes.to_half))}
+    coders, caches = {}, {"float16": replace_kv_caches(own_caches(model), lambda path: modes.FloatCache(modes.to_half))}
     for name in args.rows:
         sides = parse_row(name)[1]
 
@@ -350,7 +349,7 @@ def main(argv=None):
             made = coders[name, path[0]] = [Coder(sides[s], moment[path[0]][s]) for s in SIDES]
             return modes.FloatCache(*made)
 
-        caches[name] = _replace(_float_caches(model), make)
+        caches[name] = replace_kv_caches(own_caches(model), make)
     with tqdm(total=len(measured) * LENGTH * len(caches), unit="tok", disable=None) as bar:
         records = divergence.compare(model, windows[measured], caches, progress=bar.update)
     rows = []

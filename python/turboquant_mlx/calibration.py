@@ -27,6 +27,7 @@ import numpy as np
 from mlx_lm.models.cache import KVCache
 
 from . import feedback as fed
+from .cache import leaves
 
 FILE_NAME = "turboquant_calibration.safetensors"
 FORMAT = "turboquant calibration 2"
@@ -97,7 +98,7 @@ def calibrate(model, tokens, *, step=512, seed=0, feedback=True):
     Args:
         model: a model of mlx-lm; its caches may be packed or not.
         tokens: token ids, (N,) or (B, N): some windows of different texts, each as long as a usual prompt, because the
-            rotary part of the keys' mean depends on positions (docs/quality.md).
+            rotary part of the keys' mean depends on positions (docs/quality_studies.md).
         step (int): tokens of a row given to the model at a time; without influence on the result beyond rounding.
         seed (int): of the caches that will use the feedback.
         feedback (bool): False makes centres alone.
@@ -112,7 +113,7 @@ def calibrate(model, tokens, *, step=512, seed=0, feedback=True):
         ValueError: no tokens, a model without KVCache slots, or keys that are not (B, H_kv, N, D).
     """
     from .patch import watch_queries
-    from .slots import _replace, _slots
+    from .slots import own_caches, replace_kv_caches, slot_name
 
     tokens = mx.array(tokens)
     tokens = tokens[None] if tokens.ndim == 1 else tokens
@@ -128,10 +129,10 @@ def calibrate(model, tokens, *, step=512, seed=0, feedback=True):
         if isinstance(cache, _Summing) and cache.sums is not None:
             cache.watch(queries)
 
-    original = _float_caches(model)
-    caches = _replace(original, make)
+    original = own_caches(model)
+    caches = replace_kv_caches(original, make)
     if not made:
-        kinds = sorted({type(c).__name__ for _, c in _slots(original)})
+        kinds = sorted({type(c).__name__ for _, c in leaves(original)})
         raise ValueError(f"[calibrate] the model has no KVCache slot, so there is nothing to centre; it has {kinds}")
     outputs = _outputs(model, caches, made) if feedback else {}
     with contextlib.ExitStack() as stack:
@@ -153,7 +154,7 @@ def calibrate(model, tokens, *, step=512, seed=0, feedback=True):
             keys = fed.of_metrics(cache.queries / cache.asked, seed)
         if path in outputs and cache.readers == cache.updates:
             values = fed.of_metrics(outputs[path].metrics(*mean[1].shape, tokens.size), seed)
-        found[path[0] if len(path) == 1 else path] = Calibration(*map(mx.array, mean), keys, values, seed)
+        found[slot_name(path)] = Calibration(*map(mx.array, mean), keys, values, seed)
     return found
 
 
@@ -163,14 +164,6 @@ def _outputs(model, caches, made):
         return {}
     layers = {path: model.layers[path[0]] for path in made if len(path) == 1}
     return {path: fed.Output(layer.self_attn) for path, layer in layers.items() if "self_attn" in layer}
-
-
-def _float_caches(model):
-    """The model's own caches, whether or not `enable` was called."""
-    from .slots import _own_make_cache
-
-    make_cache = _own_make_cache(model)
-    return make_cache() if make_cache else [KVCache() for _ in model.layers]
 
 
 def fingerprint(directory):

@@ -20,7 +20,15 @@ REPLACED = (KVCache, RotatingKVCache)
 
 
 def replace_slots(caches, make, path=()):
-    """The caches with make(path, cache) in place of each leaf; None leaves it as it is."""
+    """The caches with make(path, cache) in place of each leaf; None leaves it as it is.
+
+    Args:
+        caches (list): of a model; a CacheList in it holds further slots.
+        make: (path, cache) -> cache or None; path is a tuple of indices, (3,) or (3, 1).
+
+    Returns:
+        A new list of the same form.
+    """
     out = []
     for i, c in enumerate(caches):
         where = (*path, i)
@@ -31,12 +39,22 @@ def replace_slots(caches, make, path=()):
     return out
 
 
-def _replace(caches, make):
-    """The caches with make(path) in place of each KVCache; None leaves it."""
+def replace_kv_caches(caches, make):
+    """As `replace_slots`, with make(path) in place of each KVCache; other kinds stay, RotatingKVCache too."""
     return replace_slots(caches, lambda path, c: make(path) if type(c) is KVCache else None)
 
 
-_slots = leaves
+def kv_slots(caches, caller):
+    """The slots that `enable` replaces, by their kinds alone: {path: class}, in the order of the layers.
+
+    Raises:
+        ValueError: there is none; the message begins with [caller] and names the kinds that there are.
+    """
+    slots = {path: type(c) for path, c in leaves(caches) if type(c) in REPLACED}
+    if not slots:
+        kinds = sorted({type(c).__name__ for _, c in leaves(caches)})
+        raise ValueError(f"[{caller}] the model has no KVCache slot, so there is nothing to compress; it has {kinds}")
+    return slots
 
 
 def _packed(original, start, coding):
@@ -120,8 +138,14 @@ def _own_make_cache(model):
     return type(model).make_cache.__get__(model) if hasattr(type(model), "make_cache") else None
 
 
-def _slot(path):
-    """How `calibration` names a slot."""
+def own_caches(model):
+    """New caches of the model's own kinds, as mlx-lm makes them, whether or not `enable` was called: a list."""
+    make_cache = _own_make_cache(model)
+    return make_cache() if make_cache else [KVCache() for _ in model.layers]
+
+
+def slot_name(path):
+    """How a calibration names the slot at `path`: by its index (int), or by the path where it lies in a CacheList."""
     return path[0] if len(path) == 1 else path
 
 
@@ -141,11 +165,8 @@ def packing(model, bits=3, *, key_bits=None, value_bits=None, seed=0, calibratio
     layers = len(model.layers)
     original = own or (lambda: [KVCache() for _ in range(layers)])
 
-    slots = {path: type(c) for path, c in leaves(original()) if type(c) in REPLACED}
-    if not slots:
-        kinds = sorted({type(c).__name__ for _, c in leaves(original())})
-        raise ValueError(f"[enable] the model has no KVCache slot, so there is nothing to compress; it has {kinds}")
-    names = [_slot(path) for path in slots]
+    slots = kv_slots(original(), "enable")
+    names = [slot_name(path) for path in slots]
     if isinstance(calibration, str | os.PathLike):
         calibration = load_beside(calibration)
     if calibration is not None and not isinstance(calibration, Mapping):
@@ -168,7 +189,7 @@ def packing(model, bits=3, *, key_bits=None, value_bits=None, seed=0, calibratio
         )
 
     def coding(path):
-        found = calibration.get(_slot(path), NO_CALIBRATION)
+        found = calibration.get(slot_name(path), NO_CALIBRATION)
         return {
             "bits": bits,
             "key_bits": key_bits,

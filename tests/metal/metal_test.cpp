@@ -54,7 +54,7 @@ std::string case_name(const testing::TestParamInfo<cases::Case>& info) {
 }
 INSTANTIATE_TEST_SUITE_P(All, MetalTable, testing::ValuesIn(emulator::attention_cases(false)), case_name);
 
-/// The rows that take a minute together: a test of their own in ctest, so that they run beside the others.
+/// The rows that take longest: a test of their own in ctest, so that they run beside the others.
 std::vector<cases::Case> long_rows() {
   const auto all = emulator::attention_cases(true);
   return {all.begin() + ptrdiff_t(emulator::attention_cases(false).size()), all.end()};

@@ -1,4 +1,4 @@
-"""The tables of docs/quality.md hold the numbers that the commands wrote."""
+"""The tables of docs/quality.md and docs/quality_studies.md hold the numbers that the commands wrote."""
 
 import csv
 import re
@@ -9,11 +9,11 @@ from turboquant_mlx.eval import retrieval
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "quality"
-PAGE = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+PAGE = "\n\n".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("quality.md", "quality_studies.md"))
 
 
 def documented():
-    """(header, row) of every row of the page's tables: lists of cells."""
+    """(header, row) of every row of the pages' tables: lists of cells."""
     header, out = None, []
     for line in PAGE.splitlines():
         if not line.startswith("|"):
@@ -52,7 +52,7 @@ def test_studies(path):
         rows = [[re.sub(r"K(\d+) ?V", r"K\1 V", row[0]), *row[1:]] for _, row in documented()]
         # Not every table has a column for the error of perplexity.
         assert any(row[: len(expected)] in (expected, expected[:4]) for row in rows), (
-            f"no row of docs/quality.md is {expected}"
+            f"no row of the pages is {expected}"
         )
 
 
@@ -74,7 +74,7 @@ def test_divergence(path):
             return set([f"{float(kld):.5f}", perplexity and percent(perplexity, "")][: header.count("+-")]) - {None}
 
         assert any(row[0] == r["mode"] and expected | errors(header) <= set(row) for header, row in documented()), (
-            f"no row of docs/quality.md has {r['mode']} with {sorted(expected)}"
+            f"no row of the pages has {r['mode']} with {sorted(expected)}"
         )
 
 
@@ -128,7 +128,7 @@ def test_reconstruction():
 
 
 def test_spectra():
-    """The page states ranges, in a sentence."""
+    """The pages state ranges, in a sentence."""
     rows = table(RESULTS / "feedback" / "spectra.tsv")
 
     def of(side):

@@ -1,4 +1,4 @@
-"""The simulated codes and caches behind the tables of docs/quality.md."""
+"""The simulated codes and caches behind the tables of docs/quality_studies.md."""
 
 import csv
 import importlib

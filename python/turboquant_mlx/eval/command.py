@@ -8,8 +8,8 @@ from collections import Counter
 from tqdm import tqdm
 
 from ..cache import leaves
-from ..calibration import _float_caches, calibrate, fingerprint, load_calibration
-from ..slots import REPLACED
+from ..calibration import calibrate, fingerprint, load_calibration
+from ..slots import REPLACED, own_caches
 from . import divergence, pictures, reconstruction, retrieval
 from .files import write_json, write_table
 from .model import cut_windows, load_model, message, read_tokens, spread_windows, window_numbers
@@ -159,7 +159,7 @@ def _reconstruction(args, model, windows, calibration):
 
 def _slots(args, model):
     """({kind of slot: how many are replaced}, {kind: how many stay}); says so on stderr."""
-    kinds = Counter(type(c) for _, c in leaves(_float_caches(model)))
+    kinds = Counter(type(c) for _, c in leaves(own_caches(model)))
     replaced, kept = (
         {kind.__name__: n for kind, n in kinds.items() if (kind in REPLACED) == yes} for yes in (True, False)
     )

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from ..calibration import _float_caches
-from ..slots import REPLACED, packing, replace_slots
+from ..slots import REPLACED, own_caches, packing, replace_slots
 
 AFFINE_GROUP = 64  # numbers that share a scale in MLX's affine codes, and what a head_dim must be a multiple of
 
@@ -51,7 +50,7 @@ def float_caches(model, coders):
             return None
         return FloatCache(*coders(path)) if type(c) is KVCache else FloatWindow(c.max_size, c.keep, *coders(path))
 
-    return replace_slots(_float_caches(model), make)
+    return replace_slots(own_caches(model), make)
 
 
 def to_half(x):

@@ -6,7 +6,7 @@ import numpy as np
 from ..cache import leaves
 from ..calibration import as_calibration
 from ..ops import decode, encode
-from ..slots import _slot
+from ..slots import slot_name
 from .modes import AFFINE_GROUP, affine, float_caches, to_half
 
 # Mean squared error per coordinate of the best b-bit scalar quantizer of N(0, 1) (Max, 1960).
@@ -43,7 +43,7 @@ def capture(model, tokens, step=512):
         states = [c.state for _, c in leaves(caches) if hasattr(c, "cache")]
         mx.eval(model(tokens[:, start : start + step], cache=caches)[:, -1], states)
     return {  # a slot that reads another layer's cache was given nothing
-        _slot(path): tuple(mx.concatenate(x, axis=2).astype(mx.float32) for x in sides)
+        slot_name(path): tuple(mx.concatenate(x, axis=2).astype(mx.float32) for x in sides)
         for path, sides in made.items()
         if sides[0]
     }

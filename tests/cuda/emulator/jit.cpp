@@ -4,9 +4,13 @@
 #include <dlfcn.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <functional>
+#include <future>
 #include <iterator>
 #include <map>
 #include <mutex>
@@ -53,42 +57,80 @@ const std::filesystem::path& folder() {
   return own.path;
 }
 
-/// Compiles a text, once.
-const Loaded* load(const std::string& source) {
-  static std::mutex mutex;
-  static std::map<std::string, Loaded> known;
-  static int compiled = 0;
-  std::string stem;
-  {
-    const std::lock_guard lock(mutex);
-    if (const auto found = known.find(source); found != known.end()) return &found->second;
-    stem = (folder() / std::to_string(compiled++)).string();
+/// What `make` gives for a key, made once however many threads ask.
+template <class T>
+class Once {
+ public:
+  const T& operator()(const std::string& key, const std::function<T()>& make) {
+    std::packaged_task<T()> task;
+    std::shared_future<T> made;
+    {
+      const std::lock_guard lock(mutex_);
+      const auto [at, is_new] = known_.try_emplace(key);
+      if (is_new) {
+        task = std::packaged_task<T()>(make);
+        at->second = task.get_future().share();
+      }
+      made = at->second;
+    }
+    if (task.valid()) task();
+    return made.get();  // of the state that the map's future shares
   }
-  std::ofstream(stem + ".cpp") << source;
-  const std::string command =
-      TURBOQUANT_EMULATOR_COMPILER " -o " + stem + ".so " + stem + ".cpp > " + stem + ".log 2>&1";
-  if (std::system(command.c_str()) != 0) {
-    std::ifstream log(stem + ".log");
-    throw std::runtime_error("kernel does not compile: " + command + "\n" +
-                             std::string(std::istreambuf_iterator<char>(log), {}));
-  }
+
+ private:
+  std::mutex mutex_;
+  std::map<std::string, std::shared_future<T>> known_;
+};
+
+/// A new file's path without its extension.
+std::string new_stem() {
+  static std::atomic<int> count = 0;
+  return (folder() / std::to_string(count++)).string();
+}
+
+void run_compiler(const std::string& stem, const std::string& arguments) {
+  const std::string command = TURBOQUANT_EMULATOR_COMPILER " " + arguments + " > " + stem + ".log 2>&1";
+  if (std::system(command.c_str()) == 0) return;
+  std::ifstream log(stem + ".log");
+  throw std::runtime_error("kernel does not compile: " + command + "\n" +
+                           std::string(std::istreambuf_iterator<char>(log), {}));
+}
+
+/// A kernel's text: what many kernels begin with, and the rest.
+struct Text {
+  std::string header, rest;
+};
+
+/// The path of a header whose compiled form lies beside it.  Compilers take longer to read a header than to compile a
+/// kernel.
+std::string precompile(const std::string& header) {
+  const std::string stem = new_stem();
+  std::ofstream(stem + ".h") << header;
+  run_compiler(stem, "-x c++-header -o " + stem + ".h.gch " + stem + ".h");
+  return stem + ".h";
+}
+
+Loaded compile(const Text& text) {
+  static Once<std::string> headers;
+  const std::string header = headers(text.header, [&] { return precompile(text.header); });
+  const std::string stem = new_stem();
+  // Lines count on, since the emulator tells barriers apart by their lines.
+  std::ofstream(stem + ".cpp") << "#line " << std::count(text.header.begin(), text.header.end(), '\n') + 1 << "\n"
+                               << text.rest;
+  run_compiler(stem, "-include " + header + " -o " + stem + ".so " + stem + ".cpp");
   void* handle = dlopen((stem + ".so").c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!handle) throw std::runtime_error(dlerror());
   const auto symbol = [&](const char* name) { return dlsym(handle, name); };
-  const Loaded found{reinterpret_cast<Run>(symbol("emulated_run")), static_cast<uint32_t*>(symbol("emulated_block")),
-                     static_cast<uint32_t*>(symbol("emulated_grid")), static_cast<uint32_t*>(symbol("emulated_at"))};
-  const std::lock_guard lock(mutex);
-  return &known.try_emplace(source, found).first->second;
+  return {reinterpret_cast<Run>(symbol("emulated_run")), static_cast<uint32_t*>(symbol("emulated_block")),
+          static_cast<uint32_t*>(symbol("emulated_grid")), static_cast<uint32_t*>(symbol("emulated_at"))};
 }
 
-}  // namespace
-
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + " failed");
+const Loaded* load(const Text& text) {
+  static Once<Loaded> kernels;
+  return &kernels(text.header + text.rest, [&] { return compile(text); });
 }
 
-std::string whole_source(const cuda::Kernel& kernel, const std::vector<Array>& inputs,
-                         const std::vector<Array>& outputs) {
+Text text_of(const cuda::Kernel& kernel, const std::vector<Array>& inputs, const std::vector<Array>& outputs) {
   // Shared memory whose size the launch tells is the emulator's.
   std::string body = kernel.source;
   const std::string word = "extern __shared__";
@@ -98,16 +140,22 @@ std::string whole_source(const cuda::Kernel& kernel, const std::vector<Array>& i
                  "auto* " + body.substr(name, end - name) + " = emulator::dynamic_shared<" +
                      (body.find("unsigned char", at) < end ? "unsigned char" : "unsigned") + ">();");
   }
-  return "#include \"cuda_on_cpu.h\"\n" + std::string(cuda::source_text(kernel.header)) +
-         "namespace mlx::core::cu {\nvoid " + function_name(kernel) + "(" + parameters(kernel, inputs, outputs) +
-         ") {\n" + body + "}\n}\nextern \"C\" void emulated_run(void* const* arguments) {\n" +
-         "  emulator::enter(mlx::core::cu::" + function_name(kernel) + ", arguments);\n}\n";
+  return {"#include \"cuda_on_cpu.h\"\n" + std::string(cuda::source_text(kernel.header)),
+          "namespace mlx::core::cu {\nvoid " + function_name(kernel) + "(" + parameters(kernel, inputs, outputs) +
+              ") {\n" + body + "}\n}\nextern \"C\" void emulated_run(void* const* arguments) {\n" +
+              "  emulator::enter(mlx::core::cu::" + function_name(kernel) + ", arguments);\n}\n"};
+}
+
+}  // namespace
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + " failed");
 }
 
 cuda::Device current_device() { return {8, 232448}; }
 
 Launch::Launch(const cuda::Kernel& kernel, const std::vector<Array>& inputs, const std::vector<Array>& outputs)
-    : function_(load(whole_source(kernel, inputs, outputs))),
+    : function_(load(text_of(kernel, inputs, outputs))),
       dimensions_(dimensions(kernel)),
       shared_bytes_(kernel.shared_bytes),
       arguments_(argument_bytes(kernel, inputs, outputs)) {}
