@@ -2,8 +2,8 @@
 //
 // A block handles four query rows of a KV head at a time; its warps are independent until the end of a segment, each
 // with its own ring of 32-token tiles.  Queries and softmax weights are split into high and low int8 parts, which fill
-// the eight columns of an m16n8k32 product; keys and values are the bytes that the codebook lookup gives.  Scores come
-// out with a query row and tokens t, 7 - t of every eight in each thread, which is how the product with the values
+// eight rows or columns of an m16n8k32 product; keys and values are the bytes that the codebook lookup gives.  Scores
+// come out with a query row and tokens t, 7 - t of every eight in each thread, which is how the product with the values
 // takes its weights, so nothing moves between threads.
 #pragma once
 

@@ -99,7 +99,7 @@ inline int prefill_shared_bytes(const AttentionShape& s, const AttentionPlan& p)
 }
 
 /// Divides `segments` of `tiles` tiles each among blocks: at least `least` tiles a block where that leaves enough to
-/// do, and at most `most`, whose sums fit.
+/// do, and at most `most`, whose sums fit; uneven runs may have 32 more (schedule.cu.h), which fit, too.
 inline void divide(const AttentionShape& s, const Device& device, int64_t segments, int64_t tiles, int least, int most,
                    AttentionPlan& p) {
   const int64_t useful = std::max<int64_t>(1, segments * tiles / least);

@@ -28,7 +28,8 @@ struct ManyRows {
   static constexpr int kSets = Passed::kSets;  // of 16 coordinates, that a warp sums
   static constexpr int kStageWords = Copies::kWords;
   static constexpr float kWeightOne = 65280;  // 255 * 256: the fixed-point weight of 1
-  static_assert(STAGES >= 2 && D > 128, "smaller heads have fewer sets of coordinates than warps");
+  static_assert(STAGES >= 2 && D > 128, "smaller heads have fewer sets of coordinates than eight warps");
+  static_assert(kRows < WARPS || kRows % WARPS == 0, "warps prepare as many queries each");
 
   struct Shared {
     alignas(16) unsigned ring[WARPS][STAGES][kStageWords];

@@ -4,7 +4,8 @@
 // has as many tiles as the others and a column of the grid to itself: block x of column y takes the x-th part of
 // segment y. Otherwise (ragged batches, or many segments) the tiles of all segments, in order, are dealt to the blocks
 // in equal contiguous runs, in which every segment has some tiles more at its beginning: what starting on a segment
-// costs a block.  A block leaves one partial result for each segment of whose own tiles it has any.
+// costs a block.  A block leaves one partial result for each segment of whose own tiles it has any (in an even launch
+// for its one segment, be it empty).
 #pragma once
 
 #include "cuda/attention.cu.h"
