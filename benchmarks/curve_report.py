@@ -4,7 +4,7 @@ import json
 import re
 import statistics
 
-from turboquant_mlx.eval.command import write_table
+from turboquant_mlx.eval.files import write_table
 from turboquant_mlx.eval.pictures import line_style, pyplot
 
 MEASURED = ("prompt_tps", "decode_tps", "first_token_s", "attention_bytes", "peak_bytes")

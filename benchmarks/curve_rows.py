@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from turboquant_mlx import _core
 from turboquant_mlx.calibration import FILE_NAME, fingerprint
+from turboquant_mlx.eval.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (
@@ -114,13 +115,6 @@ def metadata(args, subject):
     }
 
 
-def write_atomically(path, text):
-    """The file is the old one or the new one, whenever the process ends."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text)
-    beside.replace(path)
-
-
 def read_rows(path):
     """The rows of a table; a last line that was cut short is left out, and said."""
     if not path.exists():
@@ -206,7 +200,7 @@ class Mark:
 
     def set(self, rows, doing):
         error = f"aborted: the process ended without a word while {doing}"
-        write_atomically(self.path, json.dumps([{**row, "status": "failed", "error": error} for row in rows]))
+        write_text(self.path, json.dumps([{**row, "status": "failed", "error": error} for row in rows]))
 
     def clear(self):
         self.path.unlink(missing_ok=True)

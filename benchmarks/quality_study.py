@@ -20,7 +20,7 @@ from tqdm import tqdm
 from turboquant_mlx import decode, encode
 from turboquant_mlx.calibration import calibrate
 from turboquant_mlx.eval import divergence, modes
-from turboquant_mlx.eval.command import write_table
+from turboquant_mlx.eval.files import write_table
 from turboquant_mlx.eval.model import load_model, read_tokens, spread_windows
 from turboquant_mlx.patch import apply_patch
 from turboquant_mlx.slots import own_caches, replace_kv_caches

@@ -15,7 +15,6 @@ model's centres), tq3f (with its centres and feedback).
 """
 
 import argparse
-import json
 import signal
 import sys
 import time
@@ -24,11 +23,12 @@ from pathlib import Path
 import curve_report
 import mlx.core as mx
 from curve_models import Subject, as_numpy, attention_slots, build_shape, prompt_tokens, synthetic_calibration
-from curve_rows import ROOT, Mark, RowFile, metadata, previous_rows, read_rows, sources, write_atomically
+from curve_rows import ROOT, Mark, RowFile, metadata, previous_rows, read_rows, sources
 from curve_run import make_caches, measure
 from tqdm import tqdm
 from turboquant_mlx import apply_patch
 from turboquant_mlx.calibration import FILE_NAME, load_calibration
+from turboquant_mlx.eval.files import write_json
 from turboquant_mlx.eval.model import load_model, message
 from turboquant_mlx.eval.modes import parse_mode
 from turboquant_mlx.gated_delta import disable_chunked_recurrence, enable_chunked_recurrence
@@ -161,7 +161,7 @@ def warm_up(args, subject, prompt, plan, mark):
         measure(subject, args, modes, prompt[:length], length, False, begin)
     if mx.default_device() == mx.gpu:
         once = argparse.Namespace(**vars(args) | {"decode_tokens": 1})
-        for length in dict.fromkeys(n for _, n, _ in contexts(args)):
+        for length in dict.fromkeys(n for _, n, synthetic in contexts(args) if not synthetic):
             measure(subject, once, modes, prompt, length, True, begin)
 
 
@@ -184,7 +184,7 @@ def sweep(args):
         print(f"[curve] {changed} source files differ from commit {commit}; the metadata say so", file=sys.stderr)
     mark = Mark(args.out)
     if not rows and not aborted:
-        write_atomically(args.out / "run_metadata.json", json.dumps(metadata(args, subject), indent=1) + "\n")
+        write_json(args.out / "run_metadata.json", metadata(args, subject))
     with (
         RowFile(args.out / "raw_rows.tsv", rows) as file,
         tqdm(total=sum(len(modes) for *_, modes in plan), unit="run") as bar,

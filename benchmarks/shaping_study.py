@@ -25,7 +25,7 @@ from mlx_lm.models.cache import KVCache
 from quality_study import LENGTH, LEVELS, ROOT, UNITS, against
 from tqdm import tqdm
 from turboquant_mlx.eval import divergence, modes
-from turboquant_mlx.eval.command import write_table
+from turboquant_mlx.eval.files import write_table
 from turboquant_mlx.eval.model import load_model, read_tokens
 from turboquant_mlx.slots import own_caches, replace_kv_caches
 

@@ -44,16 +44,16 @@ def replace_kv_caches(caches, make):
     return replace_slots(caches, lambda path, c: make(path) if type(c) is KVCache else None)
 
 
-def kv_slots(caches, caller):
+def kv_slots(caches, caller, model="the model"):
     """The slots that `enable` replaces, by their kinds alone: {path: class}, in the order of the layers.
 
     Raises:
-        ValueError: there is none; the message begins with [caller] and names the kinds that there are.
+        ValueError: there is none; the message begins with [caller] and `model`, and names the kinds that there are.
     """
     slots = {path: type(c) for path, c in leaves(caches) if type(c) in REPLACED}
     if not slots:
         kinds = sorted({type(c).__name__ for _, c in leaves(caches)})
-        raise ValueError(f"[{caller}] the model has no KVCache slot, so there is nothing to compress; it has {kinds}")
+        raise ValueError(f"[{caller}] {model} has no KVCache slot, so there is nothing to compress; it has {kinds}")
     return slots
 
 

@@ -31,7 +31,7 @@ struct Decode {
     float q_scale[kRows];
     int q_offset[kRows][2];  // what the unsigned bytes of 4-bit keys add to the products
     float2 sums[WARPS][kRows];
-    unsigned levels[2][2];  // of LevelTables
+    typename LevelTables<KEY_BITS, VALUE_BITS>::Stored levels;
   };
 
   /// Where a warp's result for a row and coordinate lies in its part of the ring: lanes of different t write rows two

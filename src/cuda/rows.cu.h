@@ -42,7 +42,7 @@ struct ManyRows {
     Range range[kRows];
     int top[2][kRows];  // as `ordered`; proposed for even and for odd rounds
     float2 sums[WARPS][kRows];
-    unsigned levels[2][2];  // of LevelTables
+    typename LevelTables<KEY_BITS, VALUE_BITS>::Stored levels;
   };
 
   const AttentionArgs& a;

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ..cache import leaves
 from ..calibration import calibrate, fingerprint, load_calibration
-from ..slots import REPLACED, own_caches
+from ..slots import kv_slots, own_caches
 from . import divergence, pictures, reconstruction, retrieval
 from .files import write_json, write_table
 from .model import cut_windows, load_model, message, read_tokens, spread_windows, window_numbers
@@ -159,14 +159,10 @@ def _reconstruction(args, model, windows, calibration):
 
 def _slots(args, model):
     """({kind of slot: how many are replaced}, {kind: how many stay}); says so on stderr."""
-    kinds = Counter(type(c) for _, c in leaves(own_caches(model)))
-    replaced, kept = (
-        {kind.__name__: n for kind, n in kinds.items() if (kind in REPLACED) == yes} for yes in (True, False)
-    )
-    if not replaced:
-        raise ValueError(
-            f"[eval] {args.model} has no KVCache slot, so there is nothing to compress; it has {sorted(kept)}"
-        )
+    caches = own_caches(model)
+    slots = kv_slots(caches, "eval", args.model)
+    replaced = dict(Counter(kind.__name__ for kind in slots.values()))
+    kept = dict(Counter(type(c).__name__ for path, c in leaves(caches) if path not in slots))
     words = [", ".join(f"{n} x {kind}" for kind, n in some.items()) or "nothing" for some in (replaced, kept)]
     print(f"[eval] each mode replaces {words[0]}; unchanged: {words[1]}", file=sys.stderr)
     return replaced, kept

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from .model import recurrent_states
+
 
 @dataclass
 class Record:
@@ -50,7 +52,7 @@ def compare(model, windows, caches, *, step=256, progress=lambda tokens: None):
             nll = -mx.take_along_axis(log_p[:, : following.shape[1]], following[..., None], axis=-1)[..., 0]
             kld = (mx.exp(first) * (first - log_p)).sum(-1)
             agree = mx.argmax(first, -1) == mx.argmax(log_p, -1)
-            mx.eval(nll, kld, agree, [c.state for c in cache if hasattr(c, "cache")])
+            mx.eval(nll, kld, agree, recurrent_states(cache))
             for done, x in zip(parts[name], (nll, kld, agree), strict=True):
                 done.append(np.array(x.astype(mx.float32)))
             progress(tokens.size)

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import load
 from mlx_lm.utils import dequantize_model
 
+from ..cache import leaves
 from ..gated_delta import enable_chunked_recurrence
 
 
@@ -43,6 +44,11 @@ def read_tokens(tokenizer, path):
         raise ValueError(f"{path} must be a text in UTF-8: {error}") from None
     # A whole text is longer than any context, and is never given to the model at once: no warning about that.
     return np.array(tokenizer.encode(text, verbose=False), np.int32)
+
+
+def recurrent_states(caches):
+    """The states of recurrent slots, to be evaluated beside a step's logits, which do not contain the last of them."""
+    return [c.state for _, c in leaves(caches) if hasattr(c, "cache")]
 
 
 def message(command, error):

@@ -3,10 +3,10 @@
 import mlx.core as mx
 import numpy as np
 
-from ..cache import leaves
 from ..calibration import as_calibration
 from ..ops import decode, encode
-from ..slots import slot_name
+from ..slots import kv_slots, own_caches, slot_name
+from .model import recurrent_states
 from .modes import AFFINE_GROUP, affine, float_caches, to_half
 
 # Mean squared error per coordinate of the best b-bit scalar quantizer of N(0, 1) (Max, 1960).
@@ -35,13 +35,11 @@ def capture(model, tokens, step=512):
 
         return record
 
+    kv_slots(own_caches(model), "eval")  # raises when there is none
     caches = float_caches(model, lambda path: (recorder(path, 0), recorder(path, 1)))
-    if not made:
-        raise ValueError("[eval] the model has no KVCache slot, so there is nothing to compress")
     tokens = mx.array(tokens)
     for start in range(0, tokens.shape[1], step):
-        states = [c.state for _, c in leaves(caches) if hasattr(c, "cache")]
-        mx.eval(model(tokens[:, start : start + step], cache=caches)[:, -1], states)
+        mx.eval(model(tokens[:, start : start + step], cache=caches)[:, -1], recurrent_states(caches))
     return {  # a slot that reads another layer's cache was given nothing
         slot_name(path): tuple(mx.concatenate(x, axis=2).astype(mx.float32) for x in sides)
         for path, sides in made.items()

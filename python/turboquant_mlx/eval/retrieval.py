@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..cache import leaves
+from .model import recurrent_states
 
 LIST_FILLER = 1000  # tokens of text after a list
 NAMES = (
@@ -94,8 +94,7 @@ def ask(model, tokenizer, caches, context, questions, *, step=512, progress=lamb
     The context is read through the caches under test, as a real prompt is."""
     for start in range(0, len(context), step):
         part = context[start : start + step]
-        states = [c.state for _, c in leaves(caches) if hasattr(c, "cache")]  # those that the logits do not contain
-        mx.eval(model(mx.array([part]), cache=caches)[:, -1], states)
+        mx.eval(model(mx.array([part]), cache=caches)[:, -1], recurrent_states(caches))
         progress(len(part))
     answers = []
     for depth, question, answer in questions:
