@@ -19,21 +19,29 @@ void require(bool ok, const Parts&... parts) {
   throw std::invalid_argument(message.str());
 }
 
-void check_vectors(const char* op, int head_dim, int bits) {
+void check_vectors(const char* op, int head_dim, int bits, Code code) {
   require(valid_head_dim(head_dim), "[", op, "] head_dim must be a multiple of 32 from 32 to 256; got ", head_dim);
-  require(bits >= 2 && bits <= 4, "[", op, "] bits must be 2, 3 or 4; got ", bits);
+  require((bits >= 2 && bits <= 4) || bits == 8, "[", op, "] bits must be 2, 3, 4 or 8; got ", bits);
+  require(code == Code::scalar || bits <= 3, "[", op, "] bits must be 2 or 3 with a trellis; got ", bits);
 }
 
 void check_size(const char* op, const char* name, int value, int least) {
   require(value >= least, "[", op, "] ", name, " must be at least ", least, "; got ", value);
 }
 
-template <class P>
-void check_rows(const char* op, const P& p, int bits) {
-  check_vectors(op, p.head_dim, bits);
+template <class P, class Side>
+void check_rows(const char* op, const P& p, const Side& packed) {
+  check_vectors(op, p.head_dim, packed.bits, packed.code);
   check_size(op, "batch", p.batch, 0);
   check_size(op, "heads", p.heads, 0);
   check_size(op, "tokens", p.tokens, 0);
+}
+
+/// Kinds of codes that the kernels read; the reference reads all.
+template <class... Sides>
+void check_kernels(const char* op, Backend backend, const Sides&... sides) {
+  const bool ok = ((sides.code == Code::scalar && sides.bits != 8) && ...);
+  require(ok || backend == Backend::reference, "[", op, "] the cpu backend reads neither trellis codes nor 8 bits");
 }
 
 const BackendTable& table_of(Backend backend) { return backend == Backend::cpu ? cpu::table : reference::table; }
@@ -41,22 +49,25 @@ const BackendTable& table_of(Backend backend) { return backend == Backend::cpu ?
 }  // namespace
 
 void encode(const EncodeParams& p, Backend backend) {
-  check_rows("encode", p, p.out.bits);
+  check_rows("encode", p, p.out);
+  check_kernels("encode", backend, p.out);
   if (int64_t(p.batch) * p.heads * p.tokens == 0) return;
   require(p.x.data && p.out.codes && p.out.scales, "[encode] x, codes and scales must not be null");
   table_of(backend).encode(p);
 }
 
 void decode(const DecodeParams& p, Backend backend) {
-  check_rows("decode", p, p.in.bits);
+  check_rows("decode", p, p.in);
+  check_kernels("decode", backend, p.in);
   if (int64_t(p.batch) * p.heads * p.tokens == 0) return;
   require(p.out.data && p.in.codes && p.in.scales, "[decode] codes, scales and out must not be null");
   table_of(backend).decode(p);
 }
 
 void attend(const AttendParams& p, Backend backend) {
-  check_vectors("attend", p.head_dim, p.keys.bits);
-  check_vectors("attend", p.head_dim, p.values.bits);
+  check_vectors("attend", p.head_dim, p.keys.bits, p.keys.code);
+  check_vectors("attend", p.head_dim, p.values.bits, p.values.code);
+  check_kernels("attend", backend, p.keys, p.values);
   check_size("attend", "batch", p.batch, 0);
   check_size("attend", "kv_heads", p.kv_heads, 1);
   check_size("attend", "query_heads", p.query_heads, 1);

@@ -1,8 +1,9 @@
-// TurboQuant: key and value vectors as 2-, 3- or 4-bit codes, and attention that reads the codes.
+// TurboQuant: key and value vectors as 2-, 3-, 4- or 8-bit codes, and attention that reads the codes.
 //
 // arXiv 2504.19874 (the MSE quantizer, section 3): a vector's norm is split off, a randomized rotation makes its
-// coordinates nearly Gaussian, and each is rounded to a Lloyd-Max codebook.  Attention rotates the query once, works in
-// the rotated basis, and rotates its result back once.
+// coordinates nearly Gaussian, and each is rounded to a Lloyd-Max codebook, or all of a group together to the nearest
+// sequence of a trellis.  Attention rotates the query once, works in the rotated basis, and rotates its result back
+// once.
 //
 // All functions throw std::invalid_argument before they write anything when an argument breaks a rule; the message
 // names the operation, the rule and the value found.  They are thread-safe.
@@ -17,6 +18,10 @@
 namespace turboquant {
 
 enum class Dtype : uint8_t { float32, float16, bfloat16 };
+
+/// How coordinates become codes (format.h): each by itself, or 32 of them by a path through a trellis, which errs by a
+/// third less in the same bytes.  A trellis needs 2 or 3 bits.
+enum class Code : uint8_t { scalar, trellis };
 
 /// Numbers [batch, heads, tokens, head_dim]; the last axis is dense, strides are in elements.
 template <class Pointer>
@@ -38,19 +43,25 @@ struct BasicPacked {
   int bits = 3;
   int64_t codes_batch_stride = 0, codes_head_stride = 0;
   int64_t scales_batch_stride = 0, scales_head_stride = 0;
+  Code code = Code::scalar;
 };
 using Packed = BasicPacked<const uint32_t*, const uint16_t*>;
 using MutablePacked = BasicPacked<uint32_t*, uint16_t*>;
 
 /// What `encode` does.  For each vector x (less its head's centre):
-///   r = H (s * x),  code_i = nearest codebook level of r_i / rms(r),  scale = |x| / |levels| (so that |x^| = |x|).
+///   r = H (s * x),  codes = those of the levels nearest to r * unit / rms(r),  scale = |x| / |levels| (so that
+///   |x^| = |x|).
+/// Nearest means: for scalar codes, each coordinate's nearest level; at 8 bits unit / rms(r) is 127 / max |r_i|.  For
+/// trellis codes, the path of each group of 32 coordinates with the least squared error of all 2^32, where a target
+/// beyond `trellis_limit` counts as that.
 /// A zero vector has scale 0.  NaN propagates: a vector that holds NaN or infinity gets the scale NaN and codes 0.
 /// A norm beyond fp16's range gives an infinite scale, as an fp16 cache would.
 ///
 /// With `feedback`, G, the errors of coordinates coded earlier move those coded later (docs/algorithm.md says how G is
 /// made and why; noise shaping, or the successive quantization of GPTQ, arXiv 2210.17323).  Everything is in levels:
-///   s0 = |r| / |levels of the nearest codes|,  u = r / s0;   then for each block b of 32 coordinates, in order,
-///   t_b = u_b - G[b, <b] e_<b,   code_b = nearest codebook level of t_b,   e_b = its levels - u_b (not - t_b);
+///   u = r / s0,  with s0 = |r| / |levels of the nearest codes| for scalar codes, rms(r) / feedback_unit for trellis
+///   codes;  then for each block b of 32 coordinates, in order,
+///   t_b = u_b - G[b, <b] e_<b,   codes_b = those nearest to t_b,   e_b = their levels - u_b (not - t_b);
 /// and the scale is |x| / |levels| of these codes.  A vector of 32 coordinates is one block: feedback does nothing to
 /// it.  Zero vectors, NaN and infinity are as above.  Only columns < 32 * (row / 32) of G are read; they must be
 /// finite.
@@ -105,7 +116,8 @@ struct AttendParams {
 /// instruction set of the processor.
 enum class Backend : uint8_t { reference, cpu };
 
-/// Sizes: head_dim a multiple of 32 from 32 to 256, bits 2, 3 or 4, the rest >= 0 (heads >= 1).
+/// Sizes: head_dim a multiple of 32 from 32 to 256, bits 2, 3, 4 or 8 (2 or 3 with a trellis), the rest >= 0
+/// (heads >= 1).
 void encode(const EncodeParams& params, Backend backend = Backend::cpu);
 void decode(const DecodeParams& params, Backend backend = Backend::cpu);
 /// Also: query_heads a multiple of kv_heads, a finite scale.

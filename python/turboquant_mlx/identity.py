@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from . import _core
 
 CODEBOOK = "lloyd-max-int8-1"  # the levels of include/turboquant/format.h
+READABLE = (1, _core.FORMAT_VERSION)  # version 1 had the scalar codes of 2, 3 and 4 bits alone, in the same bytes
 
 
 def checksum(fields, arrays):
@@ -51,9 +52,9 @@ def read(identity, arrays, kind):
             version = fields["format"]
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"[load] this is not the state of a {kind}: it carries no readable identity") from error
-        if version != _core.FORMAT_VERSION:
+        if version not in READABLE:
             raise ValueError(
-                f"[load] the {kind} was saved in format {version}; this build reads {_core.FORMAT_VERSION}"
+                f"[load] the {kind} was saved in format {version}; this build reads {' and '.join(map(str, READABLE))}"
             )
         found = checksum(fields, arrays)
         if found != saved:

@@ -14,8 +14,8 @@ std::vector<double> decode_head(const AttendParams& p, const Packed& packed, con
   std::vector<double> x(size_t(p.kv_len) * p.head_dim);
   for (int t = 0; t < p.kv_len; ++t) {
     double* row = &x[size_t(t) * p.head_dim];
-    decode_vector(row_codes(packed, p.head_dim, b, h, t), row_scale(packed, b, h, t), p.head_dim, packed.bits, p.seed,
-                  row);
+    decode_vector(row_codes(packed, p.head_dim, b, h, t), row_scale(packed, b, h, t), p.head_dim,
+                  {packed.bits, packed.code, p.seed}, row);
     for (int i = 0; i < p.head_dim && centre; ++i) row[i] += centre[h * p.head_dim + i];
   }
   return x;

@@ -276,8 +276,8 @@ TEST(Arguments, ErrorsNameOperationRuleAndValue) {
             "[attend] head_dim must be a multiple of 32 from 32 to 256; got 80");
   EXPECT_EQ(attend_with([](P& p) { p.head_dim = 288; }),
             "[attend] head_dim must be a multiple of 32 from 32 to 256; got 288");
-  EXPECT_EQ(attend_with([](P& p) { p.keys.bits = 5; }), "[attend] bits must be 2, 3 or 4; got 5");
-  EXPECT_EQ(attend_with([](P& p) { p.values.bits = 1; }), "[attend] bits must be 2, 3 or 4; got 1");
+  EXPECT_EQ(attend_with([](P& p) { p.keys.bits = 5; }), "[attend] bits must be 2, 3, 4 or 8; got 5");
+  EXPECT_EQ(attend_with([](P& p) { p.values.bits = 1; }), "[attend] bits must be 2, 3, 4 or 8; got 1");
   EXPECT_EQ(attend_with([](P& p) { p.query_heads = 5; }),
             "[attend] query_heads must be a multiple of kv_heads; got 5 and 2");
   EXPECT_EQ(attend_with([](P& p) { p.kv_len = -1; }), "[attend] kv_len must be at least 0; got -1");
@@ -291,8 +291,10 @@ TEST(Arguments, ErrorsNameOperationRuleAndValue) {
   e.head_dim = 64;
   EXPECT_EQ(error_of([&] { encode(e); }), "[encode] x, codes and scales must not be null");
   DecodeParams d;
-  d.batch = d.heads = d.tokens = 1, d.head_dim = 64, d.in.bits = 8;
-  EXPECT_EQ(error_of([&] { decode(d); }), "[decode] bits must be 2, 3 or 4; got 8");
+  d.batch = d.heads = d.tokens = 1, d.head_dim = 64, d.in.bits = 7;
+  EXPECT_EQ(error_of([&] { decode(d); }), "[decode] bits must be 2, 3, 4 or 8; got 7");
+  d.in.bits = 4, d.in.code = Code::trellis;
+  EXPECT_EQ(error_of([&] { decode(d); }), "[decode] bits must be 2 or 3 with a trellis; got 4");
   EXPECT_EQ(error_of([] { set_num_threads(0); }), "[set_num_threads] n must be at least 1; got 0");
   EXPECT_NE(error_of([] { force_isa("sse1"); }).find("got \"sse1\""), std::string::npos);
 }

@@ -23,11 +23,13 @@ struct Case {
   MaskKind mask = MaskKind::none;
   Dtype dtype = Dtype::float32;  // of q and out, and of an additive mask
   uint64_t seed = 1;
+  Code key_code = Code::scalar, value_code = Code::scalar;
 
   std::string name() const {
     std::ostringstream s;
-    s << "K" << key_bits << "V" << value_bits << "_D" << head_dim << "_B" << batch << "_H" << query_heads << "x"
-      << kv_heads << "_L" << query_len << "_N" << kv_len;
+    const auto mark = [](Code code) { return code == Code::trellis ? "t" : ""; };
+    s << "K" << key_bits << mark(key_code) << "V" << value_bits << mark(value_code) << "_D" << head_dim << "_B" << batch
+      << "_H" << query_heads << "x" << kv_heads << "_L" << query_len << "_N" << kv_len;
     if (causal) s << "_causal";
     if (window) s << "_window" << window;
     if (ragged) s << "_ragged";
@@ -68,11 +70,11 @@ struct PackedBuffer {
   std::vector<uint32_t> codes;
   std::vector<uint16_t> scales;
   MutablePacked view;
-  PackedBuffer(int batch, int heads, int capacity, int head_dim, int bits)
+  PackedBuffer(int batch, int heads, int capacity, int head_dim, int bits, Code code = Code::scalar)
       : codes(size_t(batch) * heads * capacity * words_per_vector(bits, head_dim), 0xdeadbeef),
         scales(size_t(batch) * heads * capacity, 0x7e00) {
     const int64_t row = int64_t(capacity) * words_per_vector(bits, head_dim);
-    view = {codes.data(), scales.data(), bits, heads * row, row, int64_t(heads) * capacity, capacity};
+    view = {codes.data(), scales.data(), bits, heads * row, row, int64_t(heads) * capacity, capacity, code};
   }
   Packed packed() const {
     return {codes.data(),
@@ -81,7 +83,8 @@ struct PackedBuffer {
             view.codes_batch_stride,
             view.codes_head_stride,
             view.scales_batch_stride,
-            view.scales_head_stride};
+            view.scales_head_stride,
+            view.code};
   }
 };
 
@@ -105,8 +108,8 @@ struct Inputs {
         q(c.dtype, size_t(c.batch) * c.query_heads * c.query_len * c.head_dim),
         mask(c.dtype, c.mask == MaskKind::additive ? size_t(c.batch) * c.query_len * c.kv_len : 0),
         out(c.dtype, q.size()),
-        keys(c.batch, c.kv_heads, c.kv_len + 7, c.head_dim, c.key_bits),
-        values(c.batch, c.kv_heads, c.kv_len + 7, c.head_dim, c.value_bits) {
+        keys(c.batch, c.kv_heads, c.kv_len + 7, c.head_dim, c.key_bits, c.key_code),
+        values(c.batch, c.kv_heads, c.kv_len + 7, c.head_dim, c.value_bits, c.value_code) {
     std::mt19937_64 rng(c.seed);
     std::normal_distribution<float> normal;
     for (size_t i = 0; i < q.size(); ++i) q.set(i, normal(rng));
@@ -313,6 +316,83 @@ inline std::vector<Case> table(bool long_contexts = false) {
       rows.push_back({.key_bits = bits, .value_bits = bits, .query_heads = 16, .kv_heads = 4, .kv_len = 40001});
     }
     rows.push_back({.query_heads = 8, .kv_heads = 2, .query_len = 130, .kv_len = 9000, .causal = true});
+  }
+  return rows;
+}
+
+/// Of each feature of the table some rows, for another kind of codes: what differs is unpacking and levels alone.
+inline std::vector<Case> table_of_codes(int key_bits, Code key_code, int value_bits, Code value_code) {
+  std::vector<Case> rows;
+  for (int dim : {32, 64, 96, 128, 160, 192, 224, 256}) {
+    for (int n : {1, 5, 33, 300}) rows.push_back({.head_dim = dim, .kv_len = n});
+  }
+  for (auto [hq, hkv] : {std::pair{1, 1}, {6, 2}, {8, 1}, {24, 1}}) {
+    rows.push_back({.head_dim = 128, .query_heads = hq, .kv_heads = hkv, .kv_len = 97});
+  }
+  for (int len : {2, 5, 17, 70}) {
+    rows.push_back({.head_dim = 96, .query_heads = 8, .kv_heads = 2, .query_len = len, .kv_len = 190, .causal = true});
+    rows.push_back({.batch = 3,
+                    .query_heads = 4,
+                    .kv_heads = 2,
+                    .query_len = len,
+                    .kv_len = 150,
+                    .causal = true,
+                    .ragged = true,
+                    .window = 40});
+  }
+  rows.push_back({.head_dim = 128,
+                  .batch = 2,
+                  .query_heads = 4,
+                  .kv_heads = 2,
+                  .query_len = 4,
+                  .kv_len = 111,
+                  .mask = MaskKind::boolean,
+                  .dtype = Dtype::float16});
+  rows.push_back({.batch = 2,
+                  .query_heads = 8,
+                  .kv_heads = 2,
+                  .query_len = 4,
+                  .kv_len = 77,
+                  .causal = true,
+                  .sinks = true,
+                  .centred = true,
+                  .dtype = Dtype::bfloat16});
+  rows.push_back({.query_heads = 16, .kv_heads = 4, .kv_len = 2049});
+  for (Case& c : rows) {
+    c.key_bits = key_bits, c.key_code = key_code;
+    c.value_bits = value_bits, c.value_code = value_code;
+  }
+  return rows;
+}
+
+/// Rows with trellis codes on both sides, and on one side beside every scalar width.
+inline std::vector<Case> table_trellis() {
+  std::vector<Case> rows;
+  for (int bits : {2, 3}) {
+    const auto more = table_of_codes(bits, Code::trellis, bits, Code::trellis);
+    rows.insert(rows.end(), more.begin(), more.end());
+    for (int other : {2, 3, 4}) {
+      rows.push_back({.key_bits = bits, .value_bits = other, .kv_len = 130, .key_code = Code::trellis});
+      rows.push_back({.key_bits = other, .value_bits = bits, .kv_len = 130, .value_code = Code::trellis});
+    }
+    rows.push_back({.key_bits = bits,
+                    .value_bits = 5 - bits,
+                    .kv_len = 130,
+                    .key_code = Code::trellis,
+                    .value_code = Code::trellis});
+  }
+  return rows;
+}
+
+/// Rows with codes of 8 bits on both sides, and on one side beside every other kind.
+inline std::vector<Case> table_8bits() {
+  auto rows = table_of_codes(8, Code::scalar, 8, Code::scalar);
+  for (int other : {2, 3, 4}) {
+    rows.push_back({.key_bits = 8, .value_bits = other, .kv_len = 130});
+    rows.push_back({.key_bits = other, .value_bits = 8, .kv_len = 130});
+    if (other == 4) continue;
+    rows.push_back({.key_bits = 8, .value_bits = other, .kv_len = 130, .value_code = Code::trellis});
+    rows.push_back({.key_bits = other, .value_bits = 8, .kv_len = 130, .key_code = Code::trellis});
   }
   return rows;
 }

@@ -23,6 +23,7 @@ struct FeedbackInput {
   uint64_t seed;
   const float* centre;       // [dim] or null
   const uint16_t* feedback;  // [dim, dim], of the vector's head
+  Code code = Code::scalar;
 };
 
 /// How an encoder may round.  The defaults are those of float32 arithmetic.
@@ -31,68 +32,121 @@ struct FeedbackRounding {
   double operand = 0;        // relative error of G and of e as they enter products
   int of_a_coordinate = 16;  // roundings of a rotated coordinate, each of the vector's length at most: a stage of
                              // butterflies each (8), the odd factor's (3), centre, norm, factors
+  SearchRounding search;     // of trellis codes
 };
+
+/// A vector's direction in the rotated basis, and its length.
+struct Direction {
+  std::vector<double> r;
+  double norm = 0;
+
+  explicit Direction(const FeedbackInput& in) : r(in.dim) {
+    for (int i = 0; i < in.dim; ++i) {
+      r[i] = double(in.x.get(in.row * in.dim + i)) - (in.centre ? in.centre[i] : 0);
+      norm += r[i] * r[i];
+    }
+    norm = std::sqrt(norm);
+    for (double& v : r) v /= norm;
+    rotate(r.data(), in.dim, in.seed);
+  }
+};
+
+/// A target, and how far an encoder's may be from it.
+struct Target {
+  double value, tolerance;
+};
+
+/// Target of coordinate i, given the errors of the blocks before.  u is known to `of_u` of a level, and its scale to
+/// the relative `spread`.
+inline Target target_of(const FeedbackInput& in, const std::vector<double>& u, const std::vector<double>& error, int i,
+                        double of_u, double spread, const FeedbackRounding& rounding) {
+  const int columns = in.dim == 32 ? 0 : i / 32 * 32;
+  double target = u[i], moves_with_scale = u[i], products = 0, weights = 0;
+  for (int j = 0; j < columns; ++j) {
+    const double g = half_to_float(in.feedback[i * in.dim + j]);
+    target -= g * error[j];
+    moves_with_scale += g * u[j];
+    products += std::abs(g * error[j]);
+    weights += std::abs(g);
+  }
+  return {target, of_u * (1 + weights) + spread * std::abs(moves_with_scale) +
+                      (columns + 3) * rounding.unit * (std::abs(u[i]) + products) + 2 * rounding.operand * products};
+}
+
+/// Levels nearest to a direction at its own scale, `up` levels to the side: the square of their length.
+inline double nearest_square(const FeedbackInput& in, const std::vector<double>& r, double plain, double up) {
+  double square = 0;
+  for (double v : r) {
+    const double doubled = 2 * (plain * std::abs(v) + up);
+    int m = 0;
+    if (in.bits == 8) {
+      const double level = std::clamp(std::floor(doubled / 2 + 0.5), 0.0, 127.0);
+      square += level * level;
+      continue;
+    }
+    while (m + 1 < magnitudes(in.bits) && doubled >= double_threshold(in.bits, m)) ++m;
+    square += magnitude(in.bits, m) * magnitude(in.bits, m);
+  }
+  return square;
+}
+
+/// Whether the level of a scalar code is nearest to a number of levels, give or take.
+inline bool is_nearest(int bits, int code, double levels, double tolerance) {
+  if (bits == 8) {
+    const int own = level(8, code);
+    return std::abs(std::clamp(levels, -127.0, 127.0) - own) <= 0.5 + tolerance;
+  }
+  const int m = code & (magnitudes(bits) - 1);
+  const double doubled = 2 * (code < magnitudes(bits) ? levels : -levels);
+  const bool above = doubled >= (m == 0 ? 0 : double_threshold(bits, m - 1)) - 2 * tolerance;
+  return above && (m + 1 == magnitudes(bits) || doubled <= double_threshold(bits, m) + 2 * tolerance);
+}
 
 /// Empty when codes and scale are right, else what is wrong.
 inline std::string wrong_with_feedback(const FeedbackInput& in, const uint32_t* words, uint16_t scale,
                                        const FeedbackRounding& rounding = {}) {
   const int dim = in.dim, bits = in.bits;
+  const bool trellis = in.code == Code::trellis;
   std::ostringstream wrong;
-  std::vector<double> u(dim);
-  double norm = 0;
-  for (int i = 0; i < dim; ++i) {
-    u[i] = double(in.x.get(in.row * dim + i)) - (in.centre ? in.centre[i] : 0);
-    norm += u[i] * u[i];
-  }
-  norm = std::sqrt(norm);
-  for (double& v : u) v /= norm;
-  rotate(u.data(), dim, in.seed);  // a unit vector, known to `coordinate`
-  const double coordinate = rounding.of_a_coordinate * rounding.unit;
+  const Direction of(in);
+  const double coordinate = rounding.of_a_coordinate * rounding.unit;  // of a unit vector
+  double largest = 0;
+  for (double v : of.r) largest = std::max(largest, std::abs(v));
 
-  // |levels| of the nearest codes, and the same when all coordinates beside a threshold are rounded down or up.
-  const double plain = unit(bits) * std::sqrt(double(dim));
-  double square = 0, least = 0, most = 0;
-  for (double v : u) {
-    const auto size = [&](double doubled) {
-      int m = 0;
-      while (m + 1 < magnitudes(bits) && doubled >= double_threshold(bits, m)) ++m;
-      return double(magnitude(bits, m) * magnitude(bits, m));
-    };
-    const double doubled = 2 * plain * std::abs(v), slack = 2 * plain * coordinate;
-    square += size(doubled), least += size(doubled - slack), most += size(doubled + slack);
+  // Levels of a unit: of trellis codes a constant, else |levels| of the nearest codes, which is not known exactly where
+  // coordinates lie beside a threshold.  A vector of 32 coordinates keeps the codes of nearest levels at their own
+  // unit.
+  const double plain = bits == 8 ? 127 / largest : unit(bits, trellis) * std::sqrt(double(dim));
+  double length = dim == 32 ? plain : feedback_unit(bits) * std::sqrt(double(dim)), spread = 4 * rounding.unit;
+  if (bits == 8) spread += coordinate / largest;
+  if (!trellis && dim > 32) {
+    const double slack = plain * coordinate, square = nearest_square(in, of.r, plain, 0);
+    length = std::sqrt(square);
+    spread += std::sqrt(nearest_square(in, of.r, plain, slack) / nearest_square(in, of.r, plain, -slack)) - 1;
   }
-  const double length = std::sqrt(square), spread = std::sqrt(most / least) - 1 + 4 * rounding.unit;
+  std::vector<double> u(of.r), error(dim);
   for (double& v : u) v *= length;
 
   double own = 0;
-  std::vector<double> error(dim);
-  for (int i = 0; i < dim; ++i) {
-    const int columns = dim == 32 ? 0 : i / 32 * 32;
-    double target = u[i], moves_with_scale = u[i], products = 0, weights = 0;
-    for (int j = 0; j < columns; ++j) {
-      const double g = half_to_float(in.feedback[i * dim + j]);
-      target -= g * error[j];
-      moves_with_scale += g * u[j];
-      products += std::abs(g * error[j]);
-      weights += std::abs(g);
+  for (int block = 0; block < dim; block += 32) {
+    double targets[32], tolerances[32];
+    for (int i = 0; i < 32; ++i) {
+      const Target t = target_of(in, u, error, block + i, length * coordinate, spread, rounding);
+      targets[i] = t.value, tolerances[i] = t.tolerance;
+      const int code = trellis ? 0 : code_at(words, bits, block + i);
+      if (!trellis && !is_nearest(bits, code, t.value, t.tolerance)) {
+        wrong << "coordinate " << block + i << " has level " << level(bits, code) << " for the target " << t.value
+              << " +- " << t.tolerance << "; ";
+      }
     }
-    const double tolerance = length * coordinate * (1 + weights) + spread * std::abs(moves_with_scale) +
-                             (columns + 3) * rounding.unit * (std::abs(u[i]) + products) +
-                             2 * rounding.operand * products;
-    const int code = code_at(words, bits, i), m = code & (magnitudes(bits) - 1);
-    const double doubled = 2 * (code < magnitudes(bits) ? target : -target);
-    // A vector of 32 coordinates keeps the codes of nearest levels at their own scale.
-    const double position = dim == 32 ? doubled * plain / length : doubled;
-    const bool above = position >= (m == 0 ? 0 : double_threshold(bits, m - 1)) - 2 * tolerance;
-    const bool below = m + 1 == magnitudes(bits) || position <= double_threshold(bits, m) + 2 * tolerance;
-    if (!(above && below)) {
-      wrong << "coordinate " << i << " has level " << level(bits, code) << " for the target " << target << " +- "
-            << tolerance << "; ";
+    if (trellis) wrong << wrong_path(words + block / 32 * bits, bits, targets, tolerances, rounding.search);
+    for (int i = block; i < block + 32; ++i) {
+      const int level = level_at(words, bits, in.code, i);
+      error[i] = level - u[i];
+      own += level * level;
     }
-    error[i] = level(bits, code) - u[i];
-    own += level(bits, code) * level(bits, code);
   }
-  const int want = float_to_half(float(norm / (std::sqrt(own) * level_step(bits))));
+  const int want = float_to_half(float(of.norm / (std::sqrt(own) * level_step(bits, trellis))));
   if (std::abs(want - int(scale)) > 1) wrong << "scale has bits " << scale << " instead of " << want;
   return wrong.str();
 }
@@ -112,13 +166,15 @@ inline std::vector<uint16_t> random_feedback(int heads, int dim, uint64_t seed =
 /// The same for all vectors [heads, tokens, dim] of `e`, or for several such batches; `centres` [heads, dim] or null,
 /// `feedback` [heads, dim, dim].
 inline std::string wrong_rows(const Buffer& x, const Encoded& e, int heads, uint64_t seed, const float* centres,
-                              const uint16_t* feedback) {
+                              const uint16_t* feedback, const FeedbackRounding& rounding = {}) {
   std::ostringstream wrong;
   for (size_t row = 0; row < e.scales.size(); ++row) {
     const size_t head = row / e.tokens % heads;
     const FeedbackInput in{
-        x, row, e.dim, e.bits, seed, centres ? centres + head * e.dim : nullptr, feedback + head * e.dim * e.dim};
-    const auto found = wrong_with_feedback(in, &e.codes[row * words_per_vector(e.bits, e.dim)], e.scales[row]);
+        x,     row, e.dim, e.bits, seed, centres ? centres + head * e.dim : nullptr, feedback + head * e.dim * e.dim,
+        e.code};
+    const auto found =
+        wrong_with_feedback(in, &e.codes[row * words_per_vector(e.bits, e.dim)], e.scales[row], rounding);
     if (!found.empty()) wrong << "row " << row << ": " << found << "\n";
   }
   return wrong.str();
@@ -151,7 +207,7 @@ std::string wrong_beside_bad_vectors(const Encoder& encoder, Dtype dtype, int di
     if (e.codes[i] != 0) wrong << "word " << i << " of the zero and bad vectors is " << e.codes[i] << "; ";
   }
   for (int t = 3; t < tokens; ++t) {
-    const FeedbackInput in{x, size_t(t), dim, bits, seed, nullptr, g.data()};
+    const FeedbackInput in{x, size_t(t), dim, bits, seed, nullptr, g.data(), e.code};
     const auto found = wrong_with_feedback(in, &e.codes[size_t(t) * words], e.scales[t]);
     if (!found.empty()) wrong << "vector " << t << ": " << found;
   }

@@ -25,6 +25,17 @@ inline std::vector<Bytes> bytes() {
   };
 }
 
+inline std::vector<Bytes> bytes_of_8_bits() {
+  return {
+      {8, {0xe42d01dc, 0x05e93b03, 0x6207ee4c, 0xf47f0af1, 0x0ff6810c, 0xb412f99e, 0xfdc517fb, 0x24ffd31c}, 0x4b96}};
+}
+inline std::vector<Bytes> trellis_bytes() {
+  return {
+      {2, {0x69d6dc29, 0x2a82ab06}, 0x4c4d},
+      {3, {0x86d86d46, 0x6e46e86e, 0xa0fd932c}, 0x4c6a},
+  };
+}
+
 /// A vector whose rotated coordinates are v + v^5 / 20000 with v = (11 i + 5) mod 32 - 15.5.
 inline std::vector<float> vector() {
   std::vector<double> r(kDim);

@@ -1,11 +1,15 @@
 // Vectors, their codes, and one call that turns one into the other, for the tests of the codec.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <random>
+#include <sstream>
+#include <string>
 #include <vector>
 
 #include "cases.h"
+#include "reference/trellis.h"
 
 namespace turboquant::cases {
 
@@ -14,26 +18,29 @@ struct Encoded {
   int heads, tokens, dim, bits;
   std::vector<uint32_t> codes;
   std::vector<uint16_t> scales;
-  Encoded(int heads, int tokens, int dim, int bits)
+  Code code;
+  Encoded(int heads, int tokens, int dim, int bits, Code code = Code::scalar)
       : heads(heads),
         tokens(tokens),
         dim(dim),
         bits(bits),
         codes(size_t(heads) * tokens * words_per_vector(bits, dim), 0xdeadbeef),
-        scales(size_t(heads) * tokens, 0x1234) {}
+        scales(size_t(heads) * tokens, 0x1234),
+        code(code) {}
   MutablePacked view() {
     const int64_t row = int64_t(tokens) * words_per_vector(bits, dim);
-    return {codes.data(), scales.data(), bits, heads * row, row, int64_t(heads) * tokens, tokens};
+    return {codes.data(), scales.data(), bits, heads * row, row, int64_t(heads) * tokens, tokens, code};
   }
   Packed packed() const {
     const int64_t row = int64_t(tokens) * words_per_vector(bits, dim);
-    return {codes.data(), scales.data(), bits, heads * row, row, int64_t(heads) * tokens, tokens};
+    return {codes.data(), scales.data(), bits, heads * row, row, int64_t(heads) * tokens, tokens, code};
   }
 };
 
 inline Encoded encode_rows(const Buffer& x, int heads, int tokens, int dim, int bits, Backend backend,
-                           uint64_t seed = 3, const float* centre = nullptr, const uint16_t* feedback = nullptr) {
-  Encoded e(heads, tokens, dim, bits);
+                           uint64_t seed = 3, const float* centre = nullptr, const uint16_t* feedback = nullptr,
+                           Code code = Code::scalar) {
+  Encoded e(heads, tokens, dim, bits, code);
   EncodeParams p;
   p.batch = 1, p.heads = heads, p.tokens = tokens, p.head_dim = dim, p.seed = seed;
   p.centre = centre, p.feedback = feedback;
@@ -69,6 +76,54 @@ inline int code_at(const uint32_t* words, int bits, int i) {
     code |= int(group[bit_word(bits, i % 32, bit)] >> bit_position(bits, i % 32, bit) & 1) << bit;
   }
   return code;
+}
+
+/// Levels of a group of 32 trellis codes, by coordinate, from format.h's own words about where bits lie.
+inline std::vector<int> trellis_levels(const uint32_t* words, int bits) {
+  const uint32_t u = words[bits - 1], z1 = trellis_z1(u), z0 = trellis_z0(u);
+  std::vector<int> levels;
+  for (int i = 0; i < 32; ++i) {
+    const int t = trellis_step(i);
+    int index = int(z1 >> t & 1) * 2 + int(z0 >> t & 1);
+    for (int bit = 1; bit < bits; ++bit) {
+      index |= int(words[trellis_word(bits, i, bit)] >> trellis_position(bits, i, bit) & 1) << (bit + 1);
+    }
+    levels.push_back(trellis_level(bits, index));
+  }
+  return levels;
+}
+
+/// Level of coordinate i of a vector, whatever its codes.
+inline int level_at(const uint32_t* words, int bits, Code code, int i) {
+  if (code == Code::scalar) return level(bits, code_at(words, bits, i));
+  return trellis_levels(words + i / 32 * bits, bits)[size_t(i % 32)];
+}
+
+/// How a search may round: targets, in levels, and the cost of a step, in squared levels or relative to its size.
+struct SearchRounding {
+  double cost = 0, relative_cost = 0x1p-23;
+};
+
+/// Empty when no path through the trellis is nearer to a group's targets than the path of `words`, else what is wrong.
+/// `tolerance` [32]: how far off the encoder's targets may be.
+inline std::string wrong_path(const uint32_t* words, int bits, const double* targets, const double* tolerance,
+                              const SearchRounding& rounding = {}) {
+  const double limit = trellis_limit(bits);
+  const auto levels = trellis_levels(words, bits);
+  int best[32];
+  const double least = reference::search_trellis(bits, targets, best);
+  double cost = 0, slack = 0;
+  for (int i = 0; i < 32; ++i) {
+    const double t = std::clamp(targets[i], -limit, limit), off = t - levels[i],
+                 of_best = t - trellis_level(bits, best[i]);
+    cost += off * off;
+    slack += 2 * tolerance[i] * (std::abs(off) + std::abs(of_best) + tolerance[i]);
+    slack += 2 * rounding.cost + 32 * rounding.relative_cost * (off * off + of_best * of_best + t * t);
+  }
+  if (cost <= least + slack) return "";
+  std::ostringstream wrong;
+  wrong << "a path's squared error is " << cost << ", the least is " << least << " +- " << slack << "; ";
+  return wrong.str();
 }
 
 }  // namespace turboquant::cases

@@ -114,7 +114,7 @@ def rewritten(cache, **changes):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"format": 2}, "saved in format 2; this build reads 1"),
+        ({"format": 3}, "saved in format 3; this build reads 1 and 2"),
         ({"kind": "KVCache"}, "kind of the saved cache is KVCache; expected TurboQuantKVCache"),
         ({"codebook": "uniform"}, "codebook of the saved cache is uniform"),
         ({"key_bits": 4}, "keys of 4 bits must have"),
