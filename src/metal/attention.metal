@@ -48,9 +48,70 @@ uint nibbles(const thread uint* words, int part) {
   return (words[0] >> 3 & 0x11111111u) | (words[1] >> 2 & 0x22222222u) | (words[B - 1] >> 1 & 0x44444444u);
 }
 
+/// Packed vectors [batch, KV heads, tokens], dense within a head.
+template <class Codes, class CodeStrides, class Scales, class ScaleStrides>
+struct Packed {
+  Codes codes;
+  CodeStrides code_strides;
+  Scales scales;
+  ScaleStrides scale_strides;
+};
+template <class Codes, class CodeStrides, class Scales, class ScaleStrides>
+Packed<Codes, CodeStrides, Scales, ScaleStrides> packed(Codes codes, CodeStrides code_strides, Scales scales,
+                                                        ScaleStrides scale_strides) {
+  return {codes, code_strides, scales, scale_strides};
+}
+
+template <class Packed>
+auto codes_of_head(Packed in, int b, int kv) {
+  return in.codes + (b * in.code_strides[0] + kv * in.code_strides[1]);
+}
+template <class Packed>
+auto scales_of_head(Packed in, int b, int kv) {
+  return in.scales + (b * in.scale_strides[0] + kv * in.scale_strides[1]);
+}
+
+/// What decides which keys a row sees.
+template <class Params, class Starts, class Mask, class MaskStrides>
+struct Rules {
+  Params params;
+  Starts starts;
+  Mask mask;
+  MaskStrides mask_strides;
+};
+template <class Params, class Starts, class Mask, class MaskStrides>
+Rules<Params, Starts, Mask, MaskStrides> rules_of(Params params, Starts starts, Mask mask, MaskStrides mask_strides) {
+  return {params, starts, mask, mask_strides};
+}
+
+/// What the end of a row reads beside its sums.
+template <class Query, class Sinks, class KeyCentre, class ValueCentre>
+struct Ending {
+  Query query;
+  Sinks sinks;
+  KeyCentre key_centre;
+  ValueCentre value_centre;
+};
+template <class Query, class Sinks, class KeyCentre, class ValueCentre>
+Ending<Query, Sinks, KeyCentre, ValueCentre> ending(Query query, Sinks sinks, KeyCentre key_centre,
+                                                    ValueCentre value_centre) {
+  return {query, sinks, key_centre, value_centre};
+}
+
+/// Partial results of all rows and splits.
+template <class X, class Stats>
+struct Partials {
+  X x;
+  Stats stats;
+};
+template <class X, class Stats>
+Partials<X, Stats> partials(X x, Stats stats) {
+  return {x, stats};
+}
+
 /// A row of attention: where its query stands and which keys its rules let it see.
 struct Row {
-  int head, query, first, last;
+  int batch, head, query, first, last;
 };
 
 /// Row `index` of KV head `kv`; one beyond the last sees nothing.
@@ -60,6 +121,7 @@ Row find_row(Params params, Starts starts, int index, int kv, int b) {
   const int group = params[metal_layout::kQueryHeads] / params[metal_layout::kKvHeads];
   const int flags = params[metal_layout::kFlags], window = params[metal_layout::kWindow];
   Row row;
+  row.batch = b;
   row.query = index / group;
   row.head = kv * group + index % group;
   const int position = kv_len - query_len + row.query;
@@ -86,22 +148,25 @@ int2 split_range(Params params, Starts starts, int begin, int end, int kv, int b
 }
 
 /// The score of a key in base 2 after the mask; minus infinity when it is hidden.
-template <class Params, class Mask, class Strides>
-float masked(float score, Row row, int key, int b, Params params, Mask mask, Strides strides) {
-  const int flags = params[metal_layout::kFlags];
+template <class Rules>
+float masked(float score, Row row, int key, Rules rules) {
+  const int flags = rules.params[metal_layout::kFlags];
   if (key < row.first || key >= row.last) return -INFINITY;
   if (!(flags & (metal_layout::kBooleanMask | metal_layout::kAdditiveMask))) return score;
-  const float value = float(mask[b * strides[0] + row.head * strides[1] + row.query * strides[2] + key * strides[3]]);
+  const auto strides = rules.mask_strides;
+  const float value =
+      float(rules.mask[row.batch * strides[0] + row.head * strides[1] + row.query * strides[2] + key * strides[3]]);
   if (flags & metal_layout::kBooleanMask) return value == 0.0f ? -INFINITY : score;
   return value == -INFINITY ? -INFINITY : fma(value, log2_e(), score);
 }
 
 /// Loads a query and rotates it.
-template <int D, class Q, class Strides, class Params>
-void load_query(thread float* x, Q q, Strides strides, Row row, int b, Params params, ushort lane) {
-  const long at = b * strides[0] + row.head * strides[1] + row.query * strides[2];
+template <int D, class Query, class Params>
+void load_query(thread float* x, Query query, Row row, Params params, ushort lane) {
+  const auto strides = query.strides;
+  const long at = row.batch * strides[0] + row.head * strides[1] + row.query * strides[2];
   TQ_UNROLL
-  for (int r = 0; r < D / 32; ++r) x[r] = float(q[at + (32 * r + lane) * strides[3]]);
+  for (int r = 0; r < D / 32; ++r) x[r] = float(query.data[at + (32 * r + lane) * strides[3]]);
   rotate_vector<D>(x, params, lane);
 }
 
@@ -121,10 +186,8 @@ float normalise_query(thread float* x, Params params) {
 }
 
 /// The end of a row: the sink, the division, the way back to the original basis, the centre.
-template <class T, int D, class Q, class Strides, class Sinks, class KeyCentre, class ValueCentre, class Out,
-          class Params>
-void finish_row(float m, float sum, thread float* x, Row row, int b, Q q, Strides strides, Sinks sinks,
-                KeyCentre key_centre, ValueCentre value_centre, Out out, Params params, ushort lane) {
+template <class T, int D, class Ending, class Out, class Params>
+void finish_row(float m, float sum, thread float* x, Row row, Ending ending, Out out, Params params, ushort lane) {
   const int flags = params[metal_layout::kFlags];
   const int group = params[metal_layout::kQueryHeads] / params[metal_layout::kKvHeads];
   const int centre = row.head / group * D;
@@ -133,88 +196,87 @@ void finish_row(float m, float sum, thread float* x, Row row, int b, Q q, Stride
     // A centre on the keys shifts every score of the row; here it is taken from the sink instead.
     float shift = 0.0f;
     if (flags & metal_layout::kKeyCentre) {
-      const long at = b * strides[0] + row.head * strides[1] + row.query * strides[2];
+      const auto strides = ending.query.strides;
+      const long at = row.batch * strides[0] + row.head * strides[1] + row.query * strides[2];
       TQ_UNROLL
       for (int r = 0; r < D / 32; ++r) {
         const int i = 32 * r + lane;
-        shift = fma(float(q[at + i * strides[3]]), float(key_centre[centre + i]), shift);
+        shift = fma(float(ending.query.data[at + i * strides[3]]), float(ending.key_centre[centre + i]), shift);
       }
       shift = simd_sum(shift) * as_type<float>(int(params[metal_layout::kScale]));
     }
-    const float sink = (float(sinks[row.head]) - shift) * log2_e();
+    const float sink = (float(ending.sinks[row.head]) - shift) * log2_e();
     const float top = fmax(m, sink);
     part = exp2_difference(m, top);
     total = sum * part + exp2_difference(sink, top);
   }
   const float factor = total == 0.0f ? 0.0f : part / total;
   unrotate_vector<D>(x, params, lane);
-  const ulong at =
-      (ulong(b * params[metal_layout::kQueryHeads] + row.head) * params[metal_layout::kQueryLen] + row.query) * D;
+  const ulong its_row = ulong(row.batch * params[metal_layout::kQueryHeads] + row.head);
+  const ulong at = (its_row * params[metal_layout::kQueryLen] + row.query) * D;
   TQ_UNROLL
   for (int r = 0; r < D / 32; ++r) {
     const int i = 32 * r + lane;
-    const float mean = (flags & metal_layout::kValueCentre) ? float(value_centre[centre + i]) * sum : 0.0f;
+    const float mean = (flags & metal_layout::kValueCentre) ? float(ending.value_centre[centre + i]) * sum : 0.0f;
     out[at + i] = T((x[r] + mean) * factor);
   }
 }
 
 /// Where the partial result of a row lies: in units of D numbers (x) and of kStats numbers.
 template <class Params>
-ulong partial_index(Params params, int split, int b, Row row) {
+ulong partial_index(Params params, int split, Row row) {
   const int heads = params[metal_layout::kQueryHeads], queries = params[metal_layout::kQueryLen];
-  const int batch_row = (b * heads + row.head) * queries + row.query;
+  const int batch_row = (row.batch * heads + row.head) * queries + row.query;
   return ulong(batch_row) * params[metal_layout::kSplits] + split;
 }
 
 /// Writes the partial result of a row.
-template <int D, class Partial, class Stats, class Params>
-void write_partial(float m, float sum, const thread float* x, Row row, int b, int split, Partial partial, Stats stats,
-                   Params params, ushort lane) {
-  const ulong at = partial_index(params, split, b, row);
+template <int D, class Partials, class Params>
+void write_partial(float m, float sum, const thread float* x, Row row, int split, Partials out, Params params,
+                   ushort lane) {
+  const ulong at = partial_index(params, split, row);
   float largest = 0.0f;
   TQ_UNROLL
   for (int r = 0; r < D / 32; ++r) largest = fmax(largest, fabs(x[r]));
   largest = simd_max(largest);
   const float inverse = largest > 0.0f ? 1.0f / largest : 0.0f;
   TQ_UNROLL
-  for (int r = 0; r < D / 32; ++r) partial[at * D + 32 * r + lane] = half(x[r] * inverse);
+  for (int r = 0; r < D / 32; ++r) out.x[at * D + 32 * r + lane] = half(x[r] * inverse);
   if (lane == 0) {
-    stats[at * metal_layout::kStats + metal_layout::kMaximum] = m;
-    stats[at * metal_layout::kStats + metal_layout::kSum] = sum;
-    stats[at * metal_layout::kStats + metal_layout::kLargest] = largest;
+    out.stats[at * metal_layout::kStats + metal_layout::kMaximum] = m;
+    out.stats[at * metal_layout::kStats + metal_layout::kSum] = sum;
+    out.stats[at * metal_layout::kStats + metal_layout::kLargest] = largest;
   }
 }
 
 /// Merges the splits of one row: a SIMD-group a row.  `index` counts (batch, head, query).
-template <class T, int D, class Q, class Strides, class Partial, class Stats, class Sinks, class KeyCentre,
-          class ValueCentre, class Out, class Params>
-void merge_splits(Q q, Strides strides, Partial partial, Stats stats, Sinks sinks, KeyCentre key_centre,
-                  ValueCentre value_centre, Out out, Params params, int index, ushort lane) {
+template <class T, int D, class Partials, class Ending, class Out, class Params>
+void merge_splits(Partials in, Ending ending, Out out, Params params, int index, ushort lane) {
   const int heads = params[metal_layout::kQueryHeads], queries = params[metal_layout::kQueryLen];
   const int splits = params[metal_layout::kSplits];
   Row row;
   row.query = index % queries;
   row.head = index / queries % heads;
   row.first = row.last = 0;
-  const int b = index / queries / heads;
-  const ulong first = partial_index(params, 0, b, row);
+  row.batch = index / queries / heads;
+  const ulong first = partial_index(params, 0, row);
   float m = -INFINITY;
   for (int s = lane; s < splits; s += 32) {
-    m = fmax(m, float(stats[(first + s) * metal_layout::kStats + metal_layout::kMaximum]));
+    m = fmax(m, float(in.stats[(first + s) * metal_layout::kStats + metal_layout::kMaximum]));
   }
   m = simd_max(m);
   float x[D / 32] = {};
   float sum = 0.0f;
   for (int s = 0; s < splits; ++s) {
     const ulong its = (first + s) * metal_layout::kStats;
-    const float factor = exp2_difference(stats[its + metal_layout::kMaximum], m);
+    const float factor = exp2_difference(in.stats[its + metal_layout::kMaximum], m);
     // A split whose scores are all NaN has m = -infinity, so factor 0, and a sum that is NaN, which stays NaN.
-    sum += stats[its + metal_layout::kSum] * factor;
-    const float unit_of_x = factor * stats[its + metal_layout::kLargest];
+    sum += in.stats[its + metal_layout::kSum] * factor;
+    const float unit_of_x = factor * in.stats[its + metal_layout::kLargest];
     TQ_UNROLL
-    for (int r = 0; r < D / 32; ++r) x[r] = fma(unit_of_x, float(partial[(first + s) * D + 32 * r + lane]), x[r]);
+    for (int r = 0; r < D / 32; ++r) x[r] = fma(unit_of_x, float(in.x[(first + s) * D + 32 * r + lane]), x[r]);
   }
-  finish_row<T, D>(m, sum, x, row, b, q, strides, sinks, key_centre, value_centre, out, params, lane);
+  finish_row<T, D>(m, sum, x, row, ending, out, params, lane);
 }
 
 }  // namespace turboquant

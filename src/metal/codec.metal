@@ -2,6 +2,29 @@
 
 namespace turboquant {
 
+/// Vectors to encode: x [batch, heads, tokens, D]; centre [heads, D], if there is one.
+template <class X, class Centre>
+struct Side {
+  X x;
+  Centre centre;
+  bool centred;
+};
+template <class X, class Centre>
+Side<X, Centre> side(X x, Centre centre, bool centred) {
+  return {x, centre, centred};
+}
+
+/// Where their codes and scales go, both dense.
+template <class Codes, class Scales>
+struct Encoded {
+  Codes codes;
+  Scales scales;
+};
+template <class Codes, class Scales>
+Encoded<Codes, Scales> encoded(Codes codes, Scales scales) {
+  return {codes, scales};
+}
+
 /// A rotated vector in the registers of a SIMD-group.
 template <int D>
 struct Rotated {
@@ -12,12 +35,13 @@ struct Rotated {
   bool empty;  // nothing to code: zero or not finite
 };
 
-/// Vector `v` of one side.  x [batch, heads, tokens, D] with any strides.
-template <int D, class X, class Strides, class Centre, class Params>
-Rotated<D> load_rotated(X x, Strides strides, Centre centre, bool centred, Params params, uint v, ushort lane) {
+/// Vector `v` of one side.
+template <int D, class Side, class Params>
+Rotated<D> load_rotated(Side side, Params params, uint v, ushort lane) {
   constexpr int registers = D / 32;
   const int tokens = params[metal_layout::kTokens], heads = params[metal_layout::kHeads];
   const int t = int(v) % tokens, h = int(v) / tokens % heads, b = int(v) / tokens / heads;
+  const auto strides = side.x.strides;
   const long row = b * strides[0] + h * strides[1] + t * strides[2];
   Rotated<D> of;
   float largest = 0.0f;
@@ -25,7 +49,7 @@ Rotated<D> load_rotated(X x, Strides strides, Centre centre, bool centred, Param
   TQ_UNROLL
   for (int r = 0; r < registers; ++r) {
     const int i = 32 * r + lane;
-    of.y[r] = float(x[row + i * strides[3]]) - (centred ? float(centre[h * D + i]) : 0.0f);
+    of.y[r] = float(side.x.data[row + i * strides[3]]) - (side.centred ? float(side.centre[h * D + i]) : 0.0f);
     finite = finite && isfinite(of.y[r]);
     largest = fmax(largest, fabs(of.y[r]));
   }
@@ -72,10 +96,10 @@ int nearest_codes(const thread Rotated<D>& of, thread uint* code) {
   return simd_sum(level_square);
 }
 
-/// Writes vector `v`; codes and scales are dense.
-template <int B, int D, class Codes, class Scales>
-void write_vector(const thread Rotated<D>& of, const thread uint* code, int level_square, Codes codes, Scales scales,
-                  uint v, ushort lane) {
+/// Writes vector `v`.
+template <int B, int D, class Out>
+void write_vector(const thread Rotated<D>& of, const thread uint* code, int level_square, Out out, uint v,
+                  ushort lane) {
   constexpr int registers = D / 32;
   TQ_UNROLL
   for (int r = 0; r < registers; ++r) {
@@ -85,21 +109,20 @@ void write_vector(const thread Rotated<D>& of, const thread uint* code, int leve
         if (bit_word(B, lane, bit) == w) bits |= (code[r] >> bit & 1u) << bit_position(B, lane, bit);
       }
       bits = simd_or(bits);
-      if (lane == w) codes[ulong(v) * (B * registers) + r * B + w] = bits;
+      if (lane == w) out.codes[ulong(v) * (B * registers) + r * B + w] = bits;
     }
   }
   const float scale = of.grow * sqrt(of.square / float(level_square)) / level_step(B);
-  if (lane == 0) scales[v] = !of.finite ? half(as_type<float>(0x7fc00000u)) : of.empty ? half(0.0f) : half(scale);
+  if (lane == 0) out.scales[v] = !of.finite ? half(as_type<float>(0x7fc00000u)) : of.empty ? half(0.0f) : half(scale);
 }
 
 /// Encodes vector `v` of one side.
-template <int B, int D, class X, class Strides, class Centre, class Codes, class Scales, class Params>
-void encode_vector(X x, Strides strides, Centre centre, bool centred, Codes codes, Scales scales, Params params, uint v,
-                   ushort lane) {
-  const Rotated<D> of = load_rotated<D>(x, strides, centre, centred, params, v, lane);
+template <int B, int D, class Side, class Out, class Params>
+void encode_vector(Side side, Out out, Params params, uint v, ushort lane) {
+  const Rotated<D> of = load_rotated<D>(side, params, v, lane);
   uint code[D / 32];
   const int level_square = nearest_codes<B, D>(of, code);
-  write_vector<B, D>(of, code, level_square, codes, scales, v, lane);
+  write_vector<B, D>(of, code, level_square, out, v, lane);
 }
 
 /// Codes of u, in levels, 32 coordinates after another: errors of those before, multiplied by rows of `feedback`
@@ -139,10 +162,9 @@ int codes_with_feedback(const thread float* u, Feedback feedback, thread uint* c
 }
 
 /// encode_vector with feedback [heads, D, D], if it is `given`; D > 32.
-template <int B, int D, class X, class Strides, class Centre, class Feedback, class Codes, class Scales, class Params>
-void encode_with_feedback(X x, Strides strides, Centre centre, bool centred, Feedback feedback, bool given, Codes codes,
-                          Scales scales, Params params, uint v, ushort lane) {
-  const Rotated<D> of = load_rotated<D>(x, strides, centre, centred, params, v, lane);
+template <int B, int D, class Side, class Feedback, class Out, class Params>
+void encode_with_feedback(Side side, Feedback feedback, bool given, Out out, Params params, uint v, ushort lane) {
+  const Rotated<D> of = load_rotated<D>(side, params, v, lane);
   uint code[D / 32];
   int level_square = nearest_codes<B, D>(of, code);
   if (given && !of.empty) {
@@ -154,7 +176,7 @@ void encode_with_feedback(X x, Strides strides, Centre centre, bool centred, Fee
     const int h = int(v) / params[metal_layout::kTokens] % params[metal_layout::kHeads];
     level_square = codes_with_feedback<B, D>(u, feedback + h * (D * D), code, lane);
   }
-  write_vector<B, D>(of, code, level_square, codes, scales, v, lane);
+  write_vector<B, D>(of, code, level_square, out, v, lane);
 }
 
 /// Decodes vector `v`; everything dense.

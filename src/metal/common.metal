@@ -23,6 +23,23 @@ using namespace metal;
 
 namespace turboquant {
 
+/// An array of any strides, which count elements.
+template <class Data, class Strides>
+struct Strided {
+  Data data;
+  Strides strides;
+};
+template <class Data, class Strides>
+Strided<Data, Strides> strided(Data data, Strides strides) {
+  return {data, strides};
+}
+
+/// Where a thread stands.
+struct Place {
+  uint3 group;  // of its threadgroup in the grid
+  ushort lane, simdgroup;
+};
+
 /// The odd factor of a head dimension, a multiple of 32 up to 256 (a formula, since Metal has no recursion).
 constexpr int odd_part(int dim) { return dim % 96 == 0 ? 3 : dim % 160 == 0 ? 5 : dim % 224 == 0 ? 7 : 1; }
 

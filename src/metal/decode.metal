@@ -170,8 +170,7 @@ void score_pairs(Shared shared, Codes codes, int block, int last, thread float* 
 /// add_values for 2 bits, by pairs of tokens: a table of 16 entries holds what each pair of codes adds to R rows.
 /// Weights are at most 1.
 template <int D, int R, class Shared, class Codes>
-void add_value_pairs(Shared shared, Codes codes, int block, int count, thread float* x, ushort lane,
-                     ushort simdgroup) {
+void add_value_pairs(Shared shared, Codes codes, int block, int count, thread float* x, ushort lane, ushort simdgroup) {
   constexpr int groups = D / 32, words = 2 * groups, lanes = 4 * lanes_per_token(D), pairs = 32 / lanes;
   const int group = min(int(lane) % lanes / 4, groups - 1), part = lane % 4;
   const int word = 2 * group + (part & 1), shift = part & 2;
@@ -206,27 +205,24 @@ void add_value_pairs(Shared shared, Codes codes, int block, int count, thread fl
   }
 }
 
-/// The kernel.  position: (row tile, split, batch * KV heads + KV head); the tiles that read the same codes start
+/// The kernel.  place.group: (row tile, split, batch * KV heads + KV head); the tiles that read the same codes start
 /// side by side.
-template <int KB, int VB, int D, int R, class Shared, class Q, class QStrides, class KeyCodes, class KeyScales,
-          class ValueCodes, class ValueScales, class CodeStrides, class ScaleStrides, class Starts, class Mask,
-          class MaskStrides, class Partial, class Stats, class Params>
-void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, CodeStrides key_codes_strides,
-                   KeyScales key_scales, ScaleStrides key_scales_strides, ValueCodes value_codes,
-                   CodeStrides value_codes_strides, ValueScales value_scales, ScaleStrides value_scales_strides,
-                   Starts starts, Mask mask, MaskStrides mask_strides, Partial partial, Stats stats, Params params,
-                   uint3 position, ushort lane, ushort simdgroup) {
+template <int KB, int VB, int D, int R, class Shared, class Query, class Keys, class Values, class Rules,
+          class Partials>
+void attend_decode(Shared shared, Query query, Keys keys, Values values, Rules rules, Partials out, Place place) {
   constexpr int registers = D / 32, groups = D / 32, lanes = lanes_per_token(D);
   static_assert(sizeof(DecodeShared<KB, VB, D, R>) <= metal_layout::kThreadgroupBytes, "too much threadgroup memory");
+  const auto params = rules.params;
+  const ushort lane = place.lane, simdgroup = place.simdgroup;
   const int kv_heads = params[metal_layout::kKvHeads];
-  const int tile = position.x, split = position.y, kv = position.z % kv_heads, b = position.z / kv_heads;
+  const int tile = place.group.x, split = place.group.y, kv = place.group.z % kv_heads, b = place.group.z / kv_heads;
   const ushort thread_index = ushort(32 * simdgroup + lane);
   if (KB != 2) fill_table<KB, metal_layout::kDecodeThreads>(shared->key_table + 0, thread_index);
   if (VB != 2) fill_table<VB, metal_layout::kDecodeThreads>(shared->value_table + 0, thread_index);
   for (int r = simdgroup; r < R; r += metal_layout::kDecodeSimdgroups) {
-    const Row row = find_row(params, starts, tile * R + r, kv, b);
+    const Row row = find_row(params, rules.starts, tile * R + r, kv, b);
     float x[registers] = {};
-    if (row.query < params[metal_layout::kQueryLen]) load_query<D>(x, q, q_strides, row, b, params, lane);
+    if (row.query < params[metal_layout::kQueryLen]) load_query<D>(x, query, row, params, lane);
     const float factor = normalise_query<KB, D>(x, params);
     TQ_UNROLL
     for (int i = 0; i < registers; ++i) {
@@ -243,7 +239,7 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
 
   Row rows[R];
   TQ_UNROLL
-  for (int r = 0; r < R; ++r) rows[r] = find_row(params, starts, tile * R + r, kv, b);
+  for (int r = 0; r < R; ++r) rows[r] = find_row(params, rules.starts, tile * R + r, kv, b);
   if (KB == 2) {
     fill_key_pairs<D, R>(shared, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -255,15 +251,12 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
     TQ_UNROLL
     for (int i = 0; i < 16; ++i) {
       const int group = lane % lanes;
-      mine[16 * r + i] =
-          KB != 2 && group < groups ? shared->q[r][16 * group + i] : half2(half(0.0f), half(0.0f));
+      mine[16 * r + i] = KB != 2 && group < groups ? shared->q[r][16 * group + i] : half2(half(0.0f), half(0.0f));
     }
   }
-  auto key_rows = key_codes + (b * key_codes_strides[0] + kv * key_codes_strides[1]);
-  auto value_rows = value_codes + (b * value_codes_strides[0] + kv * value_codes_strides[1]);
-  const long key_scale = b * key_scales_strides[0] + kv * key_scales_strides[1];
-  const long value_scale = b * value_scales_strides[0] + kv * value_scales_strides[1];
-  const int2 range = split_range(params, starts, tile * R, (tile + 1) * R, kv, b, split);
+  const auto key_codes = codes_of_head(keys, b, kv), value_codes = codes_of_head(values, b, kv);
+  const auto key_scales = scales_of_head(keys, b, kv), value_scales = scales_of_head(values, b, kv);
+  const int2 range = split_range(params, rules.starts, tile * R, (tile + 1) * R, kv, b, split);
 
   // x is in units of exp2(m), or, with 2 bits, of exp2(mv): mv is the maximum of the scores with the values' scales in
   // them, which keeps the weights in the range and precision of half.
@@ -277,22 +270,22 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
   for (int block = range.x + metal_layout::kBlock * simdgroup; block < range.y; block += metal_layout::kDecodeThreads) {
     float scores[R];
     if (KB == 2) {
-      score_pairs<D, R>(shared, key_rows, block, range.y, scores, lane);
+      score_pairs<D, R>(shared, key_codes, block, range.y, scores, lane);
     } else {
-      score_block<KB, D, R>(shared, key_rows, block, range.y, mine, lane, simdgroup);
+      score_block<KB, D, R>(shared, key_codes, block, range.y, mine, lane, simdgroup);
       simdgroup_barrier(mem_flags::mem_threadgroup);
       TQ_UNROLL
       for (int r = 0; r < R; ++r) scores[r] = shared->scores[simdgroup][r * metal_layout::kBlock + lane];
     }
     const int t = min(block + lane, range.y - 1);
-    const float scale_k = checked_scale(float(key_scales[key_scale + t]));
-    const float scale_v = checked_scale(float(value_scales[value_scale + t]));
+    const float scale_k = checked_scale(float(key_scales[t]));
+    const float scale_v = checked_scale(float(value_scales[t]));
     const float log2_scale_v = VB == 2 ? log2(scale_v) : 0.0f;
     typename Rows<R>::type weights;
     TQ_UNROLL
     for (int r = 0; r < R; ++r) {
       float score = scores[r] * (scale_k * shared->factor[r]);
-      score = block + lane < range.y ? masked(score, rows[r], t, b, params, mask, mask_strides) : -INFINITY;
+      score = block + lane < range.y ? masked(score, rows[r], t, rules) : -INFINITY;
       const float top = fmax(m[r], simd_max(score));
       const float weight = exp2_difference(score, top), old = exp2_difference(m[r], top);
       m[r] = top;
@@ -316,9 +309,9 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
     simdgroup_barrier(mem_flags::mem_threadgroup);
     const int count = min(range.y - block, int(metal_layout::kBlock));
     if (VB == 2) {
-      add_value_pairs<D, R>(shared, value_rows, block, count, x, lane, simdgroup);
+      add_value_pairs<D, R>(shared, value_codes, block, count, x, lane, simdgroup);
     } else {
-      add_values<VB, D, R>(shared, value_rows, block, count, x, lane, simdgroup);
+      add_values<VB, D, R>(shared, value_codes, block, count, x, lane, simdgroup);
       simdgroup_barrier(mem_flags::mem_threadgroup);
     }
   }
@@ -353,7 +346,7 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
   for (int r = simdgroup; r < R; r += metal_layout::kDecodeSimdgroups) {
-    const Row row = find_row(params, starts, tile * R + r, kv, b);
+    const Row row = find_row(params, rules.starts, tile * R + r, kv, b);
     if (row.query >= params[metal_layout::kQueryLen]) continue;
     float top = shared->m[0][r], total = 0.0f;
     for (int o = 1; o < metal_layout::kDecodeSimdgroups; ++o) top = fmax(top, shared->m[o][r]);
@@ -363,7 +356,7 @@ void attend_decode(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, C
     float y[registers];
     TQ_UNROLL
     for (int i = 0; i < registers; ++i) y[i] = shared->x[r][32 * i + lane];
-    write_partial<D>(top, total, y, row, b, split, partial, stats, params, lane);
+    write_partial<D>(top, total, y, row, split, out, params, lane);
   }
 }
 

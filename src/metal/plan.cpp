@@ -31,76 +31,91 @@ Params base_params(uint64_t seed) {
   return p;
 }
 
-constexpr char kEncodeOne[] = R"(
-  const uint v = threadgroup_position_in_grid.x * 4 + simdgroup_index_in_threadgroup;
-  if (int(v) >= params[turboquant::metal_layout::kVectors]) return;
-  const int flags = params[turboquant::metal_layout::kFlags];
-  turboquant::encode_vector<XB, D>(x, x_strides, x_centre, flags & turboquant::metal_layout::kCentre, x_codes, x_scales,
-                                   params, v, ushort(thread_index_in_simdgroup));
-)";
-constexpr char kEncodeTwo[] = R"(
-  const uint v = threadgroup_position_in_grid.x * 4 + simdgroup_index_in_threadgroup;
-  if (int(v) >= params[turboquant::metal_layout::kVectors]) return;
-  const int flags = params[turboquant::metal_layout::kFlags];
-  if (threadgroup_position_in_grid.y == 0) {
-    turboquant::encode_vector<XB, D>(x, x_strides, x_centre, flags & turboquant::metal_layout::kCentre, x_codes,
-                                     x_scales, params, v, ushort(thread_index_in_simdgroup));
-  } else {
-    turboquant::encode_vector<YB, D>(y, y_strides, y_centre, flags & turboquant::metal_layout::kSecondCentre, y_codes,
-                                     y_scales, params, v, ushort(thread_index_in_simdgroup));
+// Bodies.  MLX declares the arguments of a kernel by the names that occur in its body: an input by its own name, its
+// strides as <name>_strides, and attributes such as thread_index_in_simdgroup.
+
+/// A text with every NAME replaced.
+std::string fill(std::string text, const std::vector<std::pair<std::string, std::string>>& names) {
+  for (const auto& [name, value] : names) {
+    for (size_t at; (at = text.find(name)) != std::string::npos;) text.replace(at, name.size(), value);
   }
-)";
-constexpr char kEncodeOneFeedback[] = R"(
-  const uint v = threadgroup_position_in_grid.x * 4 + simdgroup_index_in_threadgroup;
-  if (int(v) >= params[turboquant::metal_layout::kVectors]) return;
-  const int flags = params[turboquant::metal_layout::kFlags];
-  turboquant::encode_with_feedback<XB, D>(x, x_strides, x_centre, flags & turboquant::metal_layout::kCentre, x_feedback,
-                                          flags & turboquant::metal_layout::kFeedback, x_codes, x_scales, params, v,
-                                          ushort(thread_index_in_simdgroup));
-)";
-constexpr char kEncodeTwoFeedback[] = R"(
-  const uint v = threadgroup_position_in_grid.x * 4 + simdgroup_index_in_threadgroup;
-  if (int(v) >= params[turboquant::metal_layout::kVectors]) return;
-  const int flags = params[turboquant::metal_layout::kFlags];
-  if (threadgroup_position_in_grid.y == 0) {
-    turboquant::encode_with_feedback<XB, D>(x, x_strides, x_centre, flags & turboquant::metal_layout::kCentre,
-                                            x_feedback, flags & turboquant::metal_layout::kFeedback, x_codes, x_scales,
-                                            params, v, ushort(thread_index_in_simdgroup));
-  } else {
-    turboquant::encode_with_feedback<YB, D>(y, y_strides, y_centre, flags & turboquant::metal_layout::kSecondCentre,
-                                            y_feedback, flags & turboquant::metal_layout::kSecondFeedback, y_codes,
-                                            y_scales, params, v, ushort(thread_index_in_simdgroup));
-  }
-)";
-constexpr char kDecode[] = R"(
-  const uint v = threadgroup_position_in_grid.x * 4 + simdgroup_index_in_threadgroup;
-  if (int(v) >= params[turboquant::metal_layout::kVectors]) return;
-  turboquant::decode_vector<T, B, D>(codes, scales, centre, out, params, v, ushort(thread_index_in_simdgroup));
-)";
-constexpr char kAttendDecode[] = R"(
-  threadgroup turboquant::DecodeShared<KB, VB, D, R> shared;
-  turboquant::attend_decode<KB, VB, D, R>(&shared, q, q_strides, key_codes, key_codes_strides, key_scales,
-      key_scales_strides, value_codes, value_codes_strides, value_scales, value_scales_strides, starts, mask,
-      mask_strides, partial, stats, params, threadgroup_position_in_grid, ushort(thread_index_in_simdgroup),
-      ushort(simdgroup_index_in_threadgroup));
-)";
-constexpr char kAttendPrefill[] = R"(
-  threadgroup turboquant::PrefillShared<D> shared;
-  turboquant::attend_prefill<T, KB, VB, D, FINISH>(&shared, q, q_strides, key_codes, key_codes_strides, key_scales,
-      key_scales_strides, value_codes, value_codes_strides, value_scales, value_scales_strides, starts, mask,
-      mask_strides, sinks, key_centre, value_centre, OUT, STATS, params, threadgroup_position_in_grid,
-      ushort(thread_index_in_simdgroup), ushort(simdgroup_index_in_threadgroup));
-)";
-constexpr char kMerge[] = R"(
+  return text;
+}
+
+/// A SIMD-group takes INDEX of params[kVectors] vectors or rows.
+constexpr char kIndex[] = R"(
+  using namespace turboquant;
   const int index = int(threadgroup_position_in_grid.x * 4 + simdgroup_index_in_threadgroup);
-  if (index >= params[turboquant::metal_layout::kVectors]) return;
-  turboquant::merge_splits<T, D>(q, q_strides, partial, stats, sinks, key_centre, value_centre, out, params, index,
-                                 ushort(thread_index_in_simdgroup));
+  if (index >= params[metal_layout::kVectors]) return;
+  const ushort lane = ushort(thread_index_in_simdgroup);
+)";
+constexpr char kPlace[] = R"(
+  using namespace turboquant;
+  const Place place = {threadgroup_position_in_grid, ushort(thread_index_in_simdgroup),
+                       ushort(simdgroup_index_in_threadgroup)};
 )";
 
-std::string replace(std::string text, const std::string& from, const std::string& to) {
-  return text.replace(text.find(from), from.size(), to);
+/// Encodes the side `NAME` of BITS bits.
+constexpr char kEncodeSide[] = R"(
+    encode_vector<BITS, D>(side(strided(NAME, NAME_strides), NAME_centre, flags & metal_layout::CENTRE),
+                           encoded(NAME_codes, NAME_scales), params, uint(index), lane);
+)";
+constexpr char kEncodeSideWithFeedback[] = R"(
+    encode_with_feedback<BITS, D>(side(strided(NAME, NAME_strides), NAME_centre, flags & metal_layout::CENTRE),
+                                  NAME_feedback, flags & metal_layout::FEEDBACK, encoded(NAME_codes, NAME_scales),
+                                  params, uint(index), lane);
+)";
+constexpr char kEncodeOne[] = R"(
+  const int flags = params[metal_layout::kFlags];
+  FIRST
+)";
+constexpr char kEncodeTwo[] = R"(
+  const int flags = params[metal_layout::kFlags];
+  if (threadgroup_position_in_grid.y == 0) {
+    FIRST
+  } else {
+    SECOND
+  }
+)";
+std::string encode_body(bool two, bool feedback) {
+  const char* side = feedback ? kEncodeSideWithFeedback : kEncodeSide;
+  const auto first = fill(side, {{"NAME", "x"}, {"BITS", "XB"}, {"CENTRE", "kCentre"}, {"FEEDBACK", "kFeedback"}});
+  const auto second =
+      fill(side, {{"NAME", "y"}, {"BITS", "YB"}, {"CENTRE", "kSecondCentre"}, {"FEEDBACK", "kSecondFeedback"}});
+  return kIndex + fill(two ? kEncodeTwo : kEncodeOne, {{"FIRST", first}, {"SECOND", second}});
 }
+
+constexpr char kDecode[] = R"(
+  decode_vector<T, B, D>(codes, scales, centre, out, params, uint(index), lane);
+)";
+
+/// Arguments of both kinds of attention.
+constexpr char kKeys[] = "packed(key_codes, key_codes_strides, key_scales, key_scales_strides)";
+constexpr char kValues[] = "packed(value_codes, value_codes_strides, value_scales, value_scales_strides)";
+constexpr char kRules[] = "rules_of(params, starts, mask, mask_strides)";
+constexpr char kEnding[] = "ending(strided(q, q_strides), sinks, key_centre, value_centre)";
+
+constexpr char kAttendDecode[] = R"(
+  threadgroup DecodeShared<KB, VB, D, R> shared;
+  attend_decode<KB, VB, D, R>(&shared, strided(q, q_strides), KEYS, VALUES, RULES, partials(partial, stats), place);
+)";
+constexpr char kAttendPrefill[] = R"(
+  threadgroup PrefillShared<D> shared;
+  attend_prefill<T, KB, VB, D, FINISH>(&shared, KEYS, VALUES, RULES, ENDING, partials(OUT, STATS), place);
+)";
+std::string attend_body(bool decode, bool merged) {
+  // Without partial results their statistics are a name for something that is not touched.
+  return kPlace + fill(decode ? kAttendDecode : kAttendPrefill, {{"KEYS", kKeys},
+                                                                 {"VALUES", kValues},
+                                                                 {"RULES", kRules},
+                                                                 {"ENDING", kEnding},
+                                                                 {"OUT", merged ? "partial" : "out"},
+                                                                 {"STATS", merged ? "stats" : "params"}});
+}
+
+constexpr char kMerge[] = R"(
+  merge_splits<T, D>(partials(partial, stats), ENDING, out, params, index, lane);
+)";
 
 }  // namespace
 
@@ -134,11 +149,10 @@ Kernel encode_kernel(const EncodeShape& s) {
            .header = Source::codec,
            .inputs = {"x", "x_centre"},
            .outputs = {codes("x_codes", 0), scales("x_scales")},
-           .source = two ? kEncodeTwo : kEncodeOne,
+           .source = encode_body(two, feedback),
            .template_args = {{"D", Kind::integer, s.head_dim}, {"XB", Kind::integer, s.bits[0]}}};
   if (feedback) {
     k.name += "_feedback";
-    k.source = two ? kEncodeTwoFeedback : kEncodeOneFeedback;
     k.inputs.push_back("x_feedback");
   }
   if (two) {
@@ -157,7 +171,7 @@ Kernel decode_kernel(const EncodeShape& s, Dtype dtype) {
           .header = Source::codec,
           .inputs = {"codes", "scales", "centre", "params"},
           .outputs = {{"out", type_of(dtype), {s.batch, s.heads, s.tokens, s.head_dim}}},
-          .source = kDecode,
+          .source = std::string(kIndex) + kDecode,
           .template_args = {{"T", Kind::dtype, int(dtype)},
                             {"B", Kind::integer, s.bits[0]},
                             {"D", Kind::integer, s.head_dim}},
@@ -197,6 +211,7 @@ AttentionPlan plan_attention(const AttentionShape& s) {
   k.inputs = {"q", "key_codes", "key_scales", "value_codes", "value_scales", "starts", "mask"};
   if (!plan.decode) k.inputs.insert(k.inputs.end(), {"sinks", "key_centre", "value_centre"});
   k.inputs.push_back("params");
+  k.source = attend_body(plan.decode, plan.merged);
   const Output out{"out", type_of(s.dtype), {s.batch, s.query_heads, s.query_len, s.head_dim}};
   if (plan.merged) {
     k.outputs = {{"partial", Type::float16, {s.batch, s.query_heads, s.query_len, plan.splits, s.head_dim}},
@@ -207,7 +222,6 @@ AttentionPlan plan_attention(const AttentionShape& s) {
   if (plan.decode) {
     k.name = "turboquant_attend_decode";
     k.header = Source::decode;
-    k.source = kAttendDecode;
     k.template_args = {
         {"KB", Kind::integer, s.key_bits}, {"VB", Kind::integer, s.value_bits}, dim, {"R", Kind::integer, of_tile}};
     k.grid = {tiles * kDecodeThreads, plan.splits, s.batch * s.kv_heads};
@@ -215,9 +229,6 @@ AttentionPlan plan_attention(const AttentionShape& s) {
   } else {
     k.name = "turboquant_attend_prefill";
     k.header = Source::prefill;
-    // Without partial results `stats` is a name for something that is not touched.
-    k.source = replace(replace(kAttendPrefill, "OUT", plan.merged ? "partial" : "out"), "STATS",
-                       plan.merged ? "stats" : "params");
     k.template_args = {type,
                        {"KB", Kind::integer, s.key_bits},
                        {"VB", Kind::integer, s.value_bits},
@@ -229,7 +240,7 @@ AttentionPlan plan_attention(const AttentionShape& s) {
                 .header = Source::decode,
                 .inputs = {"q", "partial", "stats", "sinks", "key_centre", "value_centre", "params"},
                 .outputs = {out},
-                .source = kMerge,
+                .source = kIndex + fill(kMerge, {{"ENDING", kEnding}}),
                 .template_args = {type, dim},
                 .grid = {ceil_div(p[kVectors], kSimdgroups) * kThreads, 1, 1}};
   return plan;

@@ -48,43 +48,35 @@ void unpack_tile(Table table, Tile tile, Codes codes, int block, int last, ushor
   }
 }
 
-/// The end of a row: with FINISH there is one split and `out` is the output; else `out` takes partial results and
-/// `stats` their (m, sum).
-template <class T, bool FINISH>
+/// Where rows end.  With FINISH there is one split, and x is the output.
+template <bool FINISH>
 struct PrefillEnd {
-  template <int D, class Q, class Strides, class Sinks, class KeyCentre, class ValueCentre, class Out, class Stats,
-            class Params>
-  static void row(float m, float sum, thread float* x, Row row, int b, int, Q q, Strides strides, Sinks sinks,
-                  KeyCentre key_centre, ValueCentre value_centre, Out out, Stats, Params params, ushort lane) {
-    finish_row<T, D>(m, sum, x, row, b, q, strides, sinks, key_centre, value_centre, out, params, lane);
+  template <class T, int D, class Ending, class Out, class Params>
+  static void row(float m, float sum, thread float* x, Row row, int, Ending ending, Out out, Params params,
+                  ushort lane) {
+    finish_row<T, D>(m, sum, x, row, ending, out.x, params, lane);
   }
 };
-template <class T>
-struct PrefillEnd<T, false> {
-  template <int D, class Q, class Strides, class Sinks, class KeyCentre, class ValueCentre, class Out, class Stats,
-            class Params>
-  static void row(float m, float sum, thread float* x, Row row, int b, int split, Q, Strides, Sinks, KeyCentre,
-                  ValueCentre, Out out, Stats stats, Params params, ushort lane) {
-    write_partial<D>(m, sum, x, row, b, split, out, stats, params, lane);
+template <>
+struct PrefillEnd<false> {
+  template <class T, int D, class Ending, class Out, class Params>
+  static void row(float m, float sum, thread float* x, Row row, int split, Ending, Out out, Params params,
+                  ushort lane) {
+    write_partial<D>(m, sum, x, row, split, out, params, lane);
   }
 };
 
-/// The kernel.  position: (row tile, KV head, batch * splits + split).
-template <class T, int KB, int VB, int D, bool FINISH, class Shared, class Q, class QStrides, class KeyCodes,
-          class KeyScales, class ValueCodes, class ValueScales, class CodeStrides, class ScaleStrides, class Starts,
-          class Mask, class MaskStrides, class Sinks, class KeyCentre, class ValueCentre, class Out, class Stats,
-          class Params>
-void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, CodeStrides key_codes_strides,
-                    KeyScales key_scales, ScaleStrides key_scales_strides, ValueCodes value_codes,
-                    CodeStrides value_codes_strides, ValueScales value_scales, ScaleStrides value_scales_strides,
-                    Starts starts, Mask mask, MaskStrides mask_strides, Sinks sinks, KeyCentre key_centre,
-                    ValueCentre value_centre, Out out, Stats stats, Params params, uint3 position, ushort lane,
-                    ushort simdgroup) {
+/// The kernel.  place.group: (row tile, KV head, batch * splits + split).
+template <class T, int KB, int VB, int D, bool FINISH, class Shared, class Keys, class Values, class Rules,
+          class Ending, class Out>
+void attend_prefill(Shared shared, Keys keys, Values values, Rules rules, Ending ending, Out out, Place place) {
   constexpr int registers = D / 32, fragments = D / 8, pitch = tile_pitch(D);
   static_assert(sizeof(PrefillShared<D>) <= metal_layout::kThreadgroupBytes, "too much threadgroup memory");
+  const auto params = rules.params;
+  const ushort lane = place.lane, simdgroup = place.simdgroup;
   const int splits = params[metal_layout::kSplits], queries = params[metal_layout::kQueryLen];
-  const int first_row = position.x * metal_layout::kTileRows, kv = position.y;
-  const int b = position.z / splits, split = position.z % splits;
+  const int first_row = place.group.x * metal_layout::kTileRows, kv = place.group.y;
+  const int b = place.group.z / splits, split = place.group.z % splits;
   const ushort thread_index = ushort(32 * simdgroup + lane);
   const int its_row = first_row + 8 * simdgroup;  // of this SIMD-group
   auto tile = shared->tile + 0;
@@ -106,9 +98,9 @@ void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, 
   for (int part = 0; part < parts; ++part) {
     TQ_UNROLL
     for (int i = 0; i < 8; ++i) {
-      const Row row = find_row(params, starts, its_row + i, kv, b);
+      const Row row = find_row(params, rules.starts, its_row + i, kv, b);
       float x[registers] = {};
-      if (row.query < queries) load_query<D>(x, q, q_strides, row, b, params, lane);
+      if (row.query < queries) load_query<D>(x, ending.query, row, params, lane);
       const float its_factor = normalise_query<KB, D>(x, params);
       if (i == r) factor = its_factor;
       TQ_UNROLL
@@ -127,21 +119,19 @@ void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, 
   simdgroup_float8x8 sums[fragments];
   TQ_UNROLL
   for (int i = 0; i < fragments; ++i) sums[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-  const Row row = find_row(params, starts, its_row + r, kv, b);
-  const int2 range = split_range(params, starts, first_row, first_row + metal_layout::kTileRows, kv, b, split);
-  auto key_rows = key_codes + (b * key_codes_strides[0] + kv * key_codes_strides[1]);
-  auto value_rows = value_codes + (b * value_codes_strides[0] + kv * value_codes_strides[1]);
-  const long key_scale = b * key_scales_strides[0] + kv * key_scales_strides[1];
-  const long value_scale = b * value_scales_strides[0] + kv * value_scales_strides[1];
+  const Row row = find_row(params, rules.starts, its_row + r, kv, b);
+  const int2 range = split_range(params, rules.starts, first_row, first_row + metal_layout::kTileRows, kv, b, split);
+  const auto key_codes = codes_of_head(keys, b, kv), value_codes = codes_of_head(values, b, kv);
+  const auto key_scales = scales_of_head(keys, b, kv), value_scales = scales_of_head(values, b, kv);
 
   float m = -INFINITY, mv = -INFINITY, sum = 0.0f;
   for (int block = range.x; block < range.y; block += metal_layout::kBlock) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    unpack_tile<KB, D>(shared->key_table + 0, tile, key_rows, block, range.y, thread_index);
+    unpack_tile<KB, D>(shared->key_table + 0, tile, key_codes, block, range.y, thread_index);
     if (thread_index < metal_layout::kBlock) {
       const int t = min(block + int(thread_index), range.y - 1);
-      const float scale = float(value_scales[value_scale + t]);
-      shared->key_scale[thread_index] = checked_scale(float(key_scales[key_scale + t]));
+      const float scale = float(value_scales[t]);
+      shared->key_scale[thread_index] = checked_scale(float(key_scales[t]));
       shared->log2_value_scale[thread_index] = log2(checked_scale(scale));
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -165,7 +155,7 @@ void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, 
     for (int i = 0; i < 8; ++i) {
       const int key = block + column + i;
       const float dot = scores[r * kScorePitch + column + i] * (factor * shared->key_scale[column + i]);
-      s[i] = key < range.y ? masked(dot, row, key, b, params, mask, mask_strides) : -INFINITY;
+      s[i] = key < range.y ? masked(dot, row, key, rules) : -INFINITY;
       top = fmax(top, s[i]);
       top_v = fmax(top_v, s[i] == -INFINITY ? -INFINITY : s[i] + shared->log2_value_scale[column + i]);
     }
@@ -199,7 +189,7 @@ void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, 
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    unpack_tile<VB, D>(shared->value_table + 0, tile, value_rows, block, range.y, thread_index);
+    unpack_tile<VB, D>(shared->value_table + 0, tile, value_codes, block, range.y, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     TQ_UNROLL
     for (int k = 0; k < 4; ++k) {
@@ -233,13 +223,12 @@ void attend_prefill(Shared shared, Q q, QStrides q_strides, KeyCodes key_codes, 
       const int index = 4 * half_tile + i;
       const float row_m = simd_shuffle(m, ushort(4 * index)), row_mv = simd_shuffle(mv, ushort(4 * index));
       const float row_sum = simd_shuffle(sum, ushort(4 * index));
-      const Row its = find_row(params, starts, its_row + index, kv, b);
+      const Row its = find_row(params, rules.starts, its_row + index, kv, b);
       if (its.query >= queries) continue;
       const float unit_of_sums = exp2_difference(row_mv, row_m) * level_step(VB);
       TQ_UNROLL
       for (int k = 0; k < registers; ++k) x[i][k] *= unit_of_sums;
-      PrefillEnd<T, FINISH>::template row<D>(row_m, row_sum, x[i], its, b, split, q, q_strides, sinks, key_centre,
-                                             value_centre, out, stats, params, lane);
+      PrefillEnd<FINISH>::template row<T, D>(row_m, row_sum, x[i], its, split, ending, out, params, lane);
     }
   }
 }

@@ -105,15 +105,15 @@ MUTATIONS = {
     ),
     "tiles and splits exchanged": (
         "decode.metal",
-        "tile = position.x, split = position.y",
-        "tile = position.y, split = position.x",
+        "tile = place.group.x, split = place.group.y",
+        "tile = place.group.y, split = place.group.x",
     ),
     "a split of NaN forgotten": (
         "attention.metal",
-        "sum += stats[its + metal_layout::kSum] * factor;",
-        "sum += factor == 0.0f ? 0.0f : stats[its + metal_layout::kSum] * factor;",
+        "sum += in.stats[its + metal_layout::kSum] * factor;",
+        "sum += factor == 0.0f ? 0.0f : in.stats[its + metal_layout::kSum] * factor;",
     ),
-    "partial results without their unit": ("attention.metal", "factor * stats[its + metal_layout::kLargest]", "factor"),
+    "partial results without their unit": ("attention.metal", "factor * in.stats[its + metal_layout::kLargest]", "factor"),
     "prefill: the values' own maximum the wrong way round": (
         "prefill.metal",
         "exp2_difference(row_mv, row_m)",
@@ -155,8 +155,8 @@ MUTATIONS = {
     "hidden NaN gets through": ("decode.metal", "hidden ? 0.0f : weight * scale_v", "weight * scale_v"),
     "keys' centre not taken from the sink": (
         "attention.metal",
-        "(float(sinks[row.head]) - shift) * log2_e()",
-        "(float(sinks[row.head]) - shift * 0.0f) * log2_e()",
+        "(float(ending.sinks[row.head]) - shift) * log2_e()",
+        "(float(ending.sinks[row.head]) - shift * 0.0f) * log2_e()",
     ),
     "additive mask in the wrong base": ("attention.metal", "fma(value, log2_e(), score)", "value + score"),
     "sinks forgotten": ("attention.metal", "total = sum * part + exp2_difference(sink, top);", "total = sum * part;"),
