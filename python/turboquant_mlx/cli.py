@@ -210,17 +210,13 @@ def _run_program(command, argv):
     for name, original in replaced.items():
         setattr(module, name, checked_cache if name == "load_prompt_cache" else prepared(original))
     serving = command == "server" and not {"-h", "--help"} & set(rest)
-    failed, over = _watch_server(module, seen, replaced) if serving else ([], threading.Event())
+    failed = _watch_server(module, seen, replaced) if serving else []
     argv, sys.argv = sys.argv, [f"python -m turboquant_mlx {command}", *rest]
     try:
         module.main()
-    except KeyboardInterrupt:
-        if not failed:
-            raise
     except (ValueError, OSError) as error:
         _fail(command, error)
     finally:
-        over.set()
         sys.argv = argv
         for name, original in replaced.items():
             setattr(module, name, original)
@@ -230,9 +226,7 @@ def _run_program(command, argv):
 
 def _watch_server(module, seen, replaced):
     """Refuses a taken port first; stops the server when its own model cannot be loaded, rather than leave it
-    up and deaf.  Returns the list that such a failure lands in, and the event to set when the server is over."""
-    import _thread
-
+    up and deaf.  Returns the list that such a failure lands in."""
     import mlx.core as mx
 
     from . import requests
@@ -242,14 +236,26 @@ def _watch_server(module, seen, replaced):
             _check_port(seen.host, seen.port)
         except OSError as error:
             _fail("server", f"cannot listen on {seen.host}:{seen.port}: {error.strerror or error}")
-    failed, over = [], threading.Event()
+    failed = []
+    listening, servers = threading.Event(), []
 
-    def interrupt():
-        # mlx-lm starts its thread before its HTTP loop, which alone can catch this; one that comes too early is lost.
-        wait = 1.0
-        while not over.wait(wait):
-            _thread.interrupt_main()
-            wait = 5.0
+    class Stoppable(module.ThreadingHTTPServer):
+        def serve_forever(self, *named):
+            servers.append(self)
+            listening.set()
+            super().serve_forever(*named)
+
+    serve = module._run_http_server
+
+    @functools.wraps(serve)
+    def stoppable(host, port, generator):
+        serve(host, port, generator, server_class=Stoppable)
+
+    def stop():
+        # No signal: a program that a script put into the background may ignore them.  mlx-lm starts its thread before
+        # its HTTP loop, so that this one waits for the loop.
+        listening.wait()
+        servers[0].shutdown()
 
     provider = module.ModelProvider
     load_default = provider.load_default
@@ -259,7 +265,7 @@ def _watch_server(module, seen, replaced):
             load_default(self)
         except Exception as error:
             failed.append(error)
-            threading.Thread(target=interrupt, daemon=True).start()
+            threading.Thread(target=stop, daemon=True).start()
             raise
 
     class Watched(provider):
@@ -274,11 +280,13 @@ def _watch_server(module, seen, replaced):
                 )
             return super().load(model_path, adapter_path, draft_model_path)
 
+    replaced["_run_http_server"] = serve
+    module._run_http_server = stoppable
     replaced["ModelProvider"] = provider
     module.ModelProvider = Watched
     replaced["ResponseGenerator"] = module.ResponseGenerator
     module.ResponseGenerator = requests.checked(module)
-    return failed, over
+    return failed
 
 
 def _parser(command, description):

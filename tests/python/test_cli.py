@@ -228,9 +228,9 @@ def ask(port, body):
     raise AssertionError("the server did not start")
 
 
-def module_run(*arguments, timeout=120, env=None):
+def module_run(*arguments, timeout=120, env=None, started_by=()):
     return subprocess.run(
-        [sys.executable, "-m", "turboquant_mlx", *map(str, arguments)],
+        [*started_by, sys.executable, "-m", "turboquant_mlx", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -247,9 +247,13 @@ def test_a_taken_port_is_refused_before_the_model_is_loaded():
     )
 
 
-def test_a_server_whose_model_cannot_be_packed_stops(tmp_path):
+# A shell without job control starts programs in the background with SIGINT ignored, and so does a script with a trap.
+@pytest.mark.parametrize(
+    "started_by", [(), ("sh", "-c", 'trap "" INT HUP TERM; exec "$@"', "sh")], ids=["", "ignoring"]
+)
+def test_a_server_whose_model_cannot_be_packed_stops(started_by, tmp_path):
     odd = save_model(qwen3, tmp_path / "odd", head_dim=80)
-    done = module_run("server", "--model", odd, "--port", 0)
+    done = module_run("server", "--model", odd, "--port", 0, timeout=60, started_by=started_by)
     assert (
         done.returncode == 1 and "layer 0: [encode] head_dim must be a multiple of 32" in done.stderr.splitlines()[-2]
     )
