@@ -20,7 +20,7 @@ inline float load_number(const void* data, Dtype dtype, int64_t i) {
 inline void store_number(void* data, Dtype dtype, int64_t i, float value) {
   switch (dtype) {
     case Dtype::float16:
-      static_cast<uint16_t*>(data)[i] = float_to_half(value);
+      static_cast<uint16_t*>(data)[i] = float_to_half_saturated(value);
       break;
     case Dtype::bfloat16:
       static_cast<uint16_t*>(data)[i] = float_to_bfloat(value);

@@ -72,6 +72,10 @@ TQ_FN int double_threshold(int bits, int m) { return magnitude(bits, m) + magnit
 /// and stays in fp16's normal range wherever an fp16 cache would.
 TQ_FN int fraction_bits(int bits, int code = 0) { return bits == 2 ? (code ? 4 : 3) : 5; }
 
+/// The largest scale that is stored: fp16's largest number.  Greater ones saturate to it, so that a finite vector never
+/// decodes to infinity or NaN.
+TQ_FN float largest_scale() { return 65504.0f; }
+
 /// Value of one integer level under a scale of 1.
 TQ_FN float level_step(int bits, int code = 0) { return bits == 2 ? (code ? 0.0625f : 0.125f) : 0.03125f; }
 

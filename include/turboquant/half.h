@@ -30,6 +30,11 @@ inline uint16_t float_to_half(float f) {
   return sign | uint16_t((rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13);
 }
 
+/// The same, but overflow gives the largest finite number: codes err, and must not make infinity of a finite number.
+inline uint16_t float_to_half_saturated(float f) {
+  return float_to_half(f > 65504.0f ? 65504.0f : f < -65504.0f ? -65504.0f : f);  // NaN stays
+}
+
 /// bfloat16 to binary32; exact.
 inline float bfloat_to_float(uint16_t b) { return std::bit_cast<float>(uint32_t(b) << 16); }
 

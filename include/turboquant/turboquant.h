@@ -55,7 +55,7 @@ using MutablePacked = BasicPacked<uint32_t*, uint16_t*>;
 /// trellis codes, the path of each group of 32 coordinates with the least squared error of all 2^32, where a target
 /// beyond `trellis_limit` counts as that.
 /// A zero vector has scale 0.  NaN propagates: a vector that holds NaN or infinity gets the scale NaN and codes 0.
-/// A norm beyond fp16's range gives an infinite scale, as an fp16 cache would.
+/// A scale beyond fp16's range saturates to `largest_scale()`: the decoded vector keeps its direction and is too short.
 ///
 /// With `feedback`, G, the errors of coordinates coded earlier move those coded later (docs/algorithm.md says how G is
 /// made and why; noise shaping, or the successive quantization of GPTQ, arXiv 2210.17323).  Everything is in levels:
@@ -74,7 +74,7 @@ struct EncodeParams {
   MutablePacked out;
 };
 
-/// What `decode` does: x^ = s * H (scale * levels) + centre.
+/// What `decode` does: x^ = s * H (scale * levels) + centre.  Numbers beyond the range of a float16 output saturate.
 struct DecodeParams {
   int batch = 0, heads = 0, tokens = 0, head_dim = 0;
   uint64_t seed = 0;
@@ -92,7 +92,7 @@ enum class MaskKind : uint8_t {
 /// What `attend` does:  out = softmax(scale * q K^T + mask, sink) V  with K and V decoded from their codes.
 /// Query head h reads KV head h / (query_heads / kv_heads).  Query i stands at position kv_len - query_len + i.
 /// A key is visible when every rule given allows it; hidden keys have no influence, whatever they hold.  A query that
-/// sees no key gets 0.
+/// sees no key gets 0.  Numbers beyond the range of a float16 output saturate.
 struct AttendParams {
   int batch = 0, query_heads = 0, kv_heads = 0, query_len = 0, kv_len = 0, head_dim = 0;
   float scale = 1;                      // of the scores; finite

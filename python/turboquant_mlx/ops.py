@@ -29,7 +29,8 @@ def encode(
 
     Returns:
         codes (..., bits * D / 32) uint32 and scales (...) float16: 98 bytes for 3 bits and D = 256.
-        A vector with NaN or infinity gets the scale NaN, a zero vector the scale 0.
+        A vector with NaN or infinity gets the scale NaN, a zero vector the scale 0.  Scales saturate at 65504: a
+        vector whose RMS is beyond it (51,000 at 2 bits) keeps its direction and loses length, and stays finite.
 
     Raises:
         ValueError: bits, dtype or D out of range; the message gives the value found.

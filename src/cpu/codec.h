@@ -150,7 +150,8 @@ inline uint32_t quantize(int bits, const float* rotated, int dim, float doubled,
 
 /// The stored scale of a vector of length norm * back and codes whose squared levels add up to `square`.
 inline uint16_t stored_scale(int bits, float norm, uint32_t square, float back) {
-  return float_to_half_bits(norm / (__builtin_sqrtf(float(square)) * level_step(bits)) * back);
+  const float scale = norm / (__builtin_sqrtf(float(square)) * level_step(bits)) * back;
+  return float_to_half_bits(scale < largest_scale() ? scale : largest_scale());
 }
 
 template <class S>
@@ -200,7 +201,7 @@ void decode_rows(const DecodeRows& p) {
     uint16_t* out = static_cast<uint16_t*>(p.out) + t * p.stride;
     for (int i = 0; i < p.dim; ++i) {
       if (p.dtype == Dtype::float16) {
-        out[i] = float_to_half_bits(x[i]);
+        out[i] = float_to_half_saturated_bits(x[i]);
       } else {
         const uint32_t b = as<uint32_t>(x[i]);
         out[i] =

@@ -157,5 +157,10 @@ inline uint16_t float_to_half_bits(float f) {
   return sign | uint16_t((rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13);
 }
 
+/// float_to_half_saturated of half.h.
+inline uint16_t float_to_half_saturated_bits(float f) {
+  return float_to_half_bits(f > 65504.0f ? 65504.0f : f < -65504.0f ? -65504.0f : f);
+}
+
 }  // namespace
 }  // namespace turboquant::cpu

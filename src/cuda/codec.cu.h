@@ -107,7 +107,10 @@ __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline void from_float(float& x, float v) { x = v; }
-__device__ inline void from_float(__half& x, float v) { x = __float2half_rn(v); }
+/// As float_to_half_saturated of half.h.
+__device__ inline void from_float(__half& x, float v) {
+  x = __float2half_rn(v > 65504.f ? 65504.f : v < -65504.f ? -65504.f : v);
+}
 __device__ inline void from_float(__nv_bfloat16& x, float v) { x = __float2bfloat16_rn(v); }
 
 constexpr __device__ bool wide_exponent(float) { return true; }

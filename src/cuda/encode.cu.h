@@ -128,7 +128,7 @@ __device__ void write_codes(const EncodeArgs& a, const Rotated& r, bool active, 
   if (active && eighth == 0) {
     const float scale = sqrtf(r.square) / (sqrtf(float(squares)) * level_step(BITS)) * r.unscale;
     a.scales[r.b * a.scale_strides[0] + r.h * a.scale_strides[1] + r.t] =
-        r.finite ? __float2half_rn(scale) : __ushort_as_half(0x7e00);
+        r.finite ? __float2half_rn(fminf(scale, largest_scale())) : __ushort_as_half(0x7e00);
   }
 }
 

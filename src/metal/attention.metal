@@ -218,7 +218,7 @@ void finish_row(float m, float sum, thread float* x, Row row, Ending ending, Out
   for (int r = 0; r < D / 32; ++r) {
     const int i = 32 * r + lane;
     const float mean = (flags & metal_layout::kValueCentre) ? float(ending.value_centre[centre + i]) * sum : 0.0f;
-    out[at + i] = T((x[r] + mean) * factor);
+    out[at + i] = to_output<T>((x[r] + mean) * factor);
   }
 }
 

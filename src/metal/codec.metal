@@ -113,7 +113,8 @@ void write_vector(const thread Rotated<D>& of, const thread uint* code, int leve
     }
   }
   const float scale = of.grow * sqrt(of.square / float(level_square)) / level_step(B);
-  if (lane == 0) out.scales[v] = !of.finite ? half(as_type<float>(0x7fc00000u)) : of.empty ? half(0.0f) : half(scale);
+  const float stored = of.empty ? 0.0f : scale > largest_scale() ? largest_scale() : scale;
+  if (lane == 0) out.scales[v] = half(of.finite ? stored : as_type<float>(0x7fc00000u));
 }
 
 /// Encodes vector `v` of one side.
@@ -202,7 +203,7 @@ void decode_vector(Codes codes, Scales scales, Centre centre, Out out, Params pa
   for (int r = 0; r < registers; ++r) {
     const int i = 32 * r + lane;
     const float value = y[r] + (centred ? float(centre[h * D + i]) : 0.0f);
-    out[ulong(v) * D + i] = T(value);
+    out[ulong(v) * D + i] = to_output<T>(value);
   }
 }
 

@@ -40,6 +40,16 @@ struct Place {
   ushort lane, simdgroup;
 };
 
+/// A number of the output's type; float16 saturates (float_to_half_saturated of half.h), and NaN stays.
+template <class T>
+T to_output(float x) {
+  return T(x);
+}
+template <>
+inline half to_output<half>(float x) {
+  return half(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x);
+}
+
 /// The odd factor of a head dimension, a multiple of 32 up to 256 (a formula, since Metal has no recursion).
 constexpr int odd_part(int dim) { return dim % 96 == 0 ? 3 : dim % 160 == 0 ? 5 : dim % 224 == 0 ? 7 : 1; }
 

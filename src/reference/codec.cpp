@@ -103,7 +103,8 @@ uint16_t encode_vector(const double* x, int dim, const Coding& c, const uint16_t
     code_vector(c, times(r, plain), nullptr, words, levels);
     if (feedback) code_vector(c, times(r, length_of(levels.data(), dim)), feedback, words, levels);
   }
-  return float_to_half(float(norm / (length_of(levels.data(), dim) * level_step(c.bits, int(c.code)))));
+  const double scale = norm / (length_of(levels.data(), dim) * level_step(c.bits, int(c.code)));
+  return float_to_half(float(std::min(scale, double(largest_scale()))));
 }
 
 void decode_vector(const uint32_t* words, uint16_t scale, int dim, const Coding& c, double* x) {

@@ -2,6 +2,7 @@
 // oracle. A backend joins by giving a function that takes AttendParams (host pointers) and fills params.out.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <random>
@@ -24,6 +25,7 @@ struct Case {
   Dtype dtype = Dtype::float32;  // of q and out, and of an additive mask
   uint64_t seed = 1;
   Code key_code = Code::scalar, value_code = Code::scalar;
+  bool saturated = false;  // every key's scale and every second value's is the largest; queries are small accordingly
 
   std::string name() const {
     std::ostringstream s;
@@ -37,6 +39,7 @@ struct Case {
     if (centred) s << "_centred";
     if (mask == MaskKind::boolean) s << "_boolean";
     if (mask == MaskKind::additive) s << "_additive";
+    if (saturated) s << "_saturated";
     if (dtype != Dtype::float32) s << (dtype == Dtype::float16 ? "_f16" : "_bf16");
     return s.str();
   }
@@ -117,6 +120,11 @@ struct Inputs {
     std::vector<float> k(rows * c.head_dim), v(rows * c.head_dim);
     for (auto& x : k) x = normal(rng);
     for (size_t i = 0; i < v.size(); ++i) v[i] = 0.5f * normal(rng) + (i % c.head_dim % 7 == 0 ? 0.7f : -0.1f);
+    if (c.saturated) {
+      for (auto& x : k) x *= 1e6f;
+      for (size_t i = 0; i < v.size(); ++i) v[i] *= i / c.head_dim % 2 ? 1e6f : 1;
+      for (size_t i = 0; i < q.size(); ++i) q.set(i, q.get(i) / largest_scale());
+    }
     if (c.centred) {
       for (int i = 0; i < c.kv_heads * c.head_dim; ++i) {
         key_centre.push_back(0.3f * normal(rng));
@@ -209,7 +217,8 @@ inline Difference compare(Inputs& inputs, const Buffer& want, const std::functio
   for (size_t row = 0; row < want.size() / c.head_dim; ++row) {
     double error = 0, square = 0;
     for (int i = 0; i < c.head_dim; ++i) {
-      const double a = inputs.out.get(row * c.head_dim + i), b = want.get(row * c.head_dim + i);
+      const double a = inputs.out.get(row * c.head_dim + i), wide = want.get(row * c.head_dim + i);
+      const double b = c.dtype == Dtype::float16 ? std::clamp(wide, -65504.0, 65504.0) : wide;
       error += (a - b) * (a - b);
       square += b * b;
     }
@@ -295,6 +304,20 @@ inline std::vector<Case> table(bool long_contexts = false) {
                       .sinks = centred,
                       .centred = true,
                       .dtype = Dtype::bfloat16});
+    }
+  }
+  for (int len : {1, 5, 40}) {  // scales that saturate, and float16 outputs too
+    for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
+      for (int bits : {2, 3, 4}) {
+        rows.push_back({.key_bits = bits,
+                        .value_bits = 6 - bits,
+                        .head_dim = bits == 2 ? 64 : 128,
+                        .query_len = len,
+                        .kv_len = 90,
+                        .causal = true,
+                        .dtype = dtype,
+                        .saturated = true});
+      }
     }
   }
   for (int n : {1023, 2049, 4100}) {

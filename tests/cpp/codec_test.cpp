@@ -177,7 +177,46 @@ TEST_P(Codec, ScalesCoverTheRangeOfFp16) {
       const Encoded got = encode_rows(x, 1, 1, dim, bits, Backend::cpu);
       EXPECT_LE(std::abs(int(want.scales[0]) - int(got.scales[0])), 1) << size;
       EXPECT_EQ(want.codes, got.codes) << size;
-      EXPECT_EQ(std::isinf(half_to_float(got.scales[0])), size >= 1e6f);
+      EXPECT_EQ(half_to_float(got.scales[0]) == largest_scale(), size >= 1e6f) << size;
+    }
+  }
+}
+
+// A float cache of these vectors is finite, so codes are: scales saturate, and so do float16 outputs.
+TEST_P(Codec, FiniteVectorsStayFinite) {
+  struct Row {
+    Dtype dtype;
+    float size;
+    bool saturates[5];  // at 2, 3 and 4 bits
+  } rows[] = {{Dtype::float16, 65504, {false, false, true, false, false}},
+              {Dtype::bfloat16, 1e5f, {false, false, true, true, true}},
+              {Dtype::float32, 1e5f, {false, false, true, true, true}},
+              {Dtype::bfloat16, 3e38f, {false, false, true, true, true}},
+              {Dtype::float32, 3.4e38f, {false, false, true, true, true}}};
+  for (Backend backend : kBackends) {
+    for (const Row& row : rows) {
+      for (int dim : {32, 96, 256}) {
+        for (int bits : {2, 3, 4}) {
+          SCOPED_TRACE(testing::Message() << row.size << " dim " << dim << " bits " << bits);
+          Buffer x(row.dtype, dim), small(Dtype::float32, dim);
+          for (int i = 0; i < dim; ++i) {
+            x.set(i, i % 3 ? row.size : -row.size);
+            small.set(i, x.get(i) * 0x1p-64f);
+          }
+          const Encoded e = encode_rows(x, 1, 1, dim, bits, backend);
+          EXPECT_EQ(e.codes, encode_rows(small, 1, 1, dim, bits, backend).codes);
+          if (row.saturates[bits]) EXPECT_EQ(e.scales[0], 0x7bff);
+          EXPECT_LE(e.scales[0], 0x7bff);
+          for (float y : decode_rows(e, backend)) EXPECT_TRUE(std::isfinite(y));
+          Buffer out(Dtype::float16, dim);
+          DecodeParams d;
+          d.batch = d.heads = d.tokens = 1, d.head_dim = dim, d.seed = 3;
+          d.in = e.packed();
+          d.out = cases::contiguous<void*>(out.bytes.data(), Dtype::float16, 1, 1, dim);
+          decode(d, backend);
+          for (int i = 0; i < dim; ++i) EXPECT_TRUE(std::isfinite(out.get(i)));
+        }
+      }
     }
   }
 }

@@ -211,7 +211,7 @@ def test_a_server_with_a_draft_model_reuses_no_prefix(tmp_path):
             for _ in range(2):
                 answers.append(ask(port, {"prompt": "hello there", "max_tokens": 12, "temperature": 0.0}))
         finally:
-            server.terminate()
+            server.kill()
             server.wait(timeout=30)
     assert answers[0] and answers == answers[:1] * 4
 

@@ -44,6 +44,21 @@ def test_decoding_errs_by_the_codebooks_distortion(shape, dim, bits, seed):
     assert relative_error(back, x) ** 2 < 3 * {2: 0.1175, 3: 0.0346, 4: 0.0096}[bits]
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(
+    "dtype, size", [(mx.float16, 65504), (mx.bfloat16, 1e5), (mx.float32, 1e5), (mx.float32, 3e38)]
+)
+def test_vectors_beyond_float16_stay_finite(dtype, size, bits):
+    x = mx.full((1, 1, 3, 128), size, dtype=dtype)
+    codes, scales = encode(x, bits)
+    assert mx.isfinite(scales).all() and (size <= 65504 or mx.all(scales == 65504))
+    for out_dtype in (dtype, mx.float16):
+        q = mx.ones((1, 2, 3, 128), out_dtype)
+        out = attention(q, (codes, scales), (codes, scales), scale=0.1, key_bits=bits, value_bits=bits)
+        assert mx.isfinite(out).all() and mx.isfinite(decode(codes, scales, bits, dtype=out_dtype)).all()
+        assert mx.all(out.mean(-1) > 4e4), "the direction is kept"
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     batch=st.integers(1, 3),
