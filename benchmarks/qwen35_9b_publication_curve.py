@@ -2,10 +2,10 @@
 
     python benchmarks/qwen35_9b_publication_curve.py --model path/to/Qwen3.5-9B-MLX-4bit
     python benchmarks/qwen35_9b_publication_curve.py --shape 9b --long      # the 9B's shape, random weights
-    python benchmarks/qwen35_9b_publication_curve.py --model models/qwen35-tiny-4bit --out benchmarks/bundled-cpu
+    python benchmarks/qwen35_9b_publication_curve.py --model models/qwen35-tiny-4bit --out benchmarks/results/bundled-cpu
 
 At each context and repetition the modes read the prompt one after the other and then decode in turns of some tokens
-(curve_run.py).  Every run is one row of raw_rows.tsv, so an interrupted sweep goes on where it stopped (curve_rows.py);
+(curve/run.py).  Every run is one row of raw_rows.tsv, so an interrupted sweep goes on where it stopped (curve_rows.py);
 a run that fails, that the process does not survive, or that would be over the limit is a row with its error.
 Repetitions rotate the order of the modes.  summary_rows.tsv (medians), curve.png, curve.svg and the table of README.md
 are made from the raw rows alone (--report makes them again).
@@ -20,18 +20,18 @@ import sys
 import time
 from pathlib import Path
 
-import curve_report
 import mlx.core as mx
-from curve_models import Subject, as_numpy, attention_slots, build_shape, prompt_tokens, synthetic_calibration
-from curve_rows import ROOT, Mark, RowFile, metadata, previous_rows, read_rows, sources
-from curve_run import make_caches, measure
+from curve import report as curve_report
+from curve.models import Subject, as_numpy, attention_slots, build_shape, prompt_tokens, synthetic_calibration
+from curve.rows import ROOT, Mark, RowFile, metadata, previous_rows, read_rows, sources
+from curve.run import make_caches, measure
 from tqdm import tqdm
 from turboquant_mlx import apply_patch
 from turboquant_mlx.calibration import FILE_NAME, load_calibration
 from turboquant_mlx.eval.files import write_json
 from turboquant_mlx.eval.model import load_model, message
 from turboquant_mlx.eval.modes import parse_mode
-from turboquant_mlx.gated_delta import disable_chunked_recurrence, enable_chunked_recurrence
+from turboquant_mlx.overlay.gated_delta import disable_chunked_recurrence, enable_chunked_recurrence
 
 LONG = (32768, 65536, 131072)
 

@@ -16,7 +16,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import dequantize_model
 from tqdm import tqdm
 from turboquant_mlx import TurboQuantKVCache, TurboQuantRotatingKVCache, enable
-from turboquant_mlx.gated_delta import enable_chunked_recurrence
+from turboquant_mlx.overlay.gated_delta import enable_chunked_recurrence
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "models" / "qwen35-tiny-4bit"

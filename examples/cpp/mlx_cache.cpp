@@ -1,5 +1,5 @@
 // The cache over MLX arrays: append, attend, trim.
-#include <primitives/cache.h>
+#include <turboquant/mlx/kv_cache.h>
 
 #include <cstdio>
 

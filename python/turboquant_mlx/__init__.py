@@ -22,14 +22,21 @@ _kernels = Path(_core.__file__).parent / "kernels"
 if _kernels.is_dir():
     _core.set_kernel_directory(str(_kernels))
 
-from .batch import BatchTurboQuantKVCache  # noqa: E402
-from .cache import TurboQuantKVCache  # noqa: E402
-from .convert import DelayedTurboQuantKVCache, to_turboquant  # noqa: E402
+from . import _old_paths  # noqa: E402
+from .caches import (  # noqa: E402
+    BatchTurboQuantKVCache,
+    BatchTurboQuantRotatingKVCache,
+    DelayedTurboQuantKVCache,
+    TurboQuantKVCache,
+    TurboQuantRotatingKVCache,
+    to_turboquant,
+)
+from .enable import disable, enable  # noqa: E402
 from .ops import attention, decode, encode  # noqa: E402
-from .patch import apply_patch, remove_patch  # noqa: E402
-from .rotating import BatchTurboQuantRotatingKVCache, TurboQuantRotatingKVCache  # noqa: E402
-from .saving import load_prompt_cache, save_prompt_cache  # noqa: E402
-from .slots import disable, enable  # noqa: E402
+from .overlay.patch import apply_patch, remove_patch  # noqa: E402
+from .overlay.saving import load_prompt_cache, save_prompt_cache  # noqa: E402
+
+_old_paths.install()
 
 __all__ = [
     "BatchTurboQuantKVCache",

@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <thread>
 
-#include "cases.h"
+#include "support/cases.h"
 
 namespace turboquant {
 namespace {

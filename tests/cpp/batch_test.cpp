@@ -1,9 +1,8 @@
 // Batches and windows over MLX arrays as a C++ program uses them.
-#include "primitives/batch.h"
-
 #include <gtest/gtest.h>
 
-#include "primitives/rotating.h"
+#include "turboquant/mlx/batch_kv_cache.h"
+#include "turboquant/mlx/rotating_kv_cache.h"
 
 namespace turboquant::ops {
 namespace {

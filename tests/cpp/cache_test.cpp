@@ -1,8 +1,7 @@
 // The cache over MLX arrays as a C++ program uses it.
-#include "primitives/cache.h"
-
 #include <gtest/gtest.h>
 
+#include "turboquant/mlx/kv_cache.h"
 #include "turboquant/turboquant.h"
 
 namespace turboquant::ops {

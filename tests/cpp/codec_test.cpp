@@ -5,9 +5,9 @@
 #include <bit>
 #include <cmath>
 
-#include "golden.h"
+#include "support/golden.h"
+#include "support/vectors.h"
 #include "turboquant/rotation.h"
-#include "vectors.h"
 
 namespace turboquant {
 namespace {

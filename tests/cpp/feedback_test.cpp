@@ -1,5 +1,5 @@
 // Encoding with error feedback: every instruction set and the oracle, by their own earlier codes (feedback.h).
-#include "feedback.h"
+#include "support/feedback.h"
 
 #include <gtest/gtest.h>
 

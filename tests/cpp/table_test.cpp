@@ -1,7 +1,7 @@
 // Every kernel of every instruction set against the oracle, over the whole table.
 #include <gtest/gtest.h>
 
-#include "cases.h"
+#include "support/cases.h"
 
 namespace turboquant {
 

@@ -3,8 +3,8 @@
 
 #include <bit>
 
-#include "golden.h"
-#include "vectors.h"
+#include "support/golden.h"
+#include "support/vectors.h"
 
 namespace turboquant {
 namespace {

@@ -4,8 +4,8 @@
 
 #include <cstring>
 
-#include "attend.h"
-#include "cases.h"
+#include "support/cuda_attend.h"
+#include "support/cases.h"
 
 namespace turboquant {
 namespace {

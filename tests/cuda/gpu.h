@@ -3,7 +3,7 @@
 
 #include <gtest/gtest.h>
 
-#include "jit.h"
+#include "support/cuda_jit.h"
 
 namespace turboquant {
 

@@ -1,6 +1,6 @@
-// Encoding with error feedback on a GPU, held to targets computed from its own earlier codes (tests/cpp/feedback.h).
-#include "attend.h"
-#include "feedback.h"
+// Encoding with error feedback on a GPU, held to targets computed from its own earlier codes (tests/support/feedback.h).
+#include "support/cuda_attend.h"
+#include "support/feedback.h"
 #include "gpu.h"
 
 namespace turboquant {

@@ -9,8 +9,8 @@
 #include <functional>
 #include <thread>
 
-#include "attend.h"
-#include "cases.h"
+#include "support/cuda_attend.h"
+#include "support/cases.h"
 
 namespace turboquant {
 namespace {

@@ -14,12 +14,12 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FILES = ["include/turboquant/format.h"] + [
     f"src/metal/{name}"
-    for name in "layout.h common.metal codec.metal attention.metal decode.metal prefill.metal".split()
+    for name in "layout.h device/common.metal device/codec.metal device/attention.metal device/decode.metal device/prefill.metal".split()
 ]
 # What 1.5 takes from C++14 as it is.
 CPP = set(
     "auto class const constexpr continue else enum false for if inline namespace return sizeof static struct template"
-    " true typedef typename using define defined endif ifdef ifndef include pragma once bool float int long void".split()
+    " true typedef typename using define defined endif ifdef ifndef include pragma once bool float int long unsigned void".split()
 )
 # What MLX's own text before a kernel defines.
 MLX = {"float16_t", "bfloat16_t"}

@@ -8,7 +8,7 @@
 #include <map>
 
 #include "metal/plan.h"
-#include "primitives/metal.h"
+#include "mlx_ops/metal.h"
 
 namespace turboquant::ops {
 namespace {

@@ -1,9 +1,9 @@
 // Encoding with error feedback in the emulator, held to targets computed from its own earlier codes (feedback.h).
-#include "feedback.h"
+#include "support/feedback.h"
 
 #include <gtest/gtest.h>
 
-#include "launches.h"
+#include "support/metal_launches.h"
 
 namespace turboquant {
 namespace {

@@ -5,7 +5,7 @@
 #include <iostream>
 #include <set>
 
-#include "launches.h"
+#include "support/metal_launches.h"
 
 namespace {
 

@@ -4,8 +4,8 @@
 #include <array>
 #include <fstream>
 
-#include "golden.h"
-#include "launches.h"
+#include "support/golden.h"
+#include "support/metal_launches.h"
 #include "turboquant/rotation.h"
 
 namespace turboquant {

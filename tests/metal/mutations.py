@@ -113,7 +113,11 @@ MUTATIONS = {
         "sum += in.stats[its + metal_layout::kSum] * factor;",
         "sum += factor == 0.0f ? 0.0f : in.stats[its + metal_layout::kSum] * factor;",
     ),
-    "partial results without their unit": ("attention.metal", "factor * in.stats[its + metal_layout::kLargest]", "factor"),
+    "partial results without their unit": (
+        "attention.metal",
+        "factor * in.stats[its + metal_layout::kLargest]",
+        "factor",
+    ),
     "prefill: the values' own maximum the wrong way round": (
         "prefill.metal",
         "exp2_difference(row_mv, row_m)",
@@ -218,7 +222,7 @@ def main():
     shutil.rmtree(copy / "source", ignore_errors=True)
     ignore = shutil.ignore_patterns("build", ".git", ".venv", "models", "assets")
     shutil.copytree(ROOT, copy / "source", ignore=ignore)
-    for path in (copy / "source/src/metal").iterdir():
+    for path in (copy / "source/src/metal/device").iterdir():
         path.touch()  # an interrupted run may have left objects of a mutation
     build = copy / "build"
     run("cmake", "-S", str(copy / "source"), "-B", str(build), "-DTURBOQUANT_METAL_VARIANTS_ONLY=ON")
@@ -230,7 +234,7 @@ def main():
     for name, (file, text, replacement) in MUTATIONS.items():
         if len(sys.argv) > 2 and not any(wanted in name for wanted in sys.argv[2:]):
             continue
-        path = copy / "source/src/metal" / file
+        path = copy / "source/src/metal/device" / file
         original = path.read_text()
         if text not in original:
             raise SystemExit(f"{name}: {file} no longer has {text!r}")

@@ -24,7 +24,7 @@ def bundled():
     """(model, tokenizer): the bundled model with float32 weights, which a CPU multiplies fast and exactly."""
     from mlx_lm import load
     from mlx_lm.utils import dequantize_model
-    from turboquant_mlx.gated_delta import enable_chunked_recurrence
+    from turboquant_mlx.overlay.gated_delta import enable_chunked_recurrence
 
     mx.set_default_device(mx.cpu)
     model, tokenizer = load(str(MODEL))

@@ -9,7 +9,7 @@ from queue import Queue
 
 import pytest
 from mlx_lm import server as mlx_lm_server
-from turboquant_mlx import cli
+from turboquant_mlx.commands import cli
 
 
 class Quiet(mlx_lm_server.APIHandler):

@@ -9,7 +9,8 @@ import pytest
 from mlx_lm import load
 from mlx_lm.models.cache import KVCache
 from turboquant_mlx import attention, calibration, decode, disable, enable, encode
-from turboquant_mlx.gated_delta import disable_chunked_recurrence, enable_chunked_recurrence
+from turboquant_mlx.calibration import command as calibration_command
+from turboquant_mlx.overlay.gated_delta import disable_chunked_recurrence, enable_chunked_recurrence
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "qwen35-tiny-4bit"
@@ -140,7 +141,7 @@ def test_command(tmp_path, capsys):
     text.write_text("The functions of this section deal with connections. " * 40)
     arguments = ["--model", str(MODEL), "--text", str(text), "--length", "64", "--windows", "2"]
     out = tmp_path / "calibration.safetensors"
-    assert calibration.main([*arguments, "--out", str(out)]) == 0
+    assert calibration_command.main([*arguments, "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "2 windows of 64 tokens" in said and "feedback of 2 layers' keys and 2 layers' values" in said
     assert sorted(calibration.load_calibration(out, directory=MODEL)) == [3, 7]
@@ -153,7 +154,7 @@ def test_command(tmp_path, capsys):
         (["--text", str(out)], "[calibrate] "),
         (["--model", str(tmp_path / "none")], "[calibrate] the model must be a local directory"),
     ):
-        assert calibration.main([*arguments, "--out", str(tmp_path / "other.safetensors"), *extra]) == 1
+        assert calibration_command.main([*arguments, "--out", str(tmp_path / "other.safetensors"), *extra]) == 1
         assert message in capsys.readouterr().err
     assert not (tmp_path / "other.safetensors").exists()
 

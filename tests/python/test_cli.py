@@ -15,7 +15,8 @@ from conftest import MODEL, ROOT
 from mlx_lm.models import gemma3_text, qwen3
 from needles import ANSWER, FACT, QUESTION
 from small_models import save_model
-from turboquant_mlx import _core, cli
+from turboquant_mlx import _core
+from turboquant_mlx.commands import cli
 
 BUNDLED = ["--model", str(MODEL)]
 
@@ -284,7 +285,7 @@ def test_doctor_names_an_old_nvidia_driver(tmp_path):
 
 @pytest.mark.parametrize("kind, marker", [("metal", "metal"), ("cuda", "gpu")])
 def test_doctor_runs_the_table_of_a_checkout(kind, marker, monkeypatch, tmp_path, capsys):
-    from turboquant_mlx import doctor
+    from turboquant_mlx.commands import doctor
 
     ran = []
 
@@ -303,7 +304,7 @@ def test_doctor_runs_the_table_of_a_checkout(kind, marker, monkeypatch, tmp_path
 
 
 def test_the_speed_table_of_doctor():
-    from turboquant_mlx import gpu_report
+    from turboquant_mlx.commands import gpu_report
 
     found = list(gpu_report.rows((64, 96), queries=2, repeats=2))
     assert [row["tokens"] for row in found] == [64, 96]

@@ -20,7 +20,7 @@ from turboquant_mlx import (
     enable,
     to_turboquant,
 )
-from turboquant_mlx.report import table
+from turboquant_mlx.commands.report import table
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from small_models import FAMILIES, save_model, small_llama
 from turboquant_mlx import disable, enable
 from turboquant_mlx.calibration import load_calibration
 from turboquant_mlx.eval.model import load_model
-from turboquant_mlx.gated_delta import disable_chunked_recurrence
+from turboquant_mlx.overlay.gated_delta import disable_chunked_recurrence
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SMALL = ["--tokens", "40", "--scales", "1,2", "--modes", "fp16,tq3", "--decode-tokens", "4", "--step", "32"]
@@ -64,7 +64,7 @@ def run(curve, tiny, tmp_path):
 
 
 def test_writes_rows_pictures_and_table(run, curve, monkeypatch, tmp_path):
-    import curve_rows
+    from curve import rows as curve_rows
 
     monkeypatch.setattr(curve.curve_report, "draw", curve.draw)
     status, rows = run("--repetitions", "2")
@@ -141,7 +141,7 @@ class Clock:
 
 def test_ratio_is_that_of_turns_side_by_side(curve, tiny, monkeypatch):
     """On a machine that becomes three times slower meanwhile; modes that decode one after the other show another ratio."""
-    import curve_run
+    from curve import run as curve_run
 
     clock = Clock({"fp16": 1.0, "tq3": 0.5})
     monkeypatch.setattr(curve_run, "time", clock)
@@ -161,7 +161,7 @@ def test_ratio_is_that_of_turns_side_by_side(curve, tiny, monkeypatch):
 @pytest.fixture
 def without_room(curve):
     """Context: tq3 fails, while it reads or in its second turn of decoding."""
-    import curve_run
+    from curve import run as curve_run
 
     @contextlib.contextmanager
     def fail(where):
@@ -204,7 +204,7 @@ def test_a_run_over_the_limit_fails(run):
 
 
 def test_what_would_be_over_the_limit_is_a_row_too(run, curve, monkeypatch, tmp_path):
-    import curve_run
+    from curve import run as curve_run
 
     read, asked = curve_run.Run.read, []
 
@@ -253,7 +253,7 @@ def subject(curve):
 
 
 def measured(curve, subject, *modes, tokens=8, synthetic=False):
-    import curve_run
+    from curve import run as curve_run
 
     args = curve.parse(SMALL)
     curve.apply_patch()
@@ -261,7 +261,7 @@ def measured(curve, subject, *modes, tokens=8, synthetic=False):
 
 
 def test_peak_is_that_of_a_mode_alone_and_of_decoding_too(curve, subject, monkeypatch):
-    import curve_run
+    from curve import run as curve_run
 
     # Two layers, two heads, keys and values of 256: 32 MiB as float32, 3 MiB as 3-bit codes, and growing copies.
     saved = 2 * 2 * 2 * 4096 * (1024 - 98)
@@ -287,7 +287,7 @@ def test_peak_is_that_of_a_mode_alone_and_of_decoding_too(curve, subject, monkey
 
 
 def test_modes_are_coded_as_enable_does(curve, subject):
-    import curve_run
+    from curve import run as curve_run
 
     found = load_calibration(MODEL)
     model = subject.model
@@ -332,7 +332,7 @@ class Nested(nn.Module):
     ],
 )
 def test_what_enable_packs_is_measured(curve, name, make, slots):
-    from curve_models import Subject, attention_slots, synthetic_calibration
+    from curve.models import Subject, attention_slots, synthetic_calibration
 
     model = make()
     found = attention_slots(model)
@@ -383,7 +383,7 @@ def test_model_without_key_value_slots(run, curve, monkeypatch, capsys):
 
 def test_the_nine_billion_shape_without_its_size(run, curve, monkeypatch, tmp_path):
     """`--shape`: random weights of an architecture, marked as such, short prompts read and long caches filled."""
-    import curve_models
+    from curve import models as curve_models
 
     small = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     small |= {"num_key_value_heads": 2, "head_dim": 64, "vocab_size": 256}

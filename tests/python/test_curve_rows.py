@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("curve")
 
 @pytest.fixture
 def rows_module(curve):  # noqa: F811
-    import curve_rows
+    from curve import rows as curve_rows
 
     return curve_rows
 
@@ -70,7 +70,7 @@ class Killed(BaseException):
 @pytest.fixture
 def killed(rows_module):
     """Context: the process dies when tq3 begins `where` for the times-th time."""
-    import curve_run
+    from curve import run as curve_run
 
     @contextlib.contextmanager
     def killed(where, times):

@@ -15,7 +15,7 @@ from small_models import FAMILIES, VOCAB, prompt, save_model
 from turboquant_mlx import calibration
 from turboquant_mlx.eval import command, divergence, modes, options, reconstruction, retrieval
 from turboquant_mlx.eval.model import cut_windows, load_model, read_tokens
-from turboquant_mlx.gated_delta import disable_chunked_recurrence
+from turboquant_mlx.overlay.gated_delta import disable_chunked_recurrence
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "qwen35-tiny-4bit"

@@ -9,8 +9,9 @@ from mlx import nn
 from mlx_lm.models import base, qwen3_next
 from mlx_lm.models.cache import KVCache
 from small_models import FAMILIES, greedy, prompt, small_llama
-from turboquant_mlx import TurboQuantKVCache, calibration, decode, disable, enable, encode, feedback
-from turboquant_mlx.saving import load_prompt_cache, save_prompt_cache
+from turboquant_mlx import TurboQuantKVCache, calibration, decode, disable, enable, encode
+from turboquant_mlx.calibration import feedback
+from turboquant_mlx.overlay.saving import load_prompt_cache, save_prompt_cache
 
 
 def random_feedback(heads, dim, seed=0):

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm import load
 from mlx_lm.models import qwen3_5
-from turboquant_mlx import disable, enable, gated_delta
+from turboquant_mlx import disable, enable
+from turboquant_mlx.overlay import gated_delta
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "qwen35-tiny-4bit"
 UNIT = 2.0**-24  # half the spacing of float32 at 1
@@ -72,7 +73,7 @@ def token_step(state, q, k, v, g, beta):
 
 
 def chunk_step(state, q, k, v, g, beta):
-    """The same for one chunk, with the products of `turboquant_mlx.gated_delta`."""
+    """The same for one chunk, with the products of `turboquant_mlx.overlay.gated_delta`."""
     chunk = len(g.value)
     log = np.arange(chunk)
     between = np.ones((chunk, chunk))

@@ -8,7 +8,7 @@ import pytest
 from turboquant_mlx.eval import retrieval
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "quality"
+RESULTS = ROOT / "benchmarks" / "results" / "quality"
 PAGE = "\n\n".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("quality.md", "quality_studies.md"))
 
 

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from turboquant_mlx import decode, encode
 from turboquant_mlx.eval import modes
-from turboquant_mlx.gated_delta import disable_chunked_recurrence
+from turboquant_mlx.overlay.gated_delta import disable_chunked_recurrence
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def study():
-    sys.path.insert(0, str(BENCHMARKS))
+    sys.path.insert(0, str(BENCHMARKS / "studies"))
     yield importlib.import_module("quality_study")
-    sys.path.remove(str(BENCHMARKS))
+    sys.path.remove(str(BENCHMARKS / "studies"))
     disable_chunked_recurrence()
 
 

@@ -24,8 +24,8 @@ from turboquant_mlx import (
     enable,
     load_prompt_cache,
 )
-from turboquant_mlx.identity import Identity
-from turboquant_mlx.saving import check_fits
+from turboquant_mlx.caches.identity import Identity
+from turboquant_mlx.overlay.saving import check_fits
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +105,7 @@ def test_a_bad_state_changes_nothing(case, damage):
 
 def rewritten(cache, **changes):
     """The state of a cache with other fields and a checksum that fits them."""
-    from turboquant_mlx.identity import Identity
+    from turboquant_mlx.caches.identity import Identity
 
     *arrays, identity = cache.state
     return (*arrays, str(Identity(identity.fields | changes, arrays)))

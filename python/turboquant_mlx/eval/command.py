@@ -7,9 +7,9 @@ from collections import Counter
 
 from tqdm import tqdm
 
-from ..cache import leaves
+from ..caches import leaves
+from ..caches.slots import kv_slots, own_caches
 from ..calibration import calibrate, fingerprint, load_calibration
-from ..slots import kv_slots, own_caches
 from . import divergence, pictures, reconstruction, retrieval
 from .files import write_json, write_table
 from .model import cut_windows, load_model, message, read_tokens, spread_windows, window_numbers

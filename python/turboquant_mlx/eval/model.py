@@ -12,8 +12,8 @@ from mlx.utils import tree_flatten
 from mlx_lm import load
 from mlx_lm.utils import dequantize_model
 
-from ..cache import leaves
-from ..gated_delta import enable_chunked_recurrence
+from ..caches import leaves
+from ..overlay.gated_delta import enable_chunked_recurrence
 
 
 def load_model(path):

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from ..slots import REPLACED, own_caches, packing, replace_slots
+from ..caches.slots import REPLACED, own_caches, replace_slots
+from ..enable import packing
 
 AFFINE_GROUP = 64  # numbers that share a scale in MLX's affine codes, and what a head_dim must be a multiple of
 

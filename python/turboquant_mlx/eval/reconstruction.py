@@ -3,9 +3,9 @@
 import mlx.core as mx
 import numpy as np
 
+from ..caches.slots import kv_slots, own_caches, slot_name
 from ..calibration import as_calibration
 from ..ops import decode, encode
-from ..slots import kv_slots, own_caches, slot_name
 from .model import recurrent_states
 from .modes import AFFINE_GROUP, affine, float_caches, to_half
 

@@ -1,5 +1,5 @@
 // The interface of ../jit.h without a GPU: a kernel's text is compiled as C++ and run by the emulator.
-#include "../jit.h"
+#include "support/cuda_jit.h"
 
 #include <dlfcn.h>
 #include <unistd.h>

@@ -1,0 +1,1 @@
+"""The publication curve: decode and prompt speed, and memory, against the context."""

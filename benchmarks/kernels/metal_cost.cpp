@@ -1,0 +1,89 @@
+// Modelled cost of the Metal decode kernel: instructions, threadgroup and device accesses counted in the emulator, and
+// the bounds that follow for three chips.  No Apple GPU was used.        metal_cost
+//
+// Chips: bandwidth and GPU cores from Apple's press releases and specifications (M1 Max 400 GB/s, 32 cores; M3 Max
+// 400 GB/s, 40 cores; M4 Max 546 GB/s, 40 cores).  Rates of a core and cycle: github.com/philipturner/metal-benchmarks
+// (README at commit dc2adc6, measured there for Apple 7 and 8): "ALU Layout" and "Instruction Throughputs" give 128
+// FADD32, FFMA32, FFMA16, IADD32, BITWISE32, compare-selects; 32 shifts, bit extractions, conversions, EXP2, on a
+// pipeline of their own ("Mixed workload performance": EXP2 with 2 FMUL32 takes 4.08 cycles, EXP2 alone 4.00); "On-Chip
+// Memory" gives 256 bytes of SIMD shuffles and no rate for threadgroup memory, for which 128 bytes are assumed, as on
+// other GPUs.  M1 Max's clock is that page's; those of M3 Max and M4 Max are what users report.  M3 and M4 issue float
+// and integer work side by side, which is not counted on; nor is index arithmetic (docs/metal.md).
+#include <algorithm>
+#include <cstdio>
+
+#include "emulator/counts.h"
+#include "support/metal_launches.h"
+
+namespace {
+
+using namespace emulator;
+
+struct Chip {
+  const char* name;
+  double bytes_per_second;
+  int cores;
+  double clock;
+};
+constexpr Chip kChips[] = {
+    {"M1 Max", 400e9, 32, 1.296e9}, {"M3 Max", 400e9, 40, 1.38e9}, {"M4 Max", 546e9, 40, 1.578e9}};
+
+const char* met(bool yes) { return yes ? "met" : "MISSED"; }
+
+/// One KV head of the flagship's four, in the splits that the plan takes for all four.
+void report(int bits, int kv_len) {
+  Case c = cost_case(bits);
+  c.kv_len = kv_len;
+  const int splits = turboquant::metal::plan_attention({.batch = 1,
+                                                        .query_heads = 16,
+                                                        .kv_heads = 4,
+                                                        .query_len = 1,
+                                                        .kv_len = kv_len,
+                                                        .head_dim = c.head_dim,
+                                                        .key_bits = bits,
+                                                        .value_bits = bits,
+                                                        .dtype = c.dtype})
+                         .splits;
+  turboquant::cases::Inputs inputs(c);
+  reset_counts();
+  emulator::attend(inputs.params(), splits);
+  const double codes = 2.0 * c.kv_len * c.head_dim;
+  const double packed = 2.0 * c.kv_len * turboquant::bytes_per_vector(bits, c.head_dim);
+  const auto per_code = [&](Kind k) { return double(counts.of[int(k)]) / codes; };
+  const double slow = per_code(Kind::shift) + per_code(Kind::convert) + per_code(Kind::special);
+  const double memory = per_code(Kind::device_access) + per_code(Kind::threadgroup_access);
+  const double all = per_code(Kind::simple) + slow + per_code(Kind::shuffle) + memory;
+  const auto device = device_bytes();
+  const double ratio = double(device.read + device.written) / packed;
+  std::printf("TQ%d, %d tokens in %d splits\n", bits, kv_len, splits);
+  std::printf(
+      "  instructions of a lane per code: simple %.2f, shift %.2f, convert %.3f, special %.3f, shuffle %.3f, device "
+      "%.3f, threadgroup %.2f (%.2f bytes); all %.2f\n",
+      per_code(Kind::simple), per_code(Kind::shift), per_code(Kind::convert), per_code(Kind::special),
+      per_code(Kind::shuffle), per_code(Kind::device_access), per_code(Kind::threadgroup_access),
+      double(counts.threadgroup_bytes) / codes, all);
+  std::printf("  device bytes / packed size: %.4f read + %.4f written = %.3f; goal 1.05 %s\n",
+              double(device.read) / packed, double(device.written) / packed, ratio, met(ratio <= 1.05));
+  for (const auto& chip : kChips) {
+    const double lanes = chip.cores * chip.clock * 128;
+    const double memory_ns = packed / chip.bytes_per_second * 1e9 / codes;
+    const double issue_ns = all / lanes * 1e9;
+    const double slow_ns = 4 * slow / lanes * 1e9;
+    const double serial_ns = (all + 3 * slow) / lanes * 1e9;
+    const double threadgroup_ns = double(counts.threadgroup_bytes) / codes / lanes * 1e9;
+    const double alu = std::max(issue_ns, slow_ns) / memory_ns;
+    std::printf(
+        "  %-7s ns per 1000 codes: bandwidth %.3f, issue %.3f, slow pipeline %.3f, threadgroup %.3f, all serial %.3f; "
+        "ALU / bandwidth %.2f (serial %.2f)%s%s\n",
+        chip.name, 1000 * memory_ns, 1000 * issue_ns, 1000 * slow_ns, 1000 * threadgroup_ns, 1000 * serial_ns, alu,
+        serial_ns / memory_ns, &chip == &kChips[1] ? "; goal below 1 " : "", &chip == &kChips[1] ? met(alu < 1) : "");
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int kv_len : {4096, 16384, 40960}) {
+    for (int bits : {2, 3, 4}) report(bits, kv_len);
+  }
+}

@@ -1,0 +1,46 @@
+// The key-value cache of one attention layer, packed.  A value type: a copy shares no later write.
+//
+// A program in C++ uses it directly (examples/cpp); Python's TurboQuantKVCache is a thin wrapper.
+#pragma once
+
+#include <optional>
+
+#include "turboquant/mlx/store.h"
+
+namespace turboquant::ops {
+
+/// Grows by appending, shrinks by trimming.  Operations are lazy, as MLX's are; a call that throws changes nothing.
+class KVCache {
+ public:
+  explicit KVCache(Coding coding = {});
+
+  /// Appends keys (after RoPE) and values, (B, H_kv, N, D) of float16, bfloat16 or float32.  Throws
+  /// std::invalid_argument on a wrong dtype, rank or head_dim, or when batch, heads or head_dim change.
+  void append(const mx::array& keys, const mx::array& values, mx::StreamOrDevice s = {});
+
+  /// The history for attention; std::invalid_argument when nothing was appended.
+  View view() const;
+
+  /// Forgets the last n tokens (at most all); returns how many.
+  int trim(int n);
+
+  int offset() const { return length_; }
+  bool empty() const { return !store_; }
+  /// Resident bytes: the buffers, spare room included.
+  size_t nbytes() const { return store_ ? store_->nbytes() : 0; }
+  const Coding& coding() const { return coding_; }
+  const std::optional<Store>& store() const { return store_; }
+
+  /// Takes over packed vectors: `length` tokens of `store`.
+  void restore(const Store& store, int length);
+
+ private:
+  Coding coding_;
+  std::optional<Store> store_;
+  int length_ = 0;
+};
+
+/// A coding with checked bits, and centres and feedback in the form the kernels take.
+Coding checked_coding(Coding coding);
+
+}  // namespace turboquant::ops

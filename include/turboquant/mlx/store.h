@@ -1,0 +1,117 @@
+// Packed keys and values side by side, and what every cache does to them.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "turboquant/mlx/ops.h"
+
+namespace turboquant::ops {
+
+/// How a cache codes its vectors.  It is part of the cache's identity: caches of different coding never mix.
+struct Coding {
+  int key_bits = 3, value_bits = 3;
+  uint64_t seed = 0;
+  std::optional<mx::array> key_centre = {}, value_centre = {};      // (H_kv, D) float32
+  std::optional<mx::array> key_feedback = {}, value_feedback = {};  // (H_kv, D, D) float16
+};
+
+/// Throws std::invalid_argument naming `op` unless both codings decode the same bits to the same vectors.
+void check_same_coding(const char* op, const Coding& a, const Coding& b);
+
+/// Keys and values of shape (B, H_kv, capacity, ...).  The token axis of all four arrays is axis 2.
+struct Store {
+  PackedArrays keys, values;
+  /// When tokens were written in place (append_kv): the array to wait for before the four are read.
+  std::optional<mx::array> written = std::nullopt;
+  /// Up to where anybody has written into these buffers, or promised to: shared with the copies that share them.  Room
+  /// behind it belongs to the first that takes it.
+  std::shared_ptr<int> frontier = nullptr;
+
+  int batch() const { return keys.scales.shape(0); }
+  int heads() const { return keys.scales.shape(1); }
+  int capacity() const { return keys.scales.shape(2); }
+  int head_dim(const Coding& coding) const { return keys.codes.shape(3) / coding.key_bits * 32; }
+  /// Bytes of all four arrays.
+  size_t nbytes() const;
+  /// The same with nothing to wait for: evaluates `written`.  All below but `pad` with nothing to do settle first.
+  Store settled() const;
+  /// Whether nobody else holds the arrays, pending operations and the GPU included.
+  bool unshared() const;
+  /// f on each of the four arrays.
+  Store map(const std::function<mx::array(const mx::array&)>& f) const;
+  /// Tokens [from, to).
+  Store tokens(int from, int to, mx::StreamOrDevice s = {}) const;
+  /// Zero tokens in front and behind; a zero scale decodes to a zero vector.
+  Store pad(int before, int after, mx::StreamOrDevice s = {}) const;
+  /// This store with `rows` written at token `at`; in place when nobody else holds the buffers.
+  Store write(const Store& rows, int at, mx::StreamOrDevice s = {}) const;
+  /// Rows of the batch, in the order given.
+  Store take(const mx::array& rows, mx::StreamOrDevice s = {}) const;
+  /// Each row's tokens rolled to the right by its own amount (B,).
+  Store roll(const mx::array& amounts, mx::StreamOrDevice s = {}) const;
+};
+
+/// Zero tokens of the same kind: (batch, H_kv, tokens, ...).
+Store zeros_like(const Store& like, int batch, int tokens, mx::StreamOrDevice s = {});
+
+/// Zero tokens of this coding: (batch, heads, tokens, ...).
+Store zeros(const Coding& coding, int batch, int heads, int tokens, int head_dim, mx::StreamOrDevice s = {});
+
+/// Throws std::invalid_argument naming `op` unless both hold vectors of the same heads and size.
+void check_same_shape(const char* op, const Store& a, const Store& b);
+
+/// Throws std::invalid_argument naming `op` unless `store` is packed with this coding and holds `length` tokens.
+void check_store(const char* op, const Coding& coding, const Store& store, int length);
+
+/// Stores joined along an axis (0: batch, 2: tokens).
+Store concatenate(const std::vector<Store>& stores, int axis, mx::StreamOrDevice s = {});
+
+/// Throws std::invalid_argument unless vectors of `shape` (B, H_kv, N, D) can follow those held.
+void check_follows(const Coding& coding, const mx::Shape& shape, const Store& held);
+
+/// Encodes keys and values (B, H_kv, N, D) and checks that they can follow `held`.
+Store encode_store(const Coding& coding, const mx::array& keys, const mx::array& values,
+                   const std::optional<Store>& held, mx::StreamOrDevice s = {});
+
+/// The first `length` tokens of `held` and then keys and values, encoded: in place where that is possible and nobody
+/// can notice, else by copies as far as MLX needs them.  Throws as encode_store does.
+Store append_store(const Coding& coding, const std::optional<Store>& held, int length, const mx::array& keys,
+                   const mx::array& values, mx::StreamOrDevice s = {});
+
+/// Which kernel attention used last, for people; null before it ran.
+struct LastKernel {
+  const char* name = nullptr;
+};
+
+/// What a cache hands to attention: the packed history up to `length`.  It does not change when the cache goes on.
+struct View {
+  Coding coding;
+  Store store;
+  int length;
+  std::optional<mx::array> starts = std::nullopt;     // (B,) first real token of each row, for left-padded batches
+  mx::Dtype dtype = mx::float16;                      // of the vectors as they came, for models that ask
+  std::shared_ptr<LastKernel> last_kernel = nullptr;  // if given, `attend` notes its kernel there
+
+  int head_dim() const { return store.head_dim(coding); }
+  /// Attention of q (B, H_q, L, D) over the history.
+  mx::array attend(const mx::array& q, float scale, bool causal, const std::optional<mx::array>& mask = std::nullopt,
+                   const std::optional<mx::array>& sinks = std::nullopt, mx::StreamOrDevice s = {}) const;
+  /// The history as numbers, (B, H_kv, length, D) each: materialises all of it.
+  std::pair<mx::array, mx::array> decode(mx::Dtype dtype, mx::StreamOrDevice s = {}) const;
+};
+
+/// How many tokens buffers grow by.
+constexpr int kGrowth = 256;
+inline int round_up(int tokens) { return (tokens + kGrowth - 1) / kGrowth * kGrowth; }
+
+/// The first `length` tokens held and zeros, room for `needed` tokens and up to kGrowth - 1 more in all: a copy.
+Store copy_with_room(const std::optional<Store>& held, int length, const Store& like, int needed,
+                     mx::StreamOrDevice s = {});
+
+/// A store that can hold `needed` tokens, of which `length` are kept: the one held if it can.
+Store grow(const std::optional<Store>& held, int length, const Store& like, int needed, mx::StreamOrDevice s = {});
+
+}  // namespace turboquant::ops

@@ -1,0 +1,203 @@
+// The caches for Python.  Docstrings live in turboquant_mlx/*.py; this file only translates.
+#include "turboquant/mlx/batch_kv_cache.h"
+#include "turboquant/mlx/kv_cache.h"
+#include "turboquant/mlx/rotating_kv_cache.h"
+#include "python/bindings/convert.h"
+
+namespace nb = nanobind;
+namespace ops = turboquant::ops;
+namespace mx = mlx::core;
+using namespace nb::literals;
+
+namespace {
+
+using Arrays = std::vector<mx::array>;
+
+Arrays arrays(const ops::Store& held) {
+  const auto s = held.settled();
+  return {s.keys.codes, s.keys.scales, s.values.codes, s.values.scales};
+}
+
+ops::Store store(const Arrays& a) {
+  if (a.size() != 4) throw std::invalid_argument("[restore] a cache has four arrays; got " + std::to_string(a.size()));
+  return {{a[0], a[1]}, {a[2], a[3]}};
+}
+
+mx::array numbers(const std::vector<int>& v) { return mx::array(v.data(), {int(v.size())}, mx::int32); }
+
+/// (keys, values), each or both None.
+using Pair = std::pair<Array, Array>;
+
+ops::Coding coding(int key_bits, int value_bits, uint64_t seed, const Pair& centres, const Pair& feedback) {
+  return {key_bits, value_bits, seed, centres.first, centres.second, feedback.first, feedback.second};
+}
+
+/// What all four caches have.
+template <class Cache>
+nb::class_<Cache> bind_cache(nb::module_& m, const char* name) {
+  return nb::class_<Cache>(m, name)
+      .def(
+          "__deepcopy__", [](const Cache& c, nb::object) { return Cache(c); }, "memo"_a)
+      .def("append", &Cache::append, "keys"_a, "values"_a, "stream"_a = nb::none())
+      .def("view", &Cache::view)
+      .def(
+          "update",  // append and view in one call, for the sake of decoding
+          [](Cache& c, const mx::array& keys, const mx::array& values, std::shared_ptr<ops::LastKernel> last) {
+            c.append(keys, values);
+            auto view = c.view();
+            view.dtype = values.dtype();
+            view.last_kernel = std::move(last);
+            return view;
+          },
+          "keys"_a, "values"_a, "last_kernel"_a)
+      .def("trim", &Cache::trim, "n"_a)
+      .def_prop_ro("empty", &Cache::empty)
+      .def_prop_ro("nbytes", &Cache::nbytes)
+      .def_prop_ro("key_bits", [](const Cache& c) { return c.coding().key_bits; })
+      .def_prop_ro("value_bits", [](const Cache& c) { return c.coding().value_bits; })
+      .def_prop_ro("seed", [](const Cache& c) { return c.coding().seed; })
+      .def_prop_ro("centres",
+                   [](const Cache& c) {
+                     return Pair{c.coding().key_centre, c.coding().value_centre};
+                   })
+      .def_prop_ro("feedback",
+                   [](const Cache& c) {
+                     return Pair{c.coding().key_feedback, c.coding().value_feedback};
+                   })
+      .def_prop_ro("arrays",
+                   [](const Cache& c) { return c.store() ? std::optional(arrays(*c.store())) : std::nullopt; });
+}
+
+template <class Cache>
+PythonMask mask(const Cache& c, int n, std::optional<int> window, bool return_array) {
+  return mask_to(c.mask(n, window.value_or(0), return_array));
+}
+
+}  // namespace
+
+void bind_caches(nb::module_& m) {
+  nb::class_<ops::LastKernel>(m, "LastKernel")
+      .def(nb::init<>())
+      .def(nb::init<const ops::LastKernel&>(), "other"_a)
+      .def_ro("name", &ops::LastKernel::name);
+
+  nb::class_<ops::View>(m, "View")
+      .def_ro("length", &ops::View::length)
+      .def_rw("dtype", &ops::View::dtype)
+      .def_rw("last_kernel", &ops::View::last_kernel)
+      .def_prop_ro(
+          "shape",
+          [](const ops::View& v) { return nb::make_tuple(v.store.batch(), v.store.heads(), v.length, v.head_dim()); })
+      .def("__getitem__",
+           [](const ops::View&, nb::object) {
+             throw std::runtime_error(
+                 "[TurboQuantKVCache] these keys and values are packed codes, and mlx-lm's own attention cannot read "
+                 "them: call turboquant_mlx.apply_patch() once before the model runs (enable(model) does it)");
+           })
+      .def_prop_ro("arrays", [](const ops::View& v) { return arrays(v.store.tokens(0, v.length)); })
+      .def(
+          "attend",
+          [](const ops::View& v, const mx::array& q, float scale, const PythonMask& mask, const Array& sinks,
+             mx::StreamOrDevice s) {
+            const auto [causal, array] = mask_from(mask);
+            return v.attend(q, scale, causal, array, sinks, s);
+          },
+          "q"_a, "scale"_a, "mask"_a = nb::none(), "sinks"_a = nb::none(), "stream"_a = nb::none())
+      .def("decode", &ops::View::decode, "dtype"_a, "stream"_a = nb::none());
+
+  bind_cache<ops::KVCache>(m, "KVCache")
+      .def(
+          "__init__",
+          [](ops::KVCache* self, int kb, int vb, uint64_t seed, const Pair& centres, const Pair& feedback) {
+            new (self) ops::KVCache(coding(kb, vb, seed, centres, feedback));
+          },
+          "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(), "feedback"_a = Pair())
+      .def(
+          "restore", [](ops::KVCache& c, const Arrays& a, int length) { c.restore(store(a), length); }, "arrays"_a,
+          "length"_a)
+      .def_prop_ro("offset", &ops::KVCache::offset);
+
+  bind_cache<ops::BatchKVCache>(m, "BatchKVCache")
+      .def(
+          "__init__",
+          [](ops::BatchKVCache* self, std::vector<int> left_padding, int kb, int vb, uint64_t seed, const Pair& centres,
+             const Pair& feedback) {
+            new (self) ops::BatchKVCache(std::move(left_padding), coding(kb, vb, seed, centres, feedback));
+          },
+          "left_padding"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(), "feedback"_a = Pair())
+      .def_static("merge", &ops::BatchKVCache::merge, "caches"_a, "stream"_a = nb::none())
+      .def("prepare", &ops::BatchKVCache::prepare, "left_padding"_a, "right_padding"_a)
+      .def("finalize", &ops::BatchKVCache::finalize, "stream"_a = nb::none())
+      .def("filter", &ops::BatchKVCache::filter, "rows"_a, "stream"_a = nb::none())
+      .def("extend", &ops::BatchKVCache::extend, "other"_a, "stream"_a = nb::none())
+      .def("extract", &ops::BatchKVCache::extract, "row"_a, "stream"_a = nb::none())
+      .def("mask", &mask<ops::BatchKVCache>, "n"_a, "window"_a = nb::none(), "return_array"_a = false)
+      .def(
+          "restore",
+          [](ops::BatchKVCache& c, const Arrays& a, int length, std::vector<int> left_padding) {
+            c.restore(store(a), length, std::move(left_padding));
+          },
+          "arrays"_a, "length"_a, "left_padding"_a)
+      .def_prop_ro("length", &ops::BatchKVCache::length)
+      .def_prop_ro("left_padding", [](const ops::BatchKVCache& c) { return numbers(c.left_padding()); })
+      .def_prop_ro("offset", [](const ops::BatchKVCache& c) { return numbers(c.offsets()); });
+
+  bind_cache<ops::RotatingKVCache>(m, "RotatingKVCache")
+      .def(
+          "__init__",
+          [](ops::RotatingKVCache* self, int max_size, int keep, int kb, int vb, uint64_t seed, const Pair& centres,
+             const Pair& feedback) {
+            new (self) ops::RotatingKVCache(max_size, keep, coding(kb, vb, seed, centres, feedback));
+          },
+          "max_size"_a, "keep"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(),
+          "feedback"_a = Pair())
+      .def("mask", &mask<ops::RotatingKVCache>, "n"_a, "window"_a = nb::none(), "return_array"_a = false)
+      .def(
+          "restore",
+          [](ops::RotatingKVCache& c, const Arrays& a, int offset, int index) { c.restore(store(a), offset, index); },
+          "arrays"_a, "offset"_a, "index"_a)
+      .def_prop_ro("can_trim", &ops::RotatingKVCache::can_trim)
+      .def_prop_ro("offset", &ops::RotatingKVCache::offset)
+      .def_prop_ro("index", &ops::RotatingKVCache::index)
+      .def_prop_ro("size", &ops::RotatingKVCache::size)
+      .def_prop_ro("max_size", &ops::RotatingKVCache::max_size)
+      .def_prop_ro("keep", &ops::RotatingKVCache::keep);
+
+  using Batch = ops::BatchRotatingKVCache;
+  bind_cache<Batch>(m, "BatchRotatingKVCache")
+      .def(
+          "__init__",
+          [](Batch* self, int max_size, std::vector<int> left_padding, int kb, int vb, uint64_t seed,
+             const Pair& centres, const Pair& feedback) {
+            new (self) Batch(max_size, std::move(left_padding), coding(kb, vb, seed, centres, feedback));
+          },
+          "max_size"_a, "left_padding"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(),
+          "feedback"_a = Pair())
+      .def_static("merge", &Batch::merge, "caches"_a, "stream"_a = nb::none())
+      .def("prepare", &Batch::prepare, "left_padding"_a, "lengths"_a, "right_padding"_a)
+      .def("finalize", &Batch::finalize, "stream"_a = nb::none())
+      .def("filter", &Batch::filter, "rows"_a, "stream"_a = nb::none())
+      .def("extend", &Batch::extend, "other"_a, "stream"_a = nb::none())
+      .def("extract", &Batch::extract, "row"_a, "stream"_a = nb::none())
+      .def("mask", &mask<Batch>, "n"_a, "window"_a = nb::none(), "return_array"_a = false)
+      .def(
+          "restore",
+          [](Batch& c, const Arrays& a, int length, int index, bool rotated, std::vector<int> left_padding,
+             std::vector<int> offsets) {
+            c.restore(store(a), {length, index, rotated, std::move(left_padding), std::move(offsets)});
+          },
+          "arrays"_a, "length"_a, "index"_a, "rotated"_a, "left_padding"_a, "offsets"_a)
+      .def_prop_ro("position",
+                   [](const Batch& c) {
+                     const auto p = c.position();
+                     nb::dict d;
+                     d["length"] = p.length, d["index"] = p.index, d["rotated"] = p.rotated;
+                     d["left_padding"] = p.left_padding, d["offsets"] = p.offsets;
+                     return d;
+                   })
+      .def_prop_ro("can_trim", &Batch::can_trim)
+      .def_prop_ro("size", &Batch::size)
+      .def_prop_ro("max_size", &Batch::max_size)
+      .def_prop_ro("left_padding", [](const Batch& c) { return numbers(c.left_padding()); })
+      .def_prop_ro("offset", [](const Batch& c) { return numbers(c.offsets()); });
+}

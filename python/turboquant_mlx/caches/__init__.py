@@ -1,0 +1,19 @@
+"""Packed caches in mlx-lm's cache protocol.  Nothing here replaces a name of another program (see overlay)."""
+
+from .convert import DelayedTurboQuantKVCache, to_turboquant
+from .kv_cache import BatchTurboQuantKVCache, PackedBatch, TurboQuantKVCache
+from .packed import PackedCache, layer_name, leaves
+from .rotating import BatchTurboQuantRotatingKVCache, TurboQuantRotatingKVCache
+
+__all__ = [
+    "BatchTurboQuantKVCache",
+    "BatchTurboQuantRotatingKVCache",
+    "DelayedTurboQuantKVCache",
+    "PackedBatch",
+    "PackedCache",
+    "TurboQuantKVCache",
+    "TurboQuantRotatingKVCache",
+    "layer_name",
+    "leaves",
+    "to_turboquant",
+]

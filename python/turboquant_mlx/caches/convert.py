@@ -1,0 +1,152 @@
+"""From float caches to packed ones: a filled cache at once, or a cache that packs itself at a given length."""
+
+from __future__ import annotations
+
+import copy
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+from .arguments import Centres, Feedback, whole
+from .kv_cache import TurboQuantKVCache
+from .rotating import TurboQuantRotatingKVCache
+
+
+def to_turboquant(
+    cache: KVCache | RotatingKVCache,
+    bits: int = 3,
+    *,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+    seed: int = 0,
+    centres: Centres | None = None,
+    feedback: Feedback | None = None,
+) -> TurboQuantKVCache | TurboQuantRotatingKVCache:
+    """The packed copy of a filled float cache, which stays as it is; `to_float()` of the result goes back.
+
+    Args:
+        cache: mlx-lm's KVCache or RotatingKVCache.
+        bits and the rest: as for TurboQuantKVCache.
+
+    Raises:
+        ValueError: another kind of cache, or vectors that cannot be packed.
+    """
+    if type(cache) not in (KVCache, RotatingKVCache):
+        raise ValueError(f"[to_turboquant] cache must be a KVCache or a RotatingKVCache; got {type(cache).__name__}")
+    settings = {"key_bits": key_bits, "value_bits": value_bits, "seed": seed, "centres": centres, "feedback": feedback}
+    packed = TurboQuantKVCache(bits, **settings)
+    if not cache.empty() and cache.offset > 0:
+        packed.update_and_fetch(*cache.keys_and_values())
+    if type(cache) is KVCache:
+        return packed
+    window = TurboQuantRotatingKVCache(cache.max_size, cache.keep, bits, **settings)
+    if not packed.empty():
+        window._core.restore(packed._core.view().arrays, cache.offset, cache._idx)
+    return window
+
+
+class DelayedTurboQuantKVCache(TurboQuantKVCache):
+    """A cache that holds plain floats until it has more than `start` tokens, and codes from then on.
+
+    It has no `merge`, as a batch would mix rows before and after: mlx-lm then serves requests one at a time.
+
+    Args:
+        start (int): tokens held as floats at most, at least 0.
+        bits and the rest: as for TurboQuantKVCache.
+    """
+
+    def __init__(
+        self,
+        start: int,
+        bits: int = 3,
+        *,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        seed: int = 0,
+        centres: Centres | None = None,
+        feedback: Feedback | None = None,
+    ) -> None:
+        self.start = whole(type(self).__name__, "start", start)
+        self._floats = KVCache()
+        super().__init__(bits, key_bits=key_bits, value_bits=value_bits, seed=seed, centres=centres, feedback=feedback)
+
+    @property
+    def merge(self):
+        raise AttributeError("[merge] a cache that is packed later cannot be batched")
+
+    @property
+    def packed(self) -> bool:
+        """Whether the cache holds codes by now."""
+        return self._floats is None
+
+    def __copy__(self):
+        other = super().__copy__()
+        other._floats = copy.deepcopy(self._floats)  # mlx-lm's cache writes into its arrays
+        return other
+
+    def update_and_fetch(self, keys, values):
+        """As for TurboQuantKVCache; returns arrays (B, H_kv, tokens, D) until the cache packs itself."""
+        if self.packed:
+            return super().update_and_fetch(keys, values)
+        if self._floats.offset + keys.shape[2] <= self.start:
+            return self._floats.update_and_fetch(keys, values)
+        if self._floats.offset:
+            self._core.append(*self._floats.keys_and_values())
+        self._floats = None
+        return super().update_and_fetch(keys, values)
+
+    def keys_and_values(self):
+        """What update_and_fetch returned last."""
+        return super().keys_and_values() if self.packed else self._floats.keys_and_values()
+
+    @property
+    def offset(self) -> int:
+        """Tokens held."""
+        return self._core.offset if self.packed else self._floats.offset
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of the floats or of the codes, the spare room of the buffers included."""
+        return self._core.nbytes if self.packed else self._floats.nbytes
+
+    def empty(self) -> bool:
+        """Whether nothing was appended yet."""
+        return self._core.empty if self.packed else self._floats.empty()
+
+    def trim(self, n: int) -> int:
+        """Drops the latest `n` tokens, or all there are; returns how many that were.  Codes stay codes."""
+        return self._core.trim(n) if self.packed else self._floats.trim(n)
+
+    def to_float(self, dtype: mx.Dtype = mx.float16) -> KVCache:
+        """A `KVCache` with the history: decoded to `dtype`, or a copy of the floats in their own dtype."""
+        return super().to_float(dtype) if self.packed else copy.deepcopy(self._floats)
+
+    def inspect(self) -> dict:
+        """As for TurboQuantKVCache; while the cache holds floats, the bits are theirs (None of an empty cache)."""
+        note = super().inspect()
+        if self.packed:
+            return note
+        key_bits, value_bits = (None if x is None else 8 * x.itemsize for x in (self._floats.keys, self._floats.values))
+        return note | {"key_bits": key_bits, "value_bits": value_bits, "kernel": "mlx (not packed yet)"}
+
+    def _shape(self):
+        return super()._shape() if self.packed else self._floats.keys_and_values()[0].shape
+
+    def _arrays(self):
+        if self.packed or self.empty():
+            return super()._arrays()
+        return [*self._floats.keys_and_values(), None, None]
+
+    def _position(self):
+        return {"start": self.start, "packed": self.packed, "offset": self.offset}
+
+    def _restore(self, coding, position, arrays):
+        packed, start, offset = position["packed"], position["start"], position["offset"]
+        held = arrays[0].shape[2] if arrays else 0
+        if not isinstance(packed, bool) or (not packed and offset != held):
+            raise ValueError(f"[load] a cache of {held} tokens cannot stand at {position}")
+        floats = None if packed else KVCache()
+        if arrays and not packed:
+            floats.state = (*arrays[:2], offset)
+        super()._restore(coding, position, arrays if packed else None)
+        self.start, self._floats = start, floats

@@ -1,0 +1,163 @@
+"""The packed cache of one attention layer, and that of a batch of sequences.  The logic is C++ (turboquant/mlx/kv_cache.h,
+batch_kv_cache.h)."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache, create_attention_mask
+
+from .. import _core
+from .arguments import Centres, Feedback, as_list, coding, padding
+from .packed import PackedCache
+
+
+class TurboQuantKVCache(PackedCache):
+    """A `KVCache` whose keys and values live as codes.
+
+    Keys are coded as they come (after RoPE), each once; attention reads the codes, so no float history exists.
+    TQ3 takes 98 bytes per vector of 256 numbers, TQ4 130, TQ2 66 (float16: 512).
+
+    Args:
+        bits (int): 2, 3 or 4, for keys and values.
+        key_bits, value_bits (int): instead of `bits`, each side's own width.
+        seed (int): of the random signs, from 0 to 2^64 - 1.
+        centres: a pair (keys, values) of (H_kv, D) arrays, taken from every vector before coding; see calibration.
+        feedback: a pair (keys, values) of (H_kv, D, D) float16 arrays, which feed errors forward; made for one seed.
+
+    Raises:
+        ValueError: a width or seed that is no whole number or out of range, centres or feedback that are no pair; from
+            `update_and_fetch`, a wrong dtype, rank or head_dim, or a batch that changes size.  A failed call leaves
+            the cache as it was.
+    """
+
+    def __init__(
+        self,
+        bits: int = 3,
+        *,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        seed: int = 0,
+        centres: Centres | None = None,
+        feedback: Feedback | None = None,
+    ) -> None:
+        self._core = _core.KVCache(*coding(type(self).__name__, bits, key_bits, value_bits, seed, centres, feedback))
+        self._last_kernel = _core.LastKernel()
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
+        """As for PackedCache: None, "causal", or a bool array (N, tokens held after appending)."""
+        return create_attention_mask(N, offset=self.offset, return_array=return_array, window_size=window_size)
+
+    def size(self) -> int:
+        """Tokens held."""
+        return self.offset
+
+    def _position(self):
+        return {"offset": self.offset}
+
+    def _restore(self, coding, position, arrays):
+        core = _core.KVCache(*coding)
+        if arrays:
+            core.restore(arrays, position["offset"])
+        self._core = core
+
+    @classmethod
+    def merge(cls, caches: list[TurboQuantKVCache]):
+        """A BatchTurboQuantKVCache of these sequences."""
+        return BatchTurboQuantKVCache.merge(caches)
+
+    def to_float(self, dtype: mx.Dtype = mx.float16) -> KVCache:
+        """A `KVCache` with the decoded history in `dtype`: materialises all of it."""
+        cache = KVCache()
+        if not self.empty():
+            cache.keys, cache.values = self._core.view().decode(dtype)
+            cache.offset = self.offset
+        return cache
+
+
+class PackedBatch(PackedCache):
+    """What packed batches share: rows that come, go and are padded."""
+
+    _row = TurboQuantKVCache  # the kind of cache that a row is
+
+    @property
+    def left_padding(self) -> mx.array:
+        """(B,) int32: pads in front of each row; those of a window count down below 0 as it moves on."""
+        return self._core.left_padding
+
+    def finalize(self) -> None:
+        """After a right-padded prompt: moves each row's pads to its front."""
+        self._core.finalize()
+
+    def filter(self, batch_indices) -> None:
+        """Keeps these rows, in this order; ValueError for rows that do not exist."""
+        self._core.filter(as_list(batch_indices))
+
+    def extend(self, other: PackedBatch) -> None:
+        """Appends the rows of another batch of this kind; ValueError when bits, seeds, centres, feedback or shapes
+        differ, or windows' sizes."""
+        self._core.extend(other._core)
+
+    def extract(self, idx: int) -> PackedCache:
+        """Row `idx` as a cache of its own: a TurboQuantKVCache, of a window a TurboQuantRotatingKVCache."""
+        return self._row._wrap(self._core.extract(idx), self.fingerprint)
+
+
+class BatchTurboQuantKVCache(PackedBatch):
+    """A `BatchKVCache` of codes: rows of different lengths, right-justified; attention reads the packed batch and skips
+    each row's padding by itself, so masks are None or "causal" unless an array is asked for.
+
+    Args:
+        left_padding: pads in front of each row's first tokens; its length is the batch size.
+        bits and the rest: as for TurboQuantKVCache.
+    """
+
+    def __init__(
+        self,
+        left_padding: list[int] | mx.array,
+        bits: int = 3,
+        *,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        seed: int = 0,
+        centres: Centres | None = None,
+        feedback: Feedback | None = None,
+    ) -> None:
+        owner = type(self).__name__
+        settings = coding(owner, bits, key_bits, value_bits, seed, centres, feedback)
+        self._core = _core.BatchKVCache(padding(owner, left_padding), *settings)
+        self._last_kernel = _core.LastKernel()
+
+    @classmethod
+    def merge(cls, caches: list[TurboQuantKVCache]) -> BatchTurboQuantKVCache:
+        """The batch of these TurboQuantKVCaches; ValueError when their bits, seeds, centres, feedback or
+        shapes differ."""
+        strange = {type(c).__name__ for c in caches if not isinstance(c, TurboQuantKVCache)}
+        if strange:
+            raise ValueError(f"[merge] a packed batch is made of TurboQuantKVCache; got {sorted(strange)}")
+        return cls._wrap(_core.BatchKVCache.merge([c._core for c in caches]), caches[0].fingerprint)
+
+    def size(self) -> int:
+        """Tokens held of each row, its pads included."""
+        return self._core.length
+
+    def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
+        """Before a padded prompt is appended.
+
+        Args:
+            left_padding: pads in front of each row, only while the batch is empty.
+            lengths: real tokens of each row of the prompt (not needed here).
+            right_padding: pads after each row; `finalize` moves them to the front.
+
+        Raises:
+            ValueError: numbers below 0, or not one a row; left padding when tokens are held.
+        """
+        self._core.prepare(as_list(left_padding), as_list(right_padding))
+
+    def _position(self):
+        return {"length": self.size(), "left_padding": self.left_padding.tolist()}
+
+    def _restore(self, coding, position, arrays):
+        core = _core.BatchKVCache(position["left_padding"], *coding)
+        if arrays:
+            core.restore(arrays, **position)
+        self._core = core

@@ -1,0 +1,217 @@
+"""What all packed caches share, in mlx-lm's cache protocol.  The logic is C++ (turboquant/mlx/kv_cache.h and its like)."""
+
+from __future__ import annotations
+
+import copy
+
+import mlx.core as mx
+from mlx_lm.models.cache import CacheList, _BaseCache
+
+from .. import _core
+from .arguments import Centres, Feedback
+from .identity import CODEBOOK, Identity, read
+
+
+def leaves(caches, path=()):
+    """(path, cache) of every slot; a CacheList holds further slots."""
+    for i, c in enumerate(caches):
+        if isinstance(c, CacheList):
+            yield from leaves(c.caches, (*path, i))
+        else:
+            yield (*path, i), c
+
+
+def layer_name(path):
+    return "layer " + ".".join(map(str, path))
+
+
+class PackedCache(_BaseCache):
+    """What all packed caches share: a C++ cache in `_core`, and everything that only reads it."""
+
+    step = 256  # tokens that buffers grow by
+    group_size = None  # mlx-lm passes it on to the attention hook, which has no use for it
+    fingerprint = ""  # of the model that fills the cache; enable() sets it
+
+    @classmethod
+    def _wrap(cls, core, fingerprint=""):
+        self = cls.__new__(cls)
+        self._core = core
+        self._last_kernel = _core.LastKernel()
+        self.fingerprint = fingerprint
+        return self
+
+    def __copy__(self):
+        """A copy that shares no later write; the buffers are shared until one of the two writes."""
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._core = copy.deepcopy(self._core)
+        other._last_kernel = _core.LastKernel(self._last_kernel)
+        return other
+
+    def __deepcopy__(self, memo):
+        return copy.copy(self)
+
+    @property
+    def bits(self) -> int:
+        """Width of the keys; its presence makes mlx-lm send attention to the hook that apply_patch() installs."""
+        return self._core.key_bits
+
+    @property
+    def key_bits(self) -> int:
+        """Bits of a coordinate of the keys: 2, 3 or 4."""
+        return self._core.key_bits
+
+    @property
+    def value_bits(self) -> int:
+        """Bits of a coordinate of the values: 2, 3 or 4."""
+        return self._core.value_bits
+
+    @property
+    def seed(self) -> int:
+        """The seed of the random signs, from 0 to 2^64 - 1."""
+        return self._core.seed
+
+    @property
+    def centres(self) -> Centres | None:
+        """(keys, values) as given, each (H_kv, D), or None."""
+        pair = self._core.centres
+        return None if pair[0] is None and pair[1] is None else pair
+
+    @property
+    def feedback(self) -> Feedback | None:
+        """(keys, values) as given, each (H_kv, D, D) float16, or None."""
+        pair = self._core.feedback
+        return None if pair[0] is None and pair[1] is None else pair
+
+    @property
+    def offset(self) -> int | mx.array:
+        """Tokens seen: an int, or one number a row (B,) of a batch."""
+        return self._core.offset
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of codes and scales, the spare room of the buffers included."""
+        return self._core.nbytes
+
+    @property
+    def route(self) -> str | None:
+        """The kernel that attention over this cache used last, as words; None before it ran."""
+        return self._last_kernel.name
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[_core.View, _core.View]:
+        """Appends keys and values.
+
+        Args:
+            keys, values (mx.array): (B, H_kv, N, D) float16, bfloat16 or float32, of one shape; keys after RoPE; D a
+                multiple of 32 from 32 to 256.
+
+        Returns:
+            The packed history twice, as keys and as values, for the attention that apply_patch() installs.
+
+        Raises:
+            ValueError: a wrong dtype or shape, or B, H_kv or D other than before.  The cache stays as it was.
+        """
+        view = self._core.update(keys, values, self._last_kernel)
+        return view, view
+
+    def keys_and_values(self) -> tuple[_core.View, _core.View]:
+        """The packed history twice, for layers that read the cache of another."""
+        view = self._core.view()
+        view.last_kernel = self._last_kernel
+        return view, view
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
+        """The mask of the next N tokens, to be asked for before they are appended.
+
+        Args:
+            N (int): tokens about to be appended.
+            return_array (bool): an array even where None or "causal" says the same.
+            window_size (int): hides keys `window_size` or more positions before the query.
+
+        Returns:
+            None (all is visible), "causal", or a bool array that broadcasts to (B, H, N, tokens held after appending).
+        """
+        return self._core.mask(N, window_size, return_array)
+
+    def empty(self) -> bool:
+        """Whether nothing was appended yet."""
+        return self._core.empty
+
+    def is_trimmable(self) -> bool:
+        """Whether the latest tokens can be taken back."""
+        return True
+
+    def trim(self, n: int) -> int:
+        """Drops the latest `n` tokens, or all there are; returns how many that were."""
+        return self._core.trim(n)
+
+    def to_quantized(self, *_, **__):
+        """What mlx-lm calls when `kv_bits` is given; without it, mlx-lm would ignore that argument in silence."""
+        raise ValueError(f"[to_quantized] {type(self).__name__} packs its keys and values itself; leave kv_bits out")
+
+    def _arrays(self):
+        """What is held, as four arrays, without spare room."""
+        return [None] * 4 if self.empty() else self._core.view().arrays
+
+    def _position(self):
+        """What `_restore` needs besides the arrays, as JSON values."""
+        raise NotImplementedError
+
+    def _restore(self, coding, position, arrays):
+        """Sets `_core` once all else went well; `arrays` are four, or None when nothing was appended."""
+        raise NotImplementedError
+
+    @property
+    def state(self):
+        """All that from_state needs, as mlx-lm saves it.
+
+        A tuple of key codes (B, H_kv, N, key_bits * D / 32) uint32, key scales (B, H_kv, N) float16, value codes and
+        value scales likewise (these four None when nothing was appended), key centre and value centre (H_kv, D) or
+        None, key feedback and value feedback (H_kv, D, D) or None, and the Identity: JSON with the settings, the position and a checksum.
+
+        Setting it raises ValueError when it is no such tuple, was saved by another kind of cache or format, or does
+        not match its checksum; the cache then stays as it was.
+        """
+        arrays = (*self._arrays(), *self._core.centres, *self._core.feedback)
+        fields = {
+            "format": _core.FORMAT_VERSION,
+            "kind": type(self).__name__,
+            "key_bits": self.key_bits,
+            "value_bits": self.value_bits,
+            "seed": self.seed,
+            "codebook": CODEBOOK,
+            "model": self.fingerprint,
+            "position": self._position(),
+        }
+        return (*arrays, Identity(fields, arrays))
+
+    @state.setter
+    def state(self, state):
+        try:
+            *arrays, identity = state
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"[load] this is not the state of a {type(self).__name__}") from error
+        fields = read(identity, arrays, type(self).__name__)
+        if len(arrays) != 8:
+            raise ValueError(f"[load] a {type(self).__name__} has eight arrays; got {len(arrays)}")
+        coding = (fields["key_bits"], fields["value_bits"], fields["seed"], tuple(arrays[4:6]), tuple(arrays[6:]))
+        self._restore(coding, fields["position"], None if arrays[0] is None else arrays[:4])
+        self._last_kernel = _core.LastKernel()
+        self.fingerprint = fields["model"]
+
+    def _shape(self):
+        """(B, H_kv, tokens held, D)."""
+        return self._core.view().shape
+
+    def inspect(self) -> dict:
+        """What the cache holds, for people: bits, tokens, resident bytes, what float16 would take, last kernel."""
+        shape = None if self.empty() else self._shape()
+        return {
+            "kind": type(self).__name__,
+            "key_bits": self.key_bits,
+            "value_bits": self.value_bits,
+            "tokens": self.size(),
+            "resident_bytes": self.nbytes,
+            "float16_bytes": 0 if shape is None else 2 * 2 * shape[0] * shape[1] * shape[2] * shape[3],
+            "kernel": self.route,
+        }

@@ -1,0 +1,148 @@
+"""Packed caches of a sliding window.  The logic is C++ (turboquant/mlx/rotating_kv_cache.h)."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from mlx_lm.models.cache import RotatingKVCache
+
+from .. import _core
+from .arguments import Centres, Feedback, as_list, coding, padding, whole
+from .kv_cache import PackedBatch
+from .packed import PackedCache
+
+
+class PackedWindow(PackedCache):
+    """What packed sliding windows share."""
+
+    @property
+    def max_size(self) -> int:
+        """Tokens held of a row at most."""
+        return self._core.max_size
+
+    def size(self) -> int:
+        """Tokens that the window holds now."""
+        return self._core.size
+
+    def is_trimmable(self) -> bool:
+        """Whether the latest tokens can be taken back: only until the window has moved on."""
+        return self._core.can_trim
+
+
+class TurboQuantRotatingKVCache(PackedWindow):
+    """A `RotatingKVCache` of codes: the first `keep` tokens and the latest max_size - keep.
+
+    Args:
+        max_size (int): tokens held, at least 1.
+        keep (int): first tokens that are never dropped, less than max_size.
+        bits and the rest: as for TurboQuantKVCache.
+    """
+
+    def __init__(
+        self,
+        max_size: int,
+        keep: int = 0,
+        bits: int = 3,
+        *,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        seed: int = 0,
+        centres: Centres | None = None,
+        feedback: Feedback | None = None,
+    ) -> None:
+        owner = type(self).__name__
+        sizes = whole(owner, "max_size", max_size, 1), whole(owner, "keep", keep)
+        self._core = _core.RotatingKVCache(*sizes, *coding(owner, bits, key_bits, value_bits, seed, centres, feedback))
+        self._last_kernel = _core.LastKernel()
+
+    @property
+    def keep(self) -> int:
+        """First tokens that are never dropped."""
+        return self._core.keep
+
+    @classmethod
+    def merge(cls, caches):
+        """A BatchTurboQuantRotatingKVCache of these sequences; ValueError with keep > 0, which batches do not have."""
+        strange = {type(c).__name__ for c in caches if not isinstance(c, TurboQuantRotatingKVCache)}
+        if strange:
+            raise ValueError(f"[merge] a packed window is made of TurboQuantRotatingKVCache; got {sorted(strange)}")
+        core = _core.BatchRotatingKVCache.merge([c._core for c in caches])
+        return BatchTurboQuantRotatingKVCache._wrap(core, caches[0].fingerprint)
+
+    def to_float(self, dtype: mx.Dtype = mx.float16) -> RotatingKVCache:
+        """A `RotatingKVCache` with the decoded window in `dtype`."""
+        cache = RotatingKVCache(self.max_size, self.keep)
+        if not self.empty():
+            cache.keys, cache.values = self._core.view().decode(dtype)
+            cache.offset, cache._idx = self.offset, self._core.index
+        return cache
+
+    def _position(self):
+        return {
+            "max_size": self.max_size,
+            "keep": self.keep,
+            "offset": self.offset,
+            "index": self._core.index,
+        }
+
+    def _restore(self, coding, position, arrays):
+        core = _core.RotatingKVCache(position["max_size"], position["keep"], *coding)
+        if arrays:
+            core.restore(arrays, position["offset"], position["index"])
+        self._core = core
+
+
+class BatchTurboQuantRotatingKVCache(PackedWindow, PackedBatch):
+    """A `BatchRotatingKVCache` of codes.
+
+    Args:
+        max_size (int): tokens held of each row.
+        left_padding: as for BatchTurboQuantKVCache.
+        bits and the rest: as for TurboQuantKVCache.
+    """
+
+    def __init__(
+        self,
+        max_size: int,
+        left_padding: list[int] | mx.array,
+        bits: int = 3,
+        *,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        seed: int = 0,
+        centres: Centres | None = None,
+        feedback: Feedback | None = None,
+    ) -> None:
+        owner = type(self).__name__
+        sizes = whole(owner, "max_size", max_size, 1), padding(owner, left_padding)
+        self._core = _core.BatchRotatingKVCache(
+            *sizes, *coding(owner, bits, key_bits, value_bits, seed, centres, feedback)
+        )
+        self._last_kernel = _core.LastKernel()
+
+    merge = TurboQuantRotatingKVCache.merge
+    _row = TurboQuantRotatingKVCache
+
+    def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
+        """Before a padded prompt is appended.
+
+        Args:
+            left_padding: pads in front of each row, only while the batch is empty.
+            lengths: real tokens of each row of the prompt, needed with right_padding.
+            right_padding: pads after each row; `finalize` moves them to the front.
+
+        Raises:
+            ValueError: numbers below 0, or not one a row; left padding when tokens are held.
+        """
+        self._core.prepare(as_list(left_padding), as_list(lengths), as_list(right_padding))
+
+    def _position(self):
+        return {"max_size": self.max_size, **self._core.position}
+
+    def _restore(self, coding, position, arrays):
+        position = dict(position)
+        max_size, padding = position.pop("max_size"), position["left_padding"]
+        # Padding counts down as the window moves on, below zero at last; a fresh batch takes none of that.
+        core = _core.BatchRotatingKVCache(max_size, [0] * len(padding) if arrays else padding, *coding)
+        if arrays:
+            core.restore(arrays, **position)
+        self._core = core

@@ -1,0 +1,39 @@
+"""Calibration: what a short text tells about a model's keys and values, for codes that cost less.
+
+Centres are the means of keys (after RoPE) and values, a constant vector per layer and KV head that is taken from them
+before they are coded.  Softmax does not see a constant added to every key, and one taken from every value is added back
+once to the output, so what remains to be coded is smaller at no cost in the loop over tokens.  Feedback (feedback.py)
+lets the encoder put its errors where attention hardly looks, at no cost after encoding.  docs/quality.md has what both
+buy.  They are constants of a model: they do not depend on how a prompt is chunked, batched or restored, and they are
+part of a cache's identity.
+
+    found = calibrate(model, tokens)                      # {slot: Calibration}
+    save_calibration(found, directory)                    # a file beside the weights
+    enable(model, bits=3, calibration=directory)          # or the file, or `found`
+"""
+
+from .files import (
+    FILE_NAME,
+    FORMAT,
+    NO_CALIBRATION,
+    Calibration,
+    as_calibration,
+    fingerprint,
+    load_beside,
+    load_calibration,
+    save_calibration,
+)
+from .measure import calibrate
+
+__all__ = [
+    "FILE_NAME",
+    "FORMAT",
+    "NO_CALIBRATION",
+    "Calibration",
+    "as_calibration",
+    "calibrate",
+    "fingerprint",
+    "load_beside",
+    "load_calibration",
+    "save_calibration",
+]

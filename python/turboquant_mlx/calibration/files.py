@@ -1,0 +1,133 @@
+"""A calibration as a value, and as a file beside the weights that it was made from."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+
+FILE_NAME = "turboquant_calibration.safetensors"
+FORMAT = "turboquant calibration 2"
+
+
+class Calibration(NamedTuple):
+    """What is known of one slot; None stands for what is not."""
+
+    key_centre: mx.array | None = None  # (H_kv, D) float32
+    value_centre: mx.array | None = None
+    key_feedback: mx.array | None = None  # (H_kv, D, D) float16
+    value_feedback: mx.array | None = None
+    seed: int = 0  # of the rotation that feedback was made for
+
+    @property
+    def centres(self):
+        """(keys, values), as caches take them."""
+        return self[:2]
+
+    @property
+    def feedback(self):
+        """(keys, values), as caches take them; None without any."""
+        return None if self[2] is None and self[3] is None else self[2:4]
+
+    def without_feedback(self):
+        """The centres alone."""
+        return Calibration(*self[:2])
+
+
+NO_CALIBRATION = Calibration()
+
+
+def as_calibration(found):
+    """A Calibration of one, of a tuple in its order, or of None."""
+    try:
+        return NO_CALIBRATION if found is None else Calibration(*found)
+    except TypeError:
+        raise ValueError(f"[enable] calibration must hold a Calibration for each slot; got {found!r}") from None
+
+
+def fingerprint(directory):
+    """A hash of a model directory's configuration and of its weights' headers (names, shapes, dtypes, sizes)."""
+    directory = Path(directory)
+    weights = sorted(directory.glob("model*.safetensors"))
+    if not weights:
+        raise ValueError(f"[calibration] {directory} holds no model*.safetensors, so it cannot be identified")
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for path in weights:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            digest.update(f"{path.name} {path.stat().st_size} {length}".encode())
+            digest.update(file.read(min(length, 1 << 24)))
+    return digest.hexdigest()[:32]
+
+
+def calibration_path(where):
+    """The file that `where`, a model directory or a file, stands for."""
+    where = Path(where)
+    return where / FILE_NAME if where.is_dir() else where
+
+
+def save_calibration(calibration, where, *, directory=None, source=""):
+    """Writes `calibration` to a file, or to turboquant_calibration.safetensors in a model directory.
+
+    Args:
+        calibration: as from `calibrate`, for models whose slots are a flat list.
+        where: a directory or a file name.
+        directory: the model directory it belongs to, `where` by default; the file keeps its fingerprint.
+        source (str): what it was made from, for people.
+
+    Returns:
+        The path written.
+    """
+    path = calibration_path(where)
+    entries = {slot: as_calibration(found) for slot, found in calibration.items()}
+    tensors = {
+        f"{slot}.{name}": x
+        for slot, found in entries.items()
+        for name, x in zip(Calibration._fields, found, strict=True)
+        if isinstance(x, mx.array)
+    }
+    seeds = sorted({found.seed for found in entries.values()})
+    if len(seeds) > 1:
+        raise ValueError(f"[save_calibration] all slots must be calibrated for one seed; got {seeds}")
+    metadata = {"format": FORMAT, "model": fingerprint(directory or path.parent), "source": source}
+    mx.save_safetensors(str(path), tensors, metadata | {"seed": str(seeds[0] if seeds else 0)})
+    return path
+
+
+def load_calibration(where, *, directory=None):
+    """Reads what `save_calibration` wrote.
+
+    Args:
+        where: a model directory or a file.
+        directory: the model directory to check against, the file's own by default; False checks nothing.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds something else, or belongs to another model.
+    """
+    path, again = calibration_path(where), "make it with python -m turboquant_mlx calibrate"
+    if not path.is_file():
+        raise FileNotFoundError(f"[load_calibration] there is no {path}; {again}")
+    tensors, metadata = mx.load(str(path), return_metadata=True)
+    if metadata.get("format") != FORMAT:
+        found = metadata.get("format")
+        raise ValueError(f"[load_calibration] {path} must hold {FORMAT!r}; it holds {found!r}: {again}")
+    if directory is not False:
+        expected = fingerprint(directory or path.parent)
+        if metadata.get("model") != expected:
+            raise ValueError(
+                f"[load_calibration] {path} was made for the model {metadata.get('model')}, this one is {expected}"
+            )
+    found = {}
+    for name, x in tensors.items():
+        slot, field = name.rsplit(".", 1)
+        found.setdefault(int(slot), {"seed": int(metadata["seed"])})[field] = x
+    return {slot: Calibration(**found[slot]) for slot in sorted(found)}
+
+
+def load_beside(where):
+    """load_calibration() of a directory or a file, checked against the weights beside it if there are any."""
+    weights = calibration_path(where).parent.glob("model*.safetensors")
+    return load_calibration(where, directory=None if any(weights) else False)

@@ -1,0 +1,397 @@
+"""mlx-lm's programs with packed caches: python -m turboquant_mlx generate | chat | server | cache-prompt, and our own
+batch | inspect | doctor | calibrate | eval."""
+
+import argparse
+import functools
+import importlib
+import json
+import os
+import socket
+import sys
+import threading
+from pathlib import Path
+
+PROGRAMS = {
+    "generate": "mlx_lm.generate",
+    "chat": "mlx_lm.chat",
+    "server": "mlx_lm.server",
+    "cache-prompt": "mlx_lm.cache_prompt",
+}
+MODULES = {"doctor": ".commands.doctor", "calibrate": ".calibration.command", "eval": ".eval"}
+COMMANDS = (*PROGRAMS, "batch", "inspect", *MODULES)
+USAGE = f"""usage: python -m turboquant_mlx {{{",".join(COMMANDS)}}} [options]
+
+generate, chat, server and cache-prompt are mlx-lm's programs and take its options; batch answers many prompts at once,
+inspect shows what each layer's cache holds, doctor checks this installation, calibrate makes a model's centres and feedback,
+eval measures quality.  All that run a model take the --tq options; `<command> --help` lists them."""
+
+
+def tq_options():
+    """The options that every command with a model takes."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    group = parser.add_argument_group("TurboQuant caches")
+    group.add_argument("--tq-bits", type=int, choices=(2, 3, 4), default=3, help="bits of keys and values (default: 3)")
+    group.add_argument("--tq-key-bits", type=int, choices=(2, 3, 4), help="bits of keys (default: --tq-bits)")
+    group.add_argument("--tq-value-bits", type=int, choices=(2, 3, 4), help="bits of values (default: --tq-bits)")
+    group.add_argument(
+        "--tq-start",
+        type=_tokens(0),
+        metavar="N",
+        help="hold up to N tokens as plain floats, then pack (the server then answers one request at a time; not "
+        "together with --max-kv-size)",
+    )
+    group.add_argument(
+        "--tq-calibration",
+        metavar="FILE",
+        default="auto",
+        help="what `calibrate` wrote, centres and feedback; auto: the file beside the weights, if any; none: neither",
+    )
+    group.add_argument("--tq-seed", type=int, default=0, help="of the rotation's signs (default: 0)")
+    group.add_argument(
+        "--tq-dtype",
+        choices=("auto", "stored", "float32"),
+        default="auto",
+        help="of the weights; auto: float32 on a CPU, where MLX's half-precision products are slow, else as stored",
+    )
+    return parser
+
+
+def _tokens(least):
+    """Reads a number of tokens from an option."""
+
+    def read(text):
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number of tokens; got {text!r}") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}; got {value}")
+        return value
+
+    return read
+
+
+def _calibration(args, where):
+    """The calibration to use for the model loaded from `where`, or None."""
+    from ..calibration import FILE_NAME, load_calibration
+
+    directory = Path(where)
+    if args.tq_calibration == "none":
+        return None
+    if args.tq_calibration != "auto":
+        return load_calibration(args.tq_calibration, directory=directory if directory.is_dir() else False)
+    return load_calibration(directory) if (directory / FILE_NAME).is_file() else None
+
+
+def _describe(calibration):
+    """What a calibration adds to the caches, as words."""
+    fed = [
+        side
+        for side, name in (("keys", "key_feedback"), ("values", "value_feedback"))
+        if any(getattr(c, name) is not None for c in calibration.values())
+    ]
+    return ", centred" + (f", feedback of {' and '.join(fed)}" if fed else "")
+
+
+def prepare(model, args, where, max_kv_size=None):
+    """The model loaded from `where`, ready to run with packed caches; says on stderr what its slots became."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.models.cache import make_prompt_cache
+    from mlx_lm.utils import dequantize_model
+
+    from ..enable import enable
+    from .report import summary
+
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    if args.tq_dtype == "float32" or (args.tq_dtype == "auto" and on_cpu):
+        if sum(v.size for _, v in tree_flatten(model.parameters())) < 200e6:  # small enough to hold as float32
+            model = dequantize_model(model)
+        model.set_dtype(mx.float32)
+    calibration = _calibration(args, where)
+    enable(
+        model,
+        args.tq_bits,
+        key_bits=args.tq_key_bits,
+        value_bits=args.tq_value_bits,
+        seed=args.tq_seed,
+        calibration=calibration,
+        start=args.tq_start,
+        chunked_recurrence=True,
+    )
+    sized = hasattr(model.make_cache, "sized")
+    if max_kv_size is not None and sized and args.tq_start:
+        raise ValueError("--tq-start and --max-kv-size exclude each other: a cache that packs later drops no tokens")
+    if max_kv_size is not None and not sized:
+        print("[tq] --max-kv-size has no effect: mlx-lm lets this model make its own caches", file=sys.stderr)
+    extra = _describe(calibration) if calibration else ""
+    print(f"[tq] {summary(make_prompt_cache(model, max_kv_size))}{extra}", file=sys.stderr)
+    return model
+
+
+def _fail(command, error):
+    sys.exit(f"turboquant_mlx {command}: {error}")
+
+
+def _peek(command, rest):
+    """Those of mlx-lm's options that concern us."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--max-kv-size", type=int)
+    parser.add_argument("--draft-model")
+    parser.add_argument("--prompt-cache-file")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8080)
+    for flag in ("--kv-bits", "--kv-group-size", "--quantized-kv-start"):
+        parser.add_argument(flag)
+    seen, _ = parser.parse_known_args(rest)
+    if seen.kv_bits is not None or seen.kv_group_size is not None or seen.quantized_kv_start is not None:
+        _fail(
+            command,
+            "--kv-bits and its companions are mlx-lm's own quantisation; use --tq-bits and --tq-start",
+        )
+    return seen
+
+
+def _check_port(host, port):
+    """Fails now, before a model is loaded, when the server could not listen.  The range first: getaddrinfo wraps."""
+    if not 0 <= port <= 65535:
+        raise OSError("a port is from 0 to 65535")
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
+
+
+def _run_program(command, argv):
+    """mlx-lm's own main(), whose models come prepared and whose saved caches are checked."""
+    options = tq_options()
+    options.prog = f"python -m turboquant_mlx {command}"
+    args, rest = options.parse_known_args(argv)
+    if {"-h", "--help"} & set(rest):
+        print(options.format_help().split("\n\n", 1)[1])
+    seen = _peek(command, rest)
+    if command == "cache-prompt" and seen.prompt_cache_file:  # before the work, which may take long
+        folder = Path(seen.prompt_cache_file).parent
+        if not os.access(folder, os.W_OK):
+            _fail(command, f"cannot write to {folder}")
+    if command == "server" and seen.draft_model:
+        # mlx-lm 0.32.2 files such caches one token short of their key, and the next request to share the prefix
+        # answers from the wrong place, with float caches too.
+        print("[tq] no prompt cache: beside a draft model, mlx-lm's server reuses prefixes wrongly", file=sys.stderr)
+        rest += ["--prompt-cache-size", "0"]
+    module = importlib.import_module(PROGRAMS[command])
+    from ..overlay import saving
+    from ..overlay.patch import apply_patch
+
+    apply_patch()  # before the module's names are noted below, so that they are put back as the patch left them
+
+    loaded = []
+
+    def checked_cache(file_name, return_metadata=False):
+        caches, metadata = saving.load_prompt_cache(file_name, return_metadata=True)
+        loaded.append((file_name, caches))
+        return (caches, metadata) if return_metadata else caches
+
+    def prepared(original):
+        @functools.wraps(original)
+        def load(where, *positional, **named):
+            model, *others = original(where, *positional, **named)
+            model = prepare(model, args, where, seen.max_kv_size)
+            for file_name, caches in loaded:
+                saving.check_fits(caches, model, file_name)
+            loaded.clear()
+            return (model, *others)
+
+        return load
+
+    replaced = {
+        name: getattr(module, name) for name in ("load", "sharded_load", "load_prompt_cache") if hasattr(module, name)
+    }
+    for name, original in replaced.items():
+        setattr(module, name, checked_cache if name == "load_prompt_cache" else prepared(original))
+    serving = command == "server" and not {"-h", "--help"} & set(rest)
+    failed = _watch_server(module, seen, replaced) if serving else []
+    argv, sys.argv = sys.argv, [f"python -m turboquant_mlx {command}", *rest]
+    try:
+        module.main()
+    except (ValueError, OSError) as error:
+        _fail(command, error)
+    finally:
+        sys.argv = argv
+        for name, original in replaced.items():
+            setattr(module, name, original)
+    if failed:
+        _fail(command, failed[0])
+
+
+def _watch_server(module, seen, replaced):
+    """Refuses a taken port first; stops the server when its own model cannot be loaded, rather than leave it
+    up and deaf.  Returns the list that such a failure lands in."""
+    import mlx.core as mx
+
+    from ..overlay import requests
+
+    if mx.distributed.init().rank() == 0:
+        try:
+            _check_port(seen.host, seen.port)
+        except OSError as error:
+            _fail("server", f"cannot listen on {seen.host}:{seen.port}: {error.strerror or error}")
+    failed = []
+    listening, servers = threading.Event(), []
+
+    class Stoppable(module.ThreadingHTTPServer):
+        def serve_forever(self, *named):
+            servers.append(self)
+            listening.set()
+            super().serve_forever(*named)
+
+    serve = module._run_http_server
+
+    @functools.wraps(serve)
+    def stoppable(host, port, generator):
+        serve(host, port, generator, server_class=Stoppable)
+
+    def stop():
+        # No signal: a program that a script put into the background may ignore them.  mlx-lm starts its thread before
+        # its HTTP loop, so that this one waits for the loop.
+        listening.wait()
+        servers[0].shutdown()
+
+    provider = module.ModelProvider
+    load_default = provider.load_default
+
+    def watched(self):
+        try:
+            load_default(self)
+        except Exception as error:
+            failed.append(error)
+            threading.Thread(target=stop, daemon=True).start()
+            raise
+
+    class Watched(provider):
+        load_default = watched
+
+        def load(self, model_path, adapter_path=None, draft_model_path=None):
+            # A request names these.  The guard of `--draft-model` against wrong prefixes was set when the server began.
+            if draft_model_path not in (None, "default_model", seen.draft_model):
+                raise ValueError(
+                    f"draft_model must be the server's own --draft-model ({seen.draft_model or 'it has none'}); got "
+                    f"{draft_model_path!r}"
+                )
+            return super().load(model_path, adapter_path, draft_model_path)
+
+    replaced["_run_http_server"] = serve
+    module._run_http_server = stoppable
+    replaced["ModelProvider"] = provider
+    module.ModelProvider = Watched
+    replaced["ResponseGenerator"] = module.ResponseGenerator
+    module.ResponseGenerator = requests.checked(module)
+    return failed
+
+
+def _parser(command, description):
+    parser = argparse.ArgumentParser(
+        prog=f"python -m turboquant_mlx {command}",
+        description=description,
+        parents=[tq_options()],
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=command == "batch", help="a local model directory or Hugging Face repo")
+    parser.add_argument("--max-tokens", "-m", type=_tokens(1), default=100)
+    parser.add_argument("--max-kv-size", type=_tokens(1), help="tokens a cache holds at most")
+    parser.add_argument("--prefill-step-size", type=_tokens(1), default=2048)
+    parser.add_argument("--ignore-chat-template", action="store_true")
+    return parser
+
+
+def _encode(tokenizer, text, args):
+    if tokenizer.has_chat_template and not args.ignore_chat_template:
+        return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+    return tokenizer.encode(text)
+
+
+def batch(argv):
+    """Answers many prompts as one batch."""
+    parser = _parser("batch", "Answers the prompts of a file as one batch; prints one JSON object a prompt.")
+    parser.add_argument("--prompts", required=True, help="a file with one prompt a line; - reads stdin")
+    parser.add_argument("--temp", type=float, default=0.0)
+    args = parser.parse_args(argv)
+    from mlx_lm import batch_generate, load
+    from mlx_lm.sample_utils import make_sampler
+
+    lines = (sys.stdin.read() if args.prompts == "-" else Path(args.prompts).read_text()).splitlines()
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        parser.error(f"{args.prompts} holds no prompt")
+    model, tokenizer = load(args.model)
+    model = prepare(model, args, args.model, args.max_kv_size)
+    response = batch_generate(
+        model,
+        tokenizer,
+        [_encode(tokenizer, text, args) for text in texts],
+        max_tokens=args.max_tokens,
+        max_kv_size=args.max_kv_size,
+        prefill_step_size=args.prefill_step_size,
+        sampler=make_sampler(args.temp),
+    )
+    for text, answer in zip(texts, response.texts, strict=True):
+        print(json.dumps({"prompt": text, "text": answer}, ensure_ascii=False))
+    stats = response.stats
+    print(
+        f"[tq] prompt {stats.prompt_tokens} tokens, {stats.prompt_tps:.1f} tokens/s; generation "
+        f"{stats.generation_tokens} tokens, {stats.generation_tps:.1f} tokens/s",
+        file=sys.stderr,
+    )
+
+
+def inspect(argv):
+    """Shows what each layer's cache holds after a prompt, or in a saved file."""
+    parser = _parser("inspect", "Shows what each layer's cache holds after a prompt, or in a saved cache.")
+    parser.add_argument("--prompt", "-p", default="hello")
+    parser.add_argument("--prompt-file", help="a file to take the prompt from")
+    parser.add_argument("--prompt-cache-file", help="a saved cache; without --model it is shown as it is")
+    args = parser.parse_args(argv)
+    if not args.model and not args.prompt_cache_file:
+        parser.error("give --model, --prompt-cache-file, or both")
+    from ..overlay.saving import load_prompt_cache
+    from .report import table
+
+    if not args.model:
+        print(table(load_prompt_cache(args.prompt_cache_file)))
+        return
+    import mlx.core as mx
+    from mlx_lm import load
+    from mlx_lm.generate import generate_step
+    from mlx_lm.models.cache import make_prompt_cache
+
+    model, tokenizer = load(args.model)
+    model = prepare(model, args, args.model, args.max_kv_size)
+    if args.prompt_cache_file:
+        cache = load_prompt_cache(args.prompt_cache_file, model)
+    else:
+        cache = make_prompt_cache(model, args.max_kv_size)
+    text = Path(args.prompt_file).read_text() if args.prompt_file else args.prompt
+    prompt = mx.array(_encode(tokenizer, text, args))
+    step = args.prefill_step_size
+    for _ in generate_step(prompt, model, max_tokens=1, prompt_cache=cache, prefill_step_size=step):
+        pass
+    print(table(cache))
+    print(f"peak memory {mx.get_peak_memory() / 2**20:.1f} MiB")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    command, rest = (argv[0], argv[1:]) if argv else (None, [])
+    if command in ("-h", "--help"):
+        print(USAGE)
+    elif command not in COMMANDS:
+        sys.exit(f"{USAGE}\n\nturboquant_mlx: " + (f"unknown command {command!r}" if command else "give a command"))
+    elif command in PROGRAMS:
+        _run_program(command, rest)
+    elif command in MODULES:
+        sys.exit(importlib.import_module(MODULES[command], __package__.partition(".")[0]).main(rest))
+    else:
+        try:
+            {"batch": batch, "inspect": inspect}[command](rest)
+        except (ValueError, OSError) as error:
+            _fail(command, error)

@@ -1,0 +1,58 @@
+"""What a model's caches hold, as a table for people."""
+
+from ..caches import PackedCache, leaves
+
+_COLUMNS = ("layer", "cache", "bits", "tokens", "bytes", "float16", "ratio", "kernel")
+
+
+def _row(path, cache):
+    layer = ".".join(map(str, path))
+    if not isinstance(cache, PackedCache):
+        return (
+            layer,
+            type(cache).__name__,
+            "-",
+            str(cache.size() or "-"),
+            f"{cache.nbytes:,}",
+            "-",
+            "-",
+            "-",
+        )
+    note = cache.inspect()
+    resident, plain = note["resident_bytes"], note["float16_bytes"]
+    return (
+        layer,
+        note["kind"],
+        f"K{note['key_bits']} V{note['value_bits']}" if note["key_bits"] else "-",
+        str(note["tokens"]),
+        f"{resident:,}",
+        f"{plain:,}",
+        f"{plain / resident:.2f}x" if resident else "-",
+        note["kernel"] or "-",
+    )
+
+
+def table(caches):
+    """One line a slot: kind of cache, bits, tokens, resident bytes, the same tokens as float16, last kernel."""
+    rows = [_COLUMNS, *(_row(path, c) for path, c in leaves(caches))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    left = (1, 7)  # words; the rest are numbers
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def summary(caches):
+    """The kinds of slots, as one line."""
+    kinds = {}
+    for _, c in leaves(caches):
+        kind = (
+            f"{type(c).__name__} K{c.key_bits} V{c.value_bits}"
+            if isinstance(c, PackedCache)
+            else type(c).__name__ + " (kept)"
+        )
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return ", ".join(f"{n} x {kind}" for kind, n in kinds.items())

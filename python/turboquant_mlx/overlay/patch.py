@@ -1,0 +1,142 @@
+"""Attention over packed caches inside mlx-lm.
+
+mlx-lm's `scaled_dot_product_attention` hands every cache that has `.bits` to
+`base.quantized_scaled_dot_product_attention`, looked up when called: replacing that one global reaches every model.  It
+refuses attention sinks before it gets there, so the outer function is replaced too, in `base` and in the modules that
+imported it by name.  `make_prompt_cache` is replaced likewise: with a `make_cache` on the model, mlx-lm would ignore
+`max_kv_size` without a word; `maybe_quantize_kv_cache`, so that `kv_bits` is refused with the first tokens rather than
+after 5,000; `save_prompt_cache` and `load_prompt_cache`, to check the slots beside packed ones.
+"""
+
+import sys
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import mlx.core as mx
+from mlx_lm.generate import maybe_quantize_kv_cache as _maybe_quantize
+from mlx_lm.models import base
+from mlx_lm.models import cache as mlx_lm_cache
+
+from .. import _core
+from ..caches import (
+    BatchTurboQuantKVCache,
+    BatchTurboQuantRotatingKVCache,
+    DelayedTurboQuantKVCache,
+    TurboQuantKVCache,
+    TurboQuantRotatingKVCache,
+    leaves,
+)
+from . import other_slots
+
+_OURS = __name__.partition(".")[0]  # the package, whose own modules keep mlx-lm's functions
+CACHE_CLASSES = (
+    TurboQuantKVCache,
+    BatchTurboQuantKVCache,
+    TurboQuantRotatingKVCache,
+    BatchTurboQuantRotatingKVCache,
+    DelayedTurboQuantKVCache,
+)
+original_quantized_attention = base.quantized_scaled_dot_product_attention
+_outer = base.scaled_dot_product_attention
+_make_prompt_cache = mlx_lm_cache.make_prompt_cache
+_seen = ContextVar("_seen", default=None)  # while this thread probes a model: ids of the histories attention read
+_watch = ContextVar("_watch", default=None)  # while this thread calibrates: is given every query
+
+
+def _attend(view, queries, scale, mask, sinks=None):
+    if (seen := _seen.get()) is not None:
+        seen.add(id(view))
+    return view.attend(queries, scale, mask, sinks)
+
+
+def _patched_quantized(queries, q_keys, q_values, scale, mask, group_size=64, bits=8):
+    if isinstance(q_keys, _core.View):
+        return _attend(q_keys, queries, scale, mask)
+    if isinstance(q_keys, mx.array):  # a cache that has not begun to pack
+        return mx.fast.scaled_dot_product_attention(queries, q_keys, q_values, scale=scale, mask=mask)
+    return original_quantized_attention(
+        queries, q_keys, q_values, scale=scale, mask=mask, group_size=group_size, bits=bits
+    )
+
+
+def _patched_outer(queries, keys, values, cache, scale, mask, sinks=None):
+    if (watch := _watch.get()) is not None:
+        watch(queries, cache)
+    if isinstance(keys, _core.View):
+        return _attend(keys, queries, scale, mask, sinks)
+    if sinks is not None and isinstance(cache, CACHE_CLASSES):
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+    return _outer(queries, keys, values, cache, scale, mask, sinks)
+
+
+def _patched_make_prompt_cache(model, max_kv_size=None):
+    sized = getattr(vars(model).get("make_cache"), "sized", None)
+    return sized(max_kv_size) if sized and max_kv_size is not None else _make_prompt_cache(model, max_kv_size)
+
+
+def _patched_maybe_quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits):
+    if kv_bits is not None:
+        for _, c in leaves(prompt_cache):
+            if isinstance(c, CACHE_CLASSES):
+                c.to_quantized()  # raises
+    return _maybe_quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits)
+
+
+_REPLACED = {  # name: (mlx-lm's, ours)
+    "scaled_dot_product_attention": (_outer, _patched_outer),
+    "make_prompt_cache": (_make_prompt_cache, _patched_make_prompt_cache),
+    "maybe_quantize_kv_cache": (_maybe_quantize, _patched_maybe_quantize),
+    "save_prompt_cache": (other_slots.save_original, other_slots.save_prompt_cache),
+    "load_prompt_cache": (other_slots.load_original, other_slots.load_prompt_cache),
+}
+
+
+def _rebind(name, old, new):
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] != _OURS and getattr(module, "__dict__", {}).get(name) is old:
+            setattr(module, name, new)
+
+
+def apply_patch():
+    """Makes mlx-lm's attention read packed caches.  Idempotent; before or after loading a model."""
+    base.quantized_scaled_dot_product_attention = _patched_quantized
+    for name, (original, ours) in _REPLACED.items():
+        _rebind(name, original, ours)
+    for cls in CACHE_CLASSES:  # load_prompt_cache looks classes up there
+        setattr(mlx_lm_cache, cls.__name__, cls)
+
+
+def remove_patch():
+    """Undoes apply_patch()."""
+    base.quantized_scaled_dot_product_attention = original_quantized_attention
+    for name, (original, ours) in _REPLACED.items():
+        _rebind(name, ours, original)
+    for cls in CACHE_CLASSES:
+        if getattr(mlx_lm_cache, cls.__name__, None) is cls:
+            delattr(mlx_lm_cache, cls.__name__)
+
+
+@contextmanager
+def watch_queries(watch):
+    """Context: calls watch(queries, cache) before each attention of this thread, as the model hands them over."""
+    applied = base.quantized_scaled_dot_product_attention is _patched_quantized
+    apply_patch()
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+        if not applied:
+            remove_patch()
+
+
+class record_reads:
+    """Context: collects the ids of the histories that attention reads while a model's graph is built."""
+
+    def __enter__(self):
+        seen = set()
+        self._token = _seen.set(seen)
+        return seen
+
+    def __exit__(self, *_):
+        _seen.reset(self._token)

@@ -1,0 +1,93 @@
+"""Loading saved caches with the question asked first: do they fit this model and these settings?
+
+mlx-lm's own `save_prompt_cache` and `load_prompt_cache` work on packed caches once apply_patch() ran, and refuse
+altered codes; only the functions here know the model that a cache is meant for."""
+
+import json
+import struct
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_lm_cache
+
+from ..caches import PackedCache, layer_name, leaves
+from .other_slots import save_prompt_cache
+from .patch import apply_patch
+
+__all__ = ["check_fits", "load_prompt_cache", "save_prompt_cache"]
+
+
+def _check_complete(file_name):
+    """A safetensors file is a length, a JSON header and the bytes that the header promises."""
+    size = Path(file_name).stat().st_size
+    with open(file_name, "rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        try:
+            header = json.loads(file.read(length) if length < size else b"")
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+            end = 8 + length + max(ends, default=0)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(f"[load_prompt_cache] {file_name} is no complete safetensors file") from error
+    if size < end:
+        raise ValueError(f"[load_prompt_cache] {file_name} is truncated: it has {size} of {end} bytes")
+    if size > end:
+        raise ValueError(f"[load_prompt_cache] {file_name} was altered: it has {size} bytes and describes {end}")
+
+
+def _kind(cache):
+    if isinstance(cache, PackedCache):
+        return f"{type(cache).__name__} of {cache.key_bits}-bit keys and {cache.value_bits}-bit values"
+    return type(cache).__name__ + (" (not packed)" if "KVCache" in type(cache).__name__ else "")
+
+
+def _difference(saved, wanted):
+    """What keeps `saved` from standing in `wanted`'s place, as words; None when it may."""
+    if not isinstance(wanted, PackedCache) and not isinstance(saved, PackedCache):
+        return None  # mlx-lm's own affair
+    if type(saved) is not type(wanted) or (saved.key_bits, saved.value_bits) != (
+        wanted.key_bits,
+        wanted.value_bits,
+    ):
+        return f"holds a {_kind(saved)}; asked for was a {_kind(wanted)}"
+    if saved.seed != wanted.seed:
+        return f"was saved with seed {saved.seed}; asked for was {wanted.seed}"
+    if saved.fingerprint != wanted.fingerprint:
+        return f"was made by another model ({saved.fingerprint or 'unnamed'}; this one is {wanted.fingerprint})"
+    for what in ("centres", "feedback"):
+        pairs = getattr(saved._core, what), getattr(wanted._core, what)
+        for side, a, b in zip(("keys", "values"), *pairs, strict=True):
+            if (a is None) != (b is None) or (a is not None and not mx.array_equal(a, b)):
+                return f"was saved with other {what} of the {side}"
+    return None
+
+
+def check_fits(caches, model, source="the cache"):
+    """ValueError unless `caches` are of the kinds, settings and model of `model.make_cache()`; says what differs."""
+    saved, wanted = dict(leaves(caches)), dict(leaves(mlx_lm_cache.make_prompt_cache(model)))
+    if saved.keys() != wanted.keys():
+        raise ValueError(f"[load_prompt_cache] {source} has {len(saved)} slots; the model has {len(wanted)}")
+    found = {path: _difference(saved[path], wanted[path]) for path in wanted}
+    lines = [f"  {layer_name(path)} {why}" for path, why in found.items() if why]
+    if lines:
+        raise ValueError(f"[load_prompt_cache] {source} does not fit:\n" + "\n".join(lines))
+
+
+def load_prompt_cache(file_name, model=None, return_metadata=False):
+    """mlx-lm's `load_prompt_cache`, with the file checked first.
+
+    Args:
+        file_name: a file of `save_prompt_cache`.
+        model: the model, after enable(): the caches must be those that it makes, with its bits, seed, centres
+            and feedback.
+        return_metadata (bool): return (caches, metadata).
+
+    Raises:
+        ValueError: the file is truncated or altered, or does not fit the model; the message says what differs.
+    """
+    apply_patch()
+    _check_complete(file_name)
+    caches, metadata = mlx_lm_cache.load_prompt_cache(file_name, return_metadata=True)
+    if model is not None:
+        check_fits(caches, model, str(file_name))
+    return (caches, metadata) if return_metadata else caches

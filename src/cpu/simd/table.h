@@ -1,0 +1,24 @@
+// The kernels of one instruction set as a table.
+#pragma once
+
+#include "cpu/simd/attention.h"
+#include "cpu/simd/codec.h"
+#include "cpu/simd/feedback.h"
+
+namespace turboquant::cpu {
+namespace {
+
+template <class S>
+constexpr Kernels make_kernels(const char* name, bool (*runs_here)()) {
+  return {name,
+          runs_here,
+          workspace_bytes<S>,
+          attend_tile<S>,
+          encode_rows<S>,
+          encode_feedback_rows<S>,
+          decode_rows<S>,
+          hadamard<Vec<float, S::bytes>>};
+}
+
+}  // namespace
+}  // namespace turboquant::cpu

@@ -1,0 +1,91 @@
+// What the attention kernels share: their parameters, which keys a query sees, masks, and fast functions.
+#pragma once
+
+#include "cuda/device/codec.cu.h"
+
+namespace turboquant::cuda {
+
+/// AttendParams of turboquant.h on the device.
+struct AttentionArgs {
+  int batch, query_heads, kv_heads, query_len, kv_len;
+  float scale;
+  unsigned long long seed;
+  bool causal;
+  int window;
+  const void* q;                                           // [batch, query_heads, query_len, D]
+  long long q_strides[4];                                  // in elements
+  const unsigned *key_codes, *value_codes;                 // [batch, kv_heads, kv_len, bits * D / 32]
+  const __half *key_scales, *value_scales;                 // [batch, kv_heads, kv_len]
+  long long key_code_strides[2], value_code_strides[2];    // of batch and head, in words; rows are dense
+  long long key_scale_strides[2], value_scale_strides[2];  // of batch and head, in elements
+  const float *key_centre, *value_centre;                  // [kv_heads, D] or null
+  const int* starts;                                       // [batch] or null
+  const void* mask;                                        // [batch, query_heads, query_len, kv_len]; bool or MaskT
+  long long mask_strides[4];
+  const float* sinks;  // [query_heads] or null
+  float* partial;      // [slots, ROWS, partial_floats]: see schedule.cu.h and Partial
+  bool even;           // how blocks divide the cache: schedule.cu.h
+  void* out;           // [batch, query_heads, query_len, D], dense
+
+  __device__ int group() const { return query_heads / kv_heads; }
+  __device__ int rows() const { return group() * query_len; }  // query rows that read one KV head
+
+  /// A query's coordinates from `first` on, q_strides[3] apart.
+  template <class T>
+  __device__ const T* query_at(int b, int head, int query, int first) const {
+    return static_cast<const T*>(q) + b * q_strides[0] + head * q_strides[1] + query * q_strides[2] +
+           first * q_strides[3];
+  }
+  /// Eight of them.
+  template <class T>
+  __device__ Raw8<T> load_query(int b, int head, int query, int first) const {
+    Raw8<T> raw;
+    raw.load(query_at<T>(b, head, query, first), q_strides[3]);
+    return raw;
+  }
+};
+
+/// A row of partial results: D coordinates, as floats or as halves, then the exponent of the largest weight and the sum
+/// of weights, both floats.
+template <int D, bool HALF>
+struct Partial {
+  static constexpr int coordinates = HALF ? D / 2 : D;  // in floats
+  static constexpr int floats = coordinates + 4;        // keeps rows 16-byte aligned
+  float* row;
+  __device__ Partial(const AttentionArgs& a, long long number) : row(a.partial + number * floats) {}
+  __device__ float2* sums() const { return reinterpret_cast<float2*>(row + coordinates); }
+};
+
+enum MaskType { kNoMask, kBooleanMask, kAdditiveMask };
+
+/// Keys that a query may see by position: [first, last).
+struct Range {
+  int first, last;
+};
+__device__ inline Range visible_keys(const AttentionArgs& a, int b, int query) {
+  const int position = a.kv_len - a.query_len + query;
+  int first = a.starts ? max(a.starts[b], 0) : 0, last = a.kv_len;
+  if (a.causal) last = min(last, position + 1);
+  if (a.window > 0) first = max(first, position - a.window + 1);
+  return {first, max(first, last)};
+}
+
+constexpr float kLog2E = 1.44269504088896340736f;
+/// A query of smaller numbers is taken for zero, as its scores are: its inverse may be infinite.
+constexpr float kLeastQuery = 1e-33f;
+constexpr float kNothing = -1e30f;  // the exponent of an empty sum; finite, so that differences are numbers
+
+/// The term of the mask for one pair, in units of log2; minus infinity hides.
+template <MaskType MASK, class MaskT>
+__device__ float mask_term(const AttentionArgs& a, int b, int head, int query, int key) {
+  if constexpr (MASK == kNoMask) return 0.f;
+  const long long at =
+      b * a.mask_strides[0] + head * a.mask_strides[1] + query * a.mask_strides[2] + key * a.mask_strides[3];
+  if constexpr (MASK == kBooleanMask) {
+    return static_cast<const unsigned char*>(a.mask)[at] ? 0.f : -__uint_as_float(0x7f800000);
+  } else {
+    return to_float(static_cast<const MaskT*>(a.mask)[at]) * kLog2E;
+  }
+}
+
+}  // namespace turboquant::cuda

@@ -1,0 +1,244 @@
+// The codec's pieces on CUDA: the rotation over a warp, and byte lookups of packed codes.
+//
+// Compiled by nvcc (tests, benchmarks) and, inside MLX, by NVRTC: no standard headers.  A vector of D coordinates lies
+// in D/8 neighbouring lanes, eight consecutive coordinates a lane, so that a lane's codes are one nibble word.
+#pragma once
+
+#include "cuda/device/ptx.cu.h"
+#include "turboquant/format.h"
+
+namespace turboquant::cuda {
+
+/// This thread's warp.  The compiler knows of the shuffle's result that a warp agrees on it; in branches on
+/// threadIdx.x / 32 it would make every shuffle wait for threads that might have gone another way.
+__device__ inline int warp_index() { return __shfl_sync(~0u, int(threadIdx.x / 32), 0); }
+
+/// How vectors of D coordinates lie over the lanes of a warp.
+template <int D>
+struct Lanes {
+  static_assert(D % 32 == 0 && D >= 32 && D <= 256, "head_dim must be a multiple of 32 from 32 to 256");
+  static constexpr int odd = D % 7 == 0 ? 7 : D % 5 == 0 ? 5 : D % 3 == 0 ? 3 : 1;  // D = 2^k odd
+  static constexpr int power = D / odd;
+  static constexpr int vector = D / 8;         // lanes of a vector
+  static constexpr int vectors = 32 / vector;  // vectors of a warp; lanes left over idle
+  static constexpr int block = power / 8;      // lanes of one Walsh-Hadamard block, a power of two
+};
+
+/// Signs of coordinates 32w .. 32w + 31 as bits: sign_word of rotation.h.
+__device__ inline unsigned sign_bits(unsigned long long seed, int w) {
+  unsigned long long z = seed + 0x9e3779b97f4a7c15ull * (unsigned long long)(w + 1);
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+  return unsigned((z ^ z >> 31) >> 32);
+}
+
+/// Adds (or takes the largest of) one number a lane over the lanes of each vector.
+template <int D, bool Max = false, class Number>
+__device__ Number over_vector(Number x) {
+  using L = Lanes<D>;
+  const int lane = threadIdx.x & 31;
+  for (int step = 1; step < L::block; step *= 2) {
+    const Number other = __shfl_xor_sync(~0u, x, step);
+    x = Max ? (other > x ? other : x) : x + other;
+  }
+  if constexpr (L::odd > 1) {
+    const int first = lane / L::vector * L::vector, place = lane - first;
+    Number all = x;
+    for (int k = 1; k < L::odd; ++k) {
+      const Number other = __shfl_sync(~0u, x, first + (place + k * L::block) % L::vector);
+      all = Max ? (other > all ? other : all) : all + other;
+    }
+    x = all;
+  }
+  return x;
+}
+
+/// H without its factor: unscaled_hadamard of rotation.h, for all vectors of a warp at once; of several such sets, too.
+template <int D, int SETS>
+__device__ void hadamard(float (&v)[SETS][8]) {
+  using L = Lanes<D>;
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int half = 1; half < 8; half *= 2) {
+#pragma unroll
+    for (int i = 0; i < 8 * SETS; ++i) {
+      const int j = i % 8;
+      if (j & half) continue;
+      const float a = v[i / 8][j], b = v[i / 8][j + half];
+      v[i / 8][j] = a + b;
+      v[i / 8][j + half] = a - b;
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < L::block; step *= 2) {
+    const float sign = lane & step ? -1.f : 1.f;
+#pragma unroll
+    for (auto& set : v) {
+#pragma unroll
+      for (float& x : set) x = fmaf(sign, x, __shfl_xor_sync(~0u, x, step));
+    }
+  }
+  if constexpr (L::odd > 1) {
+    const int first = lane / L::vector * L::vector, place = lane - first;
+#pragma unroll
+    for (auto& set : v) {
+#pragma unroll
+      for (float& x : set) {
+        float sum = x;
+        for (int k = 1; k < L::odd; ++k) sum += __shfl_sync(~0u, x, first + (place + k * L::block) % L::vector);
+        x -= sum * (2.f / L::odd);
+      }
+    }
+  }
+}
+template <int D>
+__device__ void hadamard(float (&v)[8]) {
+  hadamard<D>(reinterpret_cast<float(&)[1][8]>(v));
+}
+
+/// Multiplies a lane's eight coordinates, the `eighth`-th of the vector, by the random signs and by `factor`.
+__device__ inline void apply_signs(float (&v)[8], unsigned long long seed, int eighth, float factor) {
+  const unsigned signs = sign_bits(seed, eighth / 4) >> (eighth % 4 * 8);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) v[j] *= signs >> j & 1 ? -factor : factor;
+}
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline void from_float(float& x, float v) { x = v; }
+/// As float_to_half_saturated of half.h.
+__device__ inline void from_float(__half& x, float v) {
+  x = __float2half_rn(v > 65504.f ? 65504.f : v < -65504.f ? -65504.f : v);
+}
+__device__ inline void from_float(__nv_bfloat16& x, float v) { x = __float2bfloat16_rn(v); }
+
+constexpr __device__ bool wide_exponent(float) { return true; }
+constexpr __device__ bool wide_exponent(__nv_bfloat16) { return true; }
+constexpr __device__ bool wide_exponent(__half) { return false; }
+
+__device__ inline bool aligned_to(const void* p, int bytes) { return (unsigned long long)p % bytes == 0; }
+
+/// Eight numbers as they lie in memory, so that a load need not be waited for.
+template <class T>
+struct alignas(16) Raw8 {
+  T x[8];
+  /// From p on, `step` apart; wide loads where the address allows.
+  __device__ void load(const T* p, long long step = 1) {
+    if (step == 1 && aligned_to(p, 16)) {
+#pragma unroll
+      for (unsigned i = 0; i < sizeof(x) / 16; ++i) {
+        reinterpret_cast<uint4*>(x)[i] = reinterpret_cast<const uint4*>(p)[i];
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) x[j] = p[j * step];
+    }
+  }
+  __device__ void to_floats(float (&v)[8]) const {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] = to_float(x[j]);
+  }
+};
+
+template <class T>
+__device__ void load8(const T* p, float (&v)[8], long long step = 1) {
+  Raw8<T> raw;
+  raw.load(p, step);
+  raw.to_floats(v);
+}
+
+template <class T>
+__device__ void store8(T* p, const float (&v)[8]) {
+  alignas(16) T x[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) from_float(x[j], v[j]);
+  if (aligned_to(p, 16)) {
+#pragma unroll
+    for (unsigned i = 0; i < sizeof(x) / 16; ++i) reinterpret_cast<uint4*>(p)[i] = reinterpret_cast<uint4*>(x)[i];
+  } else {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) p[j] = x[j];
+  }
+}
+
+/// Four magnitudes as bytes, from the magnitude index m on.
+TQ_FN unsigned magnitude_bytes(int bits, int m) {
+  return unsigned(magnitude(bits, m)) | unsigned(magnitude(bits, m + 1)) << 8 |
+         (bits == 2 ? 0u : unsigned(magnitude(bits, m + 2)) << 16 | unsigned(magnitude(bits, m + 3)) << 24);
+}
+
+/// Four signed levels as bytes, from code c on.
+TQ_FN unsigned level_bytes(int bits, int c) {
+  return unsigned(level(bits, c) & 0xff) | unsigned(level(bits, c + 1) & 0xff) << 8 |
+         unsigned(level(bits, c + 2) & 0xff) << 16 | unsigned(level(bits, c + 3) & 0xff) << 24;
+}
+
+/// Half of a codebook's table, and what is looked up in both.
+///
+/// `prmt` takes one constant, so that the compiler brings half of the table into a register anew for every lookup: a
+/// tenth of the instructions of a loop over codes.  It does so wherever it can tell that the half is a constant.  Such
+/// a loop therefore keeps the half in shared memory until a barrier has passed, and then in a register.
+template <int BITS>
+struct LevelTable {
+  static constexpr unsigned kFirst = BITS == 4 ? magnitude_bytes(4, 0) : level_bytes(BITS, 0);
+  static constexpr unsigned kSecond = BITS == 4 ? magnitude_bytes(4, 4) : BITS == 3 ? level_bytes(3, 4) : kFirst;
+  unsigned first;
+
+  /// Turns the low four nibbles (codes; anything above 2- and 3-bit codes masked away) into four bytes.  Widths 2 and 3
+  /// give signed levels.  Width 4 gives 128 + level unsigned: prmt's sign mode makes the positive magnitudes of one
+  /// lookup and the negative ones of another 0, and the difference cannot borrow.
+  __device__ unsigned operator()(unsigned codes) const {
+    const unsigned found = prmt(first, kSecond, codes);
+    return BITS < 4 ? found : found - prmt(first, kSecond, codes ^ 0x8888) + 0x80808080u;
+  }
+};
+
+template <int BITS>
+__device__ unsigned lookup(unsigned codes) {
+  return LevelTable<BITS>{LevelTable<BITS>::kFirst}(codes);
+}
+
+/// The tables of a loop over keys and values, which share a register when they are the same.
+template <int KEY_BITS, int VALUE_BITS>
+struct LevelTables {
+  LevelTable<KEY_BITS> keys;
+  LevelTable<VALUE_BITS> other;
+  __device__ LevelTable<VALUE_BITS> values() const {
+    if constexpr (KEY_BITS == VALUE_BITS) return keys;
+    return other;
+  }
+  /// One thread stores, and after a barrier all load: of two copies, for the compiler would keep what all threads load
+  /// from one place in a uniform register, which prmt does not take either.
+  using Stored = unsigned[2][2];
+  static __device__ void store(Stored& to) {
+    to[0][0] = to[0][1] = LevelTable<KEY_BITS>::kFirst, to[1][0] = to[1][1] = LevelTable<VALUE_BITS>::kFirst;
+  }
+  __device__ void load(const Stored& from) {
+    keys.first = from[0][threadIdx.x & 1], other.first = from[1][threadIdx.x & 1];
+  }
+};
+
+/// The nibble words of a group (word w holds the codes of coordinates 8w .. 8w + 7), from its packed words.  Words
+/// whose unused bits may be set: `clean` masks them.
+template <int BITS>
+struct Group {
+  static constexpr unsigned mask = BITS == 4 ? ~0u : BITS == 3 ? 0x77777777u : 0x33333333u;
+  unsigned word[4];
+  __device__ explicit Group(const unsigned (&packed)[BITS]) {
+    if constexpr (BITS == 4) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) word[w] = packed[w];
+    } else if constexpr (BITS == 3) {
+#pragma unroll
+      for (int w = 0; w < 3; ++w) word[w] = packed[w];
+      word[3] = (packed[0] >> 3 & 0x11111111u) | (packed[1] >> 2 & 0x22222222u) | (packed[2] >> 1 & 0x44444444u);
+    } else {
+#pragma unroll
+      for (int w = 0; w < 2; ++w) word[w] = packed[w], word[w + 2] = packed[w] >> 2;
+    }
+  }
+  __device__ unsigned clean(int w) const { return word[w] & mask; }
+};
+
+}  // namespace turboquant::cuda

@@ -1,0 +1,403 @@
+// Decoding: attention of few query rows over a long packed cache, on int8 tensor cores.
+//
+// A block handles four query rows of a KV head at a time; its warps are independent until the end of a segment, each
+// with its own ring of 32-token tiles.  Queries and softmax weights are split into high and low int8 parts, which fill
+// eight rows or columns of an m16n8k32 product; keys and values are the bytes that the codebook lookup gives.  Scores
+// come out with a query row and tokens t, 7 - t of every eight in each thread, which is how the product with the values
+// takes its weights, so nothing moves between threads.
+#pragma once
+
+#include "cuda/device/int8.cu.h"
+
+namespace turboquant::cuda {
+
+template <int D, int KEY_BITS, int VALUE_BITS, class T, MaskType MASK, class MaskT, int WARPS, int STAGES>
+struct Decode {
+  static constexpr int kRows = 4;
+  using Keys = Rows<KEY_BITS, D, false>;
+  using Values = Rows<VALUE_BITS, D, true>;
+  using Copies = TileCopies<Keys, Values, kTile, STAGES>;
+  using KeyShare = Share<D, 4>;
+  using ValueShare = Share<D, 8>;
+  static constexpr int kKeySteps = KeyShare::per_thread * KeyShare::words;
+  static constexpr int kValueTiles = 4 * ValueShare::words;  // of 16 coordinates
+  static constexpr int kStageWords = Copies::kWords;
+  static constexpr float kWeightOne = 65280;  // 255 * 256: the fixed-point weight of 1
+
+  struct Shared {
+    alignas(16) unsigned ring[WARPS][STAGES][kStageWords];
+    float2 token_scales[WARPS][kTile];  // of keys; of values, times kWeightOne
+    uint4 q[kRows][D / 8];  // eight coordinates: high and low parts of four, high and low parts of the other four
+    float q_scale[kRows];
+    int q_offset[kRows][2];  // what the unsigned bytes of 4-bit keys add to the products
+    float2 sums[WARPS][kRows];
+    typename LevelTables<KEY_BITS, VALUE_BITS>::Stored levels;
+  };
+
+  /// Where a warp's result for a row and coordinate lies in its part of the ring: lanes of different t write rows two
+  /// apart and coordinates two apart, those of different g coordinates 32 apart, all to different banks.
+  static constexpr int kResultRow = D / 32 * 36 + 1;
+  static __device__ int result_at(int row, int coordinate) {
+    return ((row & 1) * 2 + row / 2) * kResultRow + coordinate / 32 * 36 + coordinate % 32;
+  }
+  static_assert(STAGES * kStageWords >= kRows * kResultRow, "results reuse the ring");
+  static_assert(WARPS >= kRows, "a warp prepares a query row");
+
+  const AttentionArgs& a;
+  Shared& shared;
+  int lane = threadIdx.x & 31, warp = warp_index(), g = lane / 4, t = lane % 4;
+
+  LevelTables<KEY_BITS, VALUE_BITS> levels;
+
+  // Of the segment in hand.
+  int b, kv_head, first_row;
+  int row_query, row_head;  // of this thread's query row, g & 3
+  Range row_range;
+  int acc[kValueTiles][4];
+  int weight_sum;  // of this thread's column: 4-bit values are 128 too large
+  float top, sum;  // exponent that weights are relative to, and their sum over this thread's tokens
+
+  __device__ Decode(const AttentionArgs& args, Shared& memory) : a(args), shared(memory) {}
+
+  __device__ void run() {
+    for_each_piece<kTile, kRows>(a, [this](int row, int local, int first_tile, int last_tile, int slot) {
+      segment(row, local, first_tile, last_tile, slot);
+    });
+  }
+
+  /// Starts the copy of a tile into a stage of the ring, if there is one; `copies` goes on to this warp's next.
+  __device__ void start_copy(Copies& copies, int tile, int last, int stage) {
+    if (tile < last) {
+      copies.copy(a, b, kv_head, tile, shared.ring[warp][stage]);
+      copies.advance(WARPS, stage);
+    }
+    commit_copies();
+  }
+
+  /// Rotates a query row and splits it into int8 parts; one warp.
+  __device__ void prepare_query(const Raw8<T> (&raw)[1], int row) {
+    uint4 parts[1];
+    float scale[1];
+    int offset[1][2];
+    split_queries<D, KEY_BITS>(a, raw, parts, scale, offset);
+    if (lane < D / 8) shared.q[row][lane] = parts[0];
+    if (lane == 0) {
+      shared.q_scale[row] = scale[0];
+      if constexpr (KEY_BITS == 4) shared.q_offset[row][0] = offset[0][0], shared.q_offset[row][1] = offset[0][1];
+    }
+  }
+
+  __device__ void segment(int batch_row, int local, int first_tile, int last_tile, int slot) {
+    const int row_blocks = (a.rows() + kRows - 1) / kRows;
+    b = batch_row, kv_head = local / row_blocks, first_row = local % row_blocks * kRows;
+    const int row = min(first_row + (g & 3), a.rows() - 1);
+    row_query = row / a.group(), row_head = kv_head * a.group() + row % a.group();
+    row_range = visible_keys(a, b, row_query);
+
+    // All addresses are made before the first branch: at a kernel's start each parameter is a miss of the constant
+    // cache, and misses overlap only within a block of code.  The queries' load goes first, for the first product waits
+    // for it; nothing here waits for it before the copies.
+    const int mine = first_tile + warp, q_row = first_row + warp;
+    Copies copies(a, b, kv_head, mine, shared.ring[0][0]);
+    const T* q_from = a.query_at<T>(b, kv_head * a.group() + q_row % a.group(), q_row / a.group(), 8 * lane);
+    Raw8<T> q[1] = {};
+    if (warp < kRows && q_row < a.rows() && lane < D / 8) q[0].load(q_from, a.q_strides[3]);
+    start_copy(copies, mine, last_tile, 0);  // one: more would delay the queries
+    if (warp < kRows) prepare_query(q, warp);
+    if (threadIdx.x == 0) levels.store(shared.levels);
+    __syncthreads();
+    levels.load(shared.levels);
+#pragma unroll
+    for (int s = 1; s < STAGES - 1; ++s) start_copy(copies, mine + s * WARPS, last_tile, s);
+
+    unsigned q_parts[kKeySteps][4];
+    const KeyShare share(t);
+#pragma unroll
+    for (int step = 0; step < kKeySteps; ++step) {
+      const int i = step / KeyShare::words, at = share.coordinate(i, step % KeyShare::words);
+      const uint4 x = share.has(i) ? shared.q[g & 3][at / 8] : make_uint4(0, 0, 0, 0);
+      q_parts[step][0] = x.x, q_parts[step][1] = x.y, q_parts[step][2] = x.z, q_parts[step][3] = x.w;
+    }
+    const float q_scale = shared.q_scale[g & 3];
+    const int high_offset = KEY_BITS == 4 ? shared.q_offset[g & 3][0] : 0;
+    const int low_offset = KEY_BITS == 4 ? shared.q_offset[g & 3][1] : 0;
+
+#pragma unroll
+    for (auto& x : acc) x[0] = x[1] = x[2] = x[3] = 0;
+    weight_sum = 0, top = kNothing, sum = 0;
+    int filled = STAGES - 1, stage = 0;
+#pragma unroll 1
+    for (int tile = mine; tile < last_tile; tile += WARPS) {
+      __syncwarp();  // the stage that is filled next has been read by all
+      start_copy(copies, tile + (STAGES - 1) * WARPS, last_tile, filled);
+      filled = filled == STAGES - 1 ? 0 : filled + 1;
+      wait_copies<STAGES - 1>();
+      __syncwarp();
+      const unsigned* keys = shared.ring[warp][stage];
+      const unsigned* values = keys + Keys::size;
+      stage = stage == STAGES - 1 ? 0 : stage + 1;
+      unpack_scales(reinterpret_cast<const __half*>(values + Values::size));
+
+      int dots[4][4];
+      const KeyReader reader(keys, g & 1 ? 7 - g / 2 : g / 2, share);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        dots[j][0] = dots[j][1] = high_offset, dots[j][2] = dots[j][3] = low_offset;
+        multiply_keys(dots[j], reader, 8 * j, share, q_parts);
+      }
+      float s[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int dot = dots[i / 2][i % 2] * 256 + dots[i / 2][2 + i % 2];
+        s[i] = float(dot) * (token_scale(i).x * q_scale);
+      }
+      unsigned bytes[kValueTiles][4];  // before the branches of the softmax, so that they overlap its latencies
+      unpack_values(values, bytes);
+      apply_mask(s, tile * kTile);
+      unsigned weights[2];
+      softmax(s, weights);
+#pragma unroll
+      for (int i = 0; i < kValueTiles; ++i) {
+        mma_int8<VALUE_BITS == 4, true>(acc[i], bytes[i][0], bytes[i][1], bytes[i][2], bytes[i][3], weights[0],
+                                        weights[1]);
+      }
+    }
+    finish(slot, min(WARPS, last_tile - first_tile));
+  }
+
+  /// The token of this thread's i-th score within a tile.
+  __device__ int token(int i) const { return 8 * (i / 2) + (i % 2 ? 7 - t : t); }
+  __device__ float2 token_scale(int i) const { return shared.token_scales[warp][token(i)]; }
+
+  /// Hides scores and adds the mask's terms; `key` is the tile's first.
+  __device__ void apply_mask(float (&s)[8], int key) const {
+    if constexpr (MASK == kNoMask) {
+      if (__all_sync(~0u, key >= row_range.first && key + kTile <= row_range.last)) return;
+    }
+    const float hidden = -__uint_as_float(0x7f800000);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int at = key + token(i);
+      float term = hidden;
+      if (at >= row_range.first && at < row_range.last) term = mask_term<MASK, MaskT>(a, b, row_head, row_query, at);
+      s[i] = term == hidden ? hidden : s[i] + term;
+    }
+  }
+
+  /// Each lane converts one token's scales.  A value scale that is no number poisons the key's, so that it reaches the
+  /// sum of weights wherever the token is visible.  Of tokens beyond the last, scales are what shared memory held
+  /// before: infinities of either sign must go, for not even a weight of 0 makes a number of them.
+  __device__ void unpack_scales(const __half* scales) {
+    float key = __half2float(scales[lane]), value = __half2float(scales[32 + lane]) * kWeightOne;
+    if (!(fabsf(value) < __uint_as_float(0x7f800000))) key = __uint_as_float(0x7fc00000), value = 0;
+    shared.token_scales[warp][lane] = make_float2(key, value);
+    __syncwarp();
+  }
+
+  /// The packed words of a thread's groups of a key, and of those of keys eight tokens further.
+  struct KeyReader {
+    static constexpr int n = KeyShare::per_thread;
+    static constexpr bool whole = KeyShare::groups == 4 * n;  // then they are consecutive words
+    static constexpr int readers = whole ? 1 : n, words = n * KEY_BITS / readers;
+    typename Keys::template Reader<words> of[readers];
+    __device__ KeyReader(const unsigned* keys, int token, const KeyShare& share) {
+#pragma unroll
+      for (int i = 0; i < readers; ++i) of[i] = {keys, token, (whole ? share.group : share.clamped(i)) * KEY_BITS};
+    }
+    __device__ void load(int further, unsigned (&packed)[n][KEY_BITS]) const {
+#pragma unroll
+      for (int i = 0; i < readers; ++i) {
+        unsigned x[words];
+        of[i].load(further, x);
+#pragma unroll
+        for (int k = 0; k < words; ++k) packed[i + k / KEY_BITS][k % KEY_BITS] = x[k];
+      }
+    }
+  };
+
+  /// Products of four query rows, high and low, with the keys of eight tokens; this thread brings those of one.
+  __device__ void multiply_keys(int (&dots)[4], const KeyReader& keys, int further, const KeyShare& share,
+                                const unsigned (&q)[kKeySteps][4]) const {
+    constexpr int n = KeyShare::per_thread;
+    unsigned packed[n][KEY_BITS];
+    keys.load(further, packed);
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const Group<KEY_BITS> group(packed[i]);
+#pragma unroll
+      for (int w = 0; w < KeyShare::words; ++w) {
+        const unsigned x = share.pick(group.word, w) & group.mask;
+        const auto& f = q[i * KeyShare::words + w];
+        mma_int8<false, KEY_BITS == 4>(dots, f[0], f[1], f[2], f[3], levels.keys(x), levels.keys(x >> 16));
+      }
+    }
+  }
+
+  /// Weights exp2(s - top) times the value scale as bytes: the high part in threads of g < 4, else the low part.
+  __device__ void softmax(const float (&s)[8], unsigned (&weights)[2]) {
+    constexpr float shift = 8388608.f;  // 2^23: adding it leaves a rounded integer in the low bits
+    float fixed[8], tile_sum;
+    bool fresh = __all_sync(~0u, top == kNothing);  // no weights yet, so nothing to compare with or rescale
+#pragma unroll 1
+    for (bool raised = false;; raised = true) {
+      if (!fresh || raised) {
+        float largest = 0;
+        tile_sum = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float p = exp2_fast(s[i] - top);
+          tile_sum += p;
+          fixed[i] = fmaf(p, token_scale(i).y, shift);
+          largest = fmaxf(largest, fixed[i]);
+        }
+        // The exponent is an integer that moves only when a weight no longer fits; where values are 0 it may lag by 43.
+        if (raised || !__any_sync(~0u, largest > shift + 65535 || tile_sum > 8e12f)) break;
+      }
+      float up = kNothing;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) up = fmaxf(up, s[i] + fmaxf(log2_fast(token_scale(i).y * (1 / kWeightOne)), -40.f));
+      up = fmaxf(up, __shfl_xor_sync(~0u, up, 1));
+      up = fmaxf(top, ceilf(fmaxf(up, __shfl_xor_sync(~0u, up, 2))));
+      if (!fresh) rescale(up);
+      top = up;
+    }
+    sum += tile_sum;
+    const unsigned pick = g < 4 ? 0x51 : 0x40;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const unsigned first = prmt(__float_as_uint(fixed[4 * i]), __float_as_uint(fixed[4 * i + 1]), pick);
+      const unsigned second = prmt(__float_as_uint(fixed[4 * i + 2]), __float_as_uint(fixed[4 * i + 3]), pick);
+      weights[i] = prmt(first, second, 0x5410);
+    }
+    if constexpr (VALUE_BITS == 4) {
+      weight_sum = int(__dp4a(weights[0], 0x01010101u, __dp4a(weights[1], 0x01010101u, unsigned(weight_sum))));
+    }
+  }
+
+  /// Takes from the sums what unsigned 4-bit values added to them.
+  __device__ void settle() {
+    if constexpr (VALUE_BITS == 4) {
+      weight_sum += __shfl_xor_sync(~0u, weight_sum, 1);
+      weight_sum += __shfl_xor_sync(~0u, weight_sum, 2);
+      const int even = 128 * __shfl_sync(~0u, weight_sum, 8 * t), odd = 128 * __shfl_sync(~0u, weight_sum, 8 * t + 4);
+#pragma unroll
+      for (auto& x : acc) x[0] -= even, x[1] -= odd, x[2] -= even, x[3] -= odd;
+      weight_sum = 0;
+    }
+  }
+
+  /// Makes the sums relative to a larger exponent.
+  __device__ void rescale(float new_top) {
+    const float down = top - new_top;
+    const int bits = int(fminf(-down, 31.f));
+    sum *= exp2_fast(down);
+    settle();
+    const auto shift = [](int x, int bits) { return bits > 29 ? 0 : (x + (1 << bits >> 1)) >> bits; };
+    const int even = __shfl_sync(~0u, bits, 4 * (2 * t & 3)), odd = __shfl_sync(~0u, bits, 4 * (2 * t & 3) + 4);
+#pragma unroll
+    for (auto& x : acc) {
+      x[0] = shift(x[0], even), x[1] = shift(x[1], odd);
+      x[2] = shift(x[2], even), x[3] = shift(x[3], odd);
+    }
+  }
+
+  /// A tile's values as the products take them: of each 16 coordinates, four registers of four tokens' bytes.
+  __device__ void unpack_values(const unsigned* values, unsigned (&bytes)[kValueTiles][4]) const {
+    const ValueShare share(g);
+    const typename Values::template Reader<VALUE_BITS> readers[2] = {{values, t, share.clamped(0) * VALUE_BITS},
+                                                                     {values, 7 - t, share.clamped(0) * VALUE_BITS}};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      unsigned nibbles[ValueShare::words][4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        unsigned packed[VALUE_BITS];
+        readers[i % 2].load(16 * half + 8 * (i / 2), packed);  // of token(4 * half + i)
+        const Group<VALUE_BITS> group(packed);
+#pragma unroll
+        for (int w = 0; w < ValueShare::words; ++w) nibbles[w][i] = share.pick(group.word, w);
+      }
+#pragma unroll
+      for (int w = 0; w < ValueShare::words; ++w) {
+        unsigned selectors[4];
+        transpose_codes<VALUE_BITS>(nibbles[w], selectors);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          bytes[4 * w + k][2 * half] = levels.values()(selectors[k]);
+          bytes[4 * w + k][2 * half + 1] = levels.values()(selectors[k] >> 16);
+        }
+      }
+    }
+  }
+
+  /// Merges the first `active` warps of the block, the others had no tile, and writes the segment's partial result.
+  __device__ void finish(int slot, int active) {
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    settle();
+    if (t == 0 && g < kRows) shared.sums[warp][g] = make_float2(top, sum);
+    wait_copies<0>();
+    __syncthreads();
+    float* out = reinterpret_cast<float*>(shared.ring[warp]);
+    const int rows[2] = {2 * t & 3, (2 * t & 3) + 1};  // this thread's columns: high parts for t < 2, else low parts
+    float factor[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      float most = kNothing;
+      for (int w = 0; w < WARPS; ++w) most = fmaxf(most, shared.sums[w][rows[k]].x);
+      factor[k] =
+          exp2_fast(shared.sums[warp][rows[k]].x - most) * (t < 2 ? 256 : 1) * level_step(VALUE_BITS) / kWeightOne;
+    }
+    const ValueShare share(g);
+    if (warp < active) {
+      // High and low parts meet: threads of t < 2 end up with the first coordinate of both rows, the rest with the
+      // second.
+#pragma unroll
+      for (int m = 0; m < kValueTiles; ++m) {
+        const int coordinate = share.coordinate(0, m / 4) + (m % 2 * 4 + m % 4 / 2) + (t < 2 ? 0 : 2);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const float first = float(acc[m][k]) * factor[k], second = float(acc[m][2 + k]) * factor[k];
+          const float total = (t < 2 ? first : second) + __shfl_xor_sync(~0u, t < 2 ? second : first, 2);
+          if (share.has(0)) out[result_at(rows[k], coordinate)] = total;
+        }
+      }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < D; i += 32 * WARPS) {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        float x = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) {
+          if (w < active) x += reinterpret_cast<const float*>(shared.ring[w])[result_at(row, i)];
+        }
+        Partial<D, false>(a, (long long)slot * kRows + row).row[i] = x;
+      }
+    }
+    if (warp == WARPS - 1) {  // a lane for each warp and row
+      const int row = lane / WARPS;
+      const float2 s = row < kRows ? shared.sums[lane % WARPS][row] : make_float2(kNothing, 0);
+      float most = s.x;
+      for (int step = 1; step < WARPS; step *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+      float all = exp2_fast(s.x - most) * s.y;
+      for (int step = 1; step < WARPS; step *= 2) all += __shfl_xor_sync(~0u, all, step);
+      if (row < kRows && lane % WARPS == 0) {
+        *Partial<D, false>(a, (long long)slot * kRows + row).sums() = make_float2(most, all);
+      }
+    }
+    __syncthreads();
+  }
+};
+
+/// Entry for generated code: types from pointers, shared memory as the bytes that were planned.
+template <int D, int KEY_BITS, int VALUE_BITS, MaskType MASK, int SHARED_BYTES, int WARPS, int STAGES, class T,
+          class MaskT>
+__device__ void run_decode(const AttentionArgs& a, const T*, const MaskT*, unsigned char* shared) {
+  using Kernel = Decode<D, KEY_BITS, VALUE_BITS, T, MASK, MaskT, WARPS, STAGES>;
+  static_assert(sizeof(typename Kernel::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
+  Kernel kernel(a, *reinterpret_cast<typename Kernel::Shared*>(shared));
+  kernel.run();
+}
+
+}  // namespace turboquant::cuda

@@ -1,0 +1,207 @@
+// `encode` and `decode` on CUDA: a group of lanes a vector (codec.cu.h).
+#pragma once
+
+#include "cuda/device/codec.cu.h"
+
+namespace turboquant::cuda {
+
+/// One side (keys or values) of an `encode` launch; EncodeParams of turboquant.h on the device.
+struct EncodeArgs {
+  int batch, heads, tokens;
+  unsigned long long seed;
+  const void* x;                                // [batch, heads, tokens, D]
+  long long x_strides[4];                       // in elements
+  const float* centre;                          // [heads, D] or null
+  const __half* feedback;                       // [heads, D, D] or null
+  unsigned* codes;                              // [batch, heads, tokens, BITS * D / 32]
+  __half* scales;                               // [batch, heads, tokens]
+  long long code_strides[2], scale_strides[2];  // of batch and head, in elements; rows are dense
+};
+
+/// Vectors that a block of `warps` warps encodes or decodes.
+template <int D>
+__host__ __device__ constexpr int vectors_per_block(int warps) {
+  return warps * Lanes<D>::vectors;
+}
+
+/// What the encoder knows of a vector beside its rotated coordinates.
+struct Rotated {
+  float unscale;  // coordinates are divided by it: a power of two, for squares of wide exponents leave float's range
+  float square;   // |x - centre|^2, divided by its square
+  bool finite;
+  int b, h, t;  // of the vector
+  /// The square of the rotated coordinates' RMS.
+  template <int D>
+  __device__ float mean_square() const {
+    return square * (float(Lanes<D>::power) / D);  // |H x| = |x|
+  }
+  __device__ bool codable() const { return finite && square > 0; }
+};
+
+/// Loads a lane's eight coordinates of `vector`, or zeros, and turns them into those of H (s * (x - centre)) without
+/// H's factor; all lanes of a warp together.
+template <int D, class T>
+__device__ Rotated load_rotated(const EncodeArgs& a, long long vector, bool active, int eighth, float (&v)[8]) {
+  Rotated r;
+  const long long row = active ? vector : 0;
+  r.t = int(row % a.tokens), r.h = int(row / a.tokens % a.heads), r.b = int(row / a.tokens / a.heads);
+#pragma unroll
+  for (float& x : v) x = 0;
+  if (active) {
+    const T* x = static_cast<const T*>(a.x) + r.b * a.x_strides[0] + r.h * a.x_strides[1] + r.t * a.x_strides[2];
+    load8(x + 8 * eighth * a.x_strides[3], v, a.x_strides[3]);
+    if (a.centre) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[j] -= a.centre[r.h * D + 8 * eighth + j];
+    }
+  }
+  r.unscale = 1;
+  if constexpr (wide_exponent(T())) {
+    float top = 0;
+#pragma unroll
+    for (float x : v) top = fmaxf(top, fabsf(x));
+    top = over_vector<D, true>(top);
+    const int exponent = min(max(254 - int(__float_as_uint(top) >> 23), 1), 253);
+    if (top < __uint_as_float(0x7f800000)) {
+      r.unscale = __uint_as_float(unsigned(254 - exponent) << 23);
+#pragma unroll
+      for (float& x : v) x *= __uint_as_float(unsigned(exponent) << 23);
+    }
+  }
+  r.square = 0;
+#pragma unroll
+  for (float x : v) r.square += x * x;
+  r.square = over_vector<D>(r.square);
+  r.finite = r.square < __uint_as_float(0x7f800000);  // false for NaN too
+  apply_signs(v, a.seed, eighth, 1.f);
+  hadamard<D>(v);
+  return r;
+}
+
+/// The code of the level nearest to x, twice whose size is `doubled`.
+template <int BITS>
+__device__ unsigned nearest_code(float x, float doubled) {
+  unsigned code = x < 0 ? 1u << (BITS - 1) : 0u;
+#pragma unroll
+  for (int m = 0; m + 1 < magnitudes(BITS); ++m) code += doubled >= float(double_threshold(BITS, m));
+  return code;
+}
+
+/// |levels|^2 of a vector, eight codes a lane.
+template <int D, int BITS>
+__device__ unsigned level_square(unsigned nibbles) {
+  constexpr unsigned low = magnitude_bytes(BITS, 0), high = BITS == 4 ? magnitude_bytes(4, 4) : low;
+  const unsigned indices = nibbles & (0x11111111u * (magnitudes(BITS) - 1));
+  const unsigned first = prmt(low, high, indices), second = prmt(low, high, indices >> 16);
+  return over_vector<D>(__dp4a(first, first, __dp4a(second, second, 0u)));
+}
+
+/// The nearest codes of a lane's eight coordinates; of a vector without directions, zeros.
+template <int D, int BITS>
+__device__ unsigned nearest_codes(const Rotated& r, const float (&v)[8]) {
+  const float to_levels = r.codable() ? 2 * unit(BITS) * rsqrtf(r.mean_square<D>()) : 0.f;
+  unsigned nibbles = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) nibbles |= nearest_code<BITS>(v[j], fabsf(v[j]) * to_levels) << (4 * j);
+  return r.codable() ? nibbles : 0;
+}
+
+/// Packs and writes a vector's codes, eight a lane, and its scale; all lanes of a warp together.
+template <int D, int BITS>
+__device__ void write_codes(const EncodeArgs& a, const Rotated& r, bool active, int eighth, unsigned nibbles) {
+  const int lane = threadIdx.x & 31;
+  const unsigned squares = level_square<D, BITS>(nibbles);
+  unsigned word = nibbles;
+  bool writes = active;
+  if constexpr (BITS == 3) {  // the fourth nibble word goes into the spare bits of the other three
+    const unsigned spread = __shfl_sync(~0u, nibbles, lane | 3);
+    word |= (spread >> (lane & 3) & 0x11111111u) << 3;
+    writes = writes && (lane & 3) < 3;
+  } else if constexpr (BITS == 2) {
+    word |= __shfl_sync(~0u, nibbles, lane | 2) << 2;
+    writes = writes && (lane & 3) < 2;
+  }
+  if (writes) {
+    unsigned* codes = a.codes + r.b * a.code_strides[0] + r.h * a.code_strides[1] + (long long)r.t * (BITS * (D / 32));
+    codes[eighth / 4 * BITS + (eighth & 3)] = word;
+  }
+  if (active && eighth == 0) {
+    const float scale = sqrtf(r.square) / (sqrtf(float(squares)) * level_step(BITS)) * r.unscale;
+    a.scales[r.b * a.scale_strides[0] + r.h * a.scale_strides[1] + r.t] =
+        r.finite ? __float2half_rn(fminf(scale, largest_scale())) : __ushort_as_half(0x7e00);
+  }
+}
+
+/// Encodes the vectors of block `block`.
+template <int D, int BITS, class T>
+__device__ void encode(const EncodeArgs& a, int block) {
+  using L = Lanes<D>;
+  const int lane = threadIdx.x & 31, slot = lane / L::vector, eighth = lane - slot * L::vector;
+  const int warps = blockDim.x / 32;
+  const long long count = (long long)a.batch * a.heads * a.tokens;
+  const long long vector = ((long long)block * warps + threadIdx.x / 32) * L::vectors + slot;
+  const bool active = slot < L::vectors && vector < count;
+  float v[8];
+  const Rotated r = load_rotated<D, T>(a, vector, active, eighth, v);
+  write_codes<D, BITS>(a, r, active, eighth, nearest_codes<D, BITS>(r, v));
+}
+
+/// A `decode` launch; DecodeParams of turboquant.h on the device.
+struct DecodeArgs {
+  int batch, heads, tokens;
+  unsigned long long seed;
+  const unsigned* codes;                        // [batch, heads, tokens, BITS * D / 32]
+  const __half* scales;                         // [batch, heads, tokens]
+  long long code_strides[2], scale_strides[2];  // of batch and head, in elements; rows are dense
+  const float* centre;                          // [heads, D] or null
+  void* out;                                    // [batch, heads, tokens, D], dense
+};
+
+/// Decodes the vectors of block `block`, as many as `encode` takes.
+template <int D, int BITS, class T>
+__device__ void decode(const DecodeArgs& a, int block) {
+  using L = Lanes<D>;
+  const int lane = threadIdx.x & 31, slot = lane / L::vector, eighth = lane - slot * L::vector;
+  const long long vector = ((long long)block * (blockDim.x / 32) + threadIdx.x / 32) * L::vectors + slot;
+  const bool active = slot < L::vectors && vector < (long long)a.batch * a.heads * a.tokens;
+  const long long row = active ? vector : 0;
+  const int t = int(row % a.tokens), h = int(row / a.tokens % a.heads), b = int(row / a.tokens / a.heads);
+  float v[8] = {};
+  if (active) {
+    const unsigned* codes = a.codes + b * a.code_strides[0] + h * a.code_strides[1] + (long long)t * (BITS * (D / 32));
+    unsigned packed[BITS];
+#pragma unroll
+    for (int i = 0; i < BITS; ++i) packed[i] = codes[eighth / 4 * BITS + i];
+    const Group<BITS> group(packed);
+    const float scale = __half2float(a.scales[b * a.scale_strides[0] + h * a.scale_strides[1] + t]);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      if (w != (eighth & 3)) continue;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const unsigned byte = lookup<BITS>(group.clean(w) >> (16 * (j / 4))) >> (8 * (j % 4)) & 255;
+        v[j] = scale * level_step(BITS) * float(BITS == 4 ? int(byte) - 128 : int((signed char)byte));
+      }
+    }
+  }
+  hadamard<D>(v);
+  apply_signs(v, a.seed, eighth, rsqrtf(float(L::power)));
+  if (!active) return;
+  if (a.centre) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] += a.centre[h * D + 8 * eighth + j];
+  }
+  store8(static_cast<T*>(a.out) + row * D + 8 * eighth, v);
+}
+
+/// The same with T from a pointer, for generated code.
+template <int D, int BITS, class T>
+__device__ void encode_as(const EncodeArgs& a, const T*, int block) {
+  encode<D, BITS, T>(a, block);
+}
+template <int D, int BITS, class T>
+__device__ void decode_as(const DecodeArgs& a, const T*, int block) {
+  decode<D, BITS, T>(a, block);
+}
+
+}  // namespace turboquant::cuda

@@ -1,0 +1,107 @@
+// Int8 tensor core products, and which codes of a row each thread brings to them.
+#pragma once
+
+#include "cuda/device/schedule.cu.h"
+#include "cuda/device/tiles.cu.h"
+
+namespace turboquant::cuda {
+
+/// Which nibble words of which groups a thread holds, when `sharers` threads share the groups of a row.
+template <int D, int SHARERS>
+struct Share {
+  static constexpr int groups = D / 32;
+  static constexpr int padded = groups > SHARERS ? SHARERS : groups > 4 ? 8 : groups > 2 ? 4 : groups;
+  static constexpr int per_thread = (groups + SHARERS - 1) / SHARERS;
+  static constexpr int parts = SHARERS / padded > 4 ? 4 : SHARERS / padded;  // threads that share a group
+  static constexpr int words = 4 / parts;                                    // nibble words of a group a thread takes
+  int group, part;
+  bool valid;
+  __device__ explicit Share(int thread) {
+    group = thread % padded * per_thread;
+    part = thread / padded % parts;
+    valid = group < groups && thread < padded * parts;
+    if (group >= groups) group = 0;
+  }
+  __device__ bool has(int i) const { return valid && group + i < groups; }
+  __device__ int clamped(int i) const { return group + i < groups ? group + i : 0; }
+  /// Its w-th word of a group's four.
+  __device__ unsigned pick(const unsigned (&word)[4], int w) const {
+    if constexpr (parts == 1) return word[w];
+    if constexpr (parts == 2) return part ? word[2 + w] : word[w];
+    const unsigned low = part & 1 ? word[1] : word[0], high = part & 1 ? word[3] : word[2];
+    return part & 2 ? high : low;
+  }
+  /// First coordinate of its w-th word of its i-th group.
+  __device__ int coordinate(int i, int w) const { return 32 * (group + i) + 8 * (part * words + w); }
+};
+
+/// Rotates N queries in one warp, eight coordinates a lane, and splits them into 127 * 256 steps: `parts` are the high
+/// and low bytes of four coordinates, then those of the other four.  `scale` makes products with keys' levels scores in
+/// units of log2; `offset` is what the products with 4-bit keys, 128 too large, have too much, negated.
+template <int D, int KEY_BITS, class T, int N>
+__device__ void split_queries(const AttentionArgs& a, const Raw8<T> (&raw)[N], uint4 (&parts)[N], float (&scale)[N],
+                              int (&offset)[N][2]) {
+  const int lane = threadIdx.x & 31;
+  float v[N][8], largest[N], all = 0;
+  bool bad[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    raw[i].to_floats(v[i]);
+    apply_signs(v[i], a.seed, lane < D / 8 ? lane : 0, rsqrtf(float(Lanes<D>::power)));
+  }
+  hadamard<D>(v);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    largest[i] = 0, bad[i] = false;
+#pragma unroll
+    for (float& x : v[i]) {
+      if (lane >= D / 8) x = 0;
+      largest[i] = fmaxf(largest[i], fabsf(x));
+      bad[i] = bad[i] || x != x;
+    }
+    bad[i] = __any_sync(~0u, bad[i]);
+  }
+#pragma unroll
+  for (int step = 16; step; step /= 2) {
+#pragma unroll
+    for (float& x : largest) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+  }
+  constexpr float limit = 127 * 256;
+#pragma unroll
+  for (int i = 0; i < N; ++i) all = lane == i ? largest[i] : all;
+  all = all >= kLeastQuery ? limit / all : 0.f;  // of all queries at once, for division is slow
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float factor = __shfl_sync(~0u, all, i);
+    unsigned high[2] = {}, low[2] = {};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int q = __float2int_rn(v[i][j] * factor), top = (q + 128) >> 8;
+      high[j / 4] |= unsigned(top & 255) << (8 * (j % 4));
+      low[j / 4] |= unsigned((q - 256 * top) & 255) << (8 * (j % 4));
+    }
+    parts[i] = make_uint4(high[0], low[0], high[1], low[1]);
+    scale[i] = bad[i] ? __uint_as_float(0x7fc00000) : largest[i] * (level_step(KEY_BITS) * a.scale * kLog2E / limit);
+    if constexpr (KEY_BITS == 4) {
+      offset[i][0] = __dp4a(int(high[0]), 0x01010101, __dp4a(int(high[1]), 0x01010101, 0));
+      offset[i][1] = __dp4a(int(low[0]), 0x01010101, __dp4a(int(low[1]), 0x01010101, 0));
+#pragma unroll
+      for (int& x : offset[i]) {
+        for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+        x *= -128;
+      }
+    }
+  }
+}
+
+/// Selectors of four tokens' codes, two coordinates a word: nibbles (0, 2), (4, 6), (1, 3), (5, 7).
+template <int BITS>
+__device__ void transpose_codes(const unsigned (&x)[4], unsigned (&out)[4]) {
+  constexpr unsigned low = (BITS == 4 ? 0xfu : BITS == 3 ? 7u : 3u) * 0x01010101u, high = low << 4;
+  const unsigned even[2] = {(x[0] & low) | (x[1] << 4 & high), (x[2] & low) | (x[3] << 4 & high)};
+  const unsigned odd[2] = {(x[0] >> 4 & low) | (x[1] & high), (x[2] >> 4 & low) | (x[3] & high)};
+  out[0] = prmt(even[0], even[1], 0x5140), out[1] = prmt(even[0], even[1], 0x7362);
+  out[2] = prmt(odd[0], odd[1], 0x5140), out[3] = prmt(odd[0], odd[1], 0x7362);
+}
+
+}  // namespace turboquant::cuda

@@ -1,0 +1,235 @@
+#include "turboquant/mlx/store.h"
+
+#include "mlx_ops/checks.h"
+#include "turboquant/turboquant.h"
+
+namespace turboquant::ops {
+namespace {
+
+/// Start and stop corners of the tokens [from, to) of an array.
+std::pair<mx::Shape, mx::Shape> token_range(const mx::array& x, int from, int to) {
+  mx::Shape start(x.ndim(), 0), stop = x.shape();
+  start[2] = from;
+  stop[2] = to;
+  return {start, stop};
+}
+
+bool same_array(const std::optional<mx::array>& a, const std::optional<mx::array>& b) {
+  if (a.has_value() != b.has_value()) return false;
+  return !a || a->id() == b->id() || mx::array_equal(*a, *b).item<bool>();
+}
+
+}  // namespace
+
+void check_same_coding(const char* op, const Coding& a, const Coding& b) {
+  require(a.key_bits == b.key_bits && a.value_bits == b.value_bits, "[", op,
+          "] caches must have the same bits; got keys ", a.key_bits, " and ", b.key_bits, ", values ", a.value_bits,
+          " and ", b.value_bits);
+  require(a.seed == b.seed, "[", op, "] caches must have the same seed; got ", a.seed, " and ", b.seed);
+  require(same_array(a.key_centre, b.key_centre) && same_array(a.value_centre, b.value_centre), "[", op,
+          "] caches must have the same centres");
+  require(same_array(a.key_feedback, b.key_feedback) && same_array(a.value_feedback, b.value_feedback), "[", op,
+          "] caches must have the same feedback");
+}
+
+size_t Store::nbytes() const {
+  return keys.codes.nbytes() + keys.scales.nbytes() + values.codes.nbytes() + values.scales.nbytes();
+}
+
+Store Store::settled() const {
+  if (!written) return *this;
+  mx::eval({*written});
+  return {keys, values};
+}
+
+bool Store::unshared() const {
+  return keys.codes.is_donatable() && keys.scales.is_donatable() && values.codes.is_donatable() &&
+         values.scales.is_donatable();
+}
+
+Store Store::map(const std::function<mx::array(const mx::array&)>& f) const {
+  const Store x = settled();
+  return {{f(x.keys.codes), f(x.keys.scales)}, {f(x.values.codes), f(x.values.scales)}};
+}
+
+Store Store::tokens(int from, int to, mx::StreamOrDevice s) const {
+  if (from == 0 && to == capacity()) return settled();
+  return map([&](const mx::array& x) {
+    const auto [start, stop] = token_range(x, from, to);
+    return mx::slice(x, start, stop, s);
+  });
+}
+
+Store Store::pad(int before, int after, mx::StreamOrDevice s) const {
+  if (before == 0 && after == 0) return *this;
+  return map([&](const mx::array& x) {
+    return mx::pad(x, std::vector<int>{2}, mx::Shape{before}, mx::Shape{after}, mx::array(0, x.dtype()), "constant", s);
+  });
+}
+
+Store Store::write(const Store& rows, int at, mx::StreamOrDevice s) const {
+  const auto put = [&](const mx::array& x, const mx::array& update) {
+    const auto [start, stop] = token_range(x, at, at + rows.capacity());
+    return mx::slice_update(x, update, start, stop, s);
+  };
+  const Store x = settled(), r = rows.settled();
+  return {{put(x.keys.codes, r.keys.codes), put(x.keys.scales, r.keys.scales)},
+          {put(x.values.codes, r.values.codes), put(x.values.scales, r.values.scales)}};
+}
+
+Store Store::take(const mx::array& rows, mx::StreamOrDevice s) const {
+  return map([&](const mx::array& x) { return mx::take(x, rows, 0, s); });
+}
+
+Store Store::roll(const mx::array& amounts, mx::StreamOrDevice s) const {
+  const int n = capacity();
+  const auto from = mx::remainder(mx::subtract(mx::arange(n, mx::int32, s), mx::expand_dims(amounts, 1, s), s),
+                                  mx::array(n), s);  // (B, n): where token t comes from
+  return map([&](const mx::array& x) {
+    auto index = mx::expand_dims(from, 1, s);
+    if (x.ndim() == 4) index = mx::expand_dims(index, 3, s);
+    return mx::take_along_axis(x, index, 2, s);
+  });
+}
+
+Store zeros_like(const Store& like, int batch, int tokens, mx::StreamOrDevice s) {
+  return like.map([&](const mx::array& x) {
+    auto shape = x.shape();
+    shape[0] = batch;
+    shape[2] = tokens;
+    return mx::zeros(shape, x.dtype(), s);
+  });
+}
+
+Store zeros(const Coding& coding, int batch, int heads, int tokens, int head_dim, mx::StreamOrDevice s) {
+  const auto side = [&](int bits) {
+    return PackedArrays{mx::zeros({batch, heads, tokens, words_per_vector(bits, head_dim)}, mx::uint32, s),
+                        mx::zeros({batch, heads, tokens}, mx::float16, s)};
+  };
+  return {side(coding.key_bits), side(coding.value_bits)};
+}
+
+void check_same_shape(const char* op, const Store& a, const Store& b) {
+  require(a.heads() == b.heads() && a.keys.codes.shape(3) == b.keys.codes.shape(3), "[", op,
+          "] caches must have the same heads and head_dim; got codes ", a.keys.codes.shape(), " and ",
+          b.keys.codes.shape());
+}
+
+void check_store(const char* op, const Coding& coding, const Store& store, int length) {
+  check_packed(op, "keys", store.keys, coding.key_bits);
+  check_packed(op, "values", store.values, coding.value_bits);
+  require(store.keys.codes.ndim() == 4, "[", op, "] codes must have shape (batch, kv_heads, tokens, words); got ",
+          store.keys.codes.shape());
+  require(store.keys.scales.shape() == store.values.scales.shape(), "[", op,
+          "] keys and values must agree in batch, heads and tokens; got ", store.keys.scales.shape(), " and ",
+          store.values.scales.shape());
+  require(length >= 0 && length <= store.capacity(), "[", op, "] length must be from 0 to the ", store.capacity(),
+          " tokens held; got ", length);
+}
+
+Store concatenate(const std::vector<Store>& stores, int axis, mx::StreamOrDevice s) {
+  const auto join = [&](auto pick) {
+    std::vector<mx::array> parts;
+    for (const auto& store : stores) parts.push_back(pick(store.settled()));
+    return mx::concatenate(parts, axis, s);
+  };
+  return {{join([](const Store& x) { return x.keys.codes; }), join([](const Store& x) { return x.keys.scales; })},
+          {join([](const Store& x) { return x.values.codes; }), join([](const Store& x) { return x.values.scales; })}};
+}
+
+void check_follows(const Coding& coding, const mx::Shape& shape, const Store& held) {
+  require(shape[0] == held.batch(), "[append] batch must stay ", held.batch(), "; got ", shape[0]);
+  require(shape[1] == held.heads(), "[append] KV heads must stay ", held.heads(), "; got ", shape[1]);
+  const int dim = held.head_dim(coding);
+  require(shape[3] == dim, "[append] head_dim must stay ", dim, "; got ", shape[3]);
+}
+
+Store encode_store(const Coding& coding, const mx::array& keys, const mx::array& values,
+                   const std::optional<Store>& held, mx::StreamOrDevice s) {
+  auto [k, v] = encode_kv(keys, values, coding.key_bits, coding.value_bits, coding.seed, coding.key_centre,
+                          coding.value_centre, coding.key_feedback, coding.value_feedback, s);
+  if (held) check_follows(coding, keys.shape(), *held);
+  return {k, v};
+}
+
+mx::array View::attend(const mx::array& q, float scale, bool causal, const std::optional<mx::array>& mask,
+                       const std::optional<mx::array>& sinks, mx::StreamOrDevice s) const {
+  AttentionOptions o;
+  o.scale = scale;
+  o.key_bits = coding.key_bits;
+  o.value_bits = coding.value_bits;
+  o.seed = coding.seed;
+  o.kv_len = length;
+  o.dense_rows = true;
+  o.causal = causal;
+  o.mask = mask;
+  o.starts = starts;
+  o.sinks = sinks;
+  o.key_centre = sinks ? coding.key_centre : std::nullopt;  // without sinks the softmax does not see it
+  o.value_centre = coding.value_centre;
+  o.kernel = last_kernel ? &last_kernel->name : nullptr;
+  const auto stream = mx::to_stream(s);
+  if (store.written && int(store.written->size()) == length + 1 && can_append_in_place({q}, stream)) {
+    o.written = store.written;
+    return attention(q, store.keys, store.values, o, stream);
+  }
+  const Store x = store.settled();
+  return attention(q, x.keys, x.values, o, stream);
+}
+
+std::pair<mx::array, mx::array> View::decode(mx::Dtype dtype, mx::StreamOrDevice s) const {
+  const auto held = store.tokens(0, length, s);
+  return {ops::decode(held.keys, coding.key_bits, coding.seed, dtype, coding.key_centre, s),
+          ops::decode(held.values, coding.value_bits, coding.seed, dtype, coding.value_centre, s)};
+}
+
+Store copy_with_room(const std::optional<Store>& held, int length, const Store& like, int needed,
+                     mx::StreamOrDevice s) {
+  const int kept = held ? length : 0;
+  const auto fresh = zeros_like(like, like.batch(), round_up(needed - kept), s);
+  return kept > 0 ? concatenate({held->tokens(0, kept, s), fresh}, 2, s) : fresh;
+}
+
+Store grow(const std::optional<Store>& held, int length, const Store& like, int needed, mx::StreamOrDevice s) {
+  if (held && needed <= held->capacity()) return *held;
+  return copy_with_room(held, length, like, needed, s);
+}
+
+namespace {
+
+// An append may overwrite nothing that a view or a copy can see.  Views see only tokens before their length, so room
+// that nobody was promised is free; below that, only arrays that nobody else holds are.
+bool owns_room(const std::optional<Store>& held, int length, int added) {
+  if (!held || length + added > held->capacity()) return false;
+  return (held->frontier && *held->frontier == length) || held->unshared();
+}
+
+}  // namespace
+
+Store append_store(const Coding& coding, const std::optional<Store>& held, int length, const mx::array& keys,
+                   const mx::array& values, mx::StreamOrDevice s) {
+  const auto stream = mx::to_stream(s);
+  check_sides("encode", keys, values);
+  if (held) check_follows(coding, keys.shape(), *held);
+  const int added = keys.shape(2);
+  std::vector<mx::array> arrays{keys, values};
+  if (held) arrays.insert(arrays.end(), {held->keys.codes, held->values.codes});
+  const bool possible = can_append_in_place(arrays, stream);
+  arrays.clear();  // or they would count as holders
+  if (!possible || added == 0) {
+    const auto rows = encode_store(coding, keys, values, held, stream);
+    return grow(held, length, rows, length + added, stream).write(rows, length, stream);
+  }
+  Store next = owns_room(held, length, added) ? *held
+               : held                         ? copy_with_room(held, length, *held, length + added, stream)
+                      : zeros(coding, keys.shape(0), keys.shape(1), round_up(added), keys.shape(3), stream);
+  if (!next.frontier) next.frontier = std::make_shared<int>(length);
+  const bool follows = next.written && int(next.written->size()) == length + 1;
+  next.written = append_kv(keys, values, coding.key_bits, coding.value_bits, coding.seed, coding.key_centre,
+                           coding.value_centre, coding.key_feedback, coding.value_feedback, next.keys, next.values,
+                           follows ? *next.written : nothing_to_wait_for(length, stream), stream);
+  *next.frontier = length + added;
+  return next;
+}
+
+}  // namespace turboquant::ops

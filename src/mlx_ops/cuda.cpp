@@ -1,0 +1,226 @@
+// The operations as MLX CUDA kernels, compiled by NVRTC from the text in src/cuda.
+#include "mlx_ops/cuda.h"
+
+#include <dlfcn.h>
+#include <mlx/fast.h>
+
+#include <algorithm>
+#include <compare>
+#include <map>
+#include <mutex>
+
+#include "cuda/kernels.h"
+
+namespace turboquant::ops::cuda_backend {
+namespace {
+
+namespace cuda = turboquant::cuda;
+
+/// A function of the NVIDIA driver's library; null without a driver.
+template <class F>
+F driver_function(const char* name) {
+  static void* const driver = dlopen("libcuda.so.1", RTLD_LAZY);
+  return driver ? reinterpret_cast<F>(dlsym(driver, name)) : nullptr;
+}
+
+/// Limits of the first GPU, from the driver, which MLX has loaded where there is one.
+cuda::Device device() {
+  static const cuda::Device found = [] {
+    cuda::Device d;
+    const auto get_device = driver_function<int (*)(int*, int)>("cuDeviceGet");
+    const auto get = driver_function<int (*)(int*, int, int)>("cuDeviceGetAttribute");
+    int handle = 0, processors = 0, shared_bytes = 0;
+    constexpr int kMultiprocessors = 16, kSharedBytesOptin = 97;  // of CUdevice_attribute
+    if (get_device && get && get_device(&handle, 0) == 0 && get(&processors, kMultiprocessors, handle) == 0 &&
+        get(&shared_bytes, kSharedBytesOptin, handle) == 0) {
+      d = {processors, shared_bytes};
+    }
+    return d;
+  }();
+  return found;
+}
+
+std::string& kernel_directory() {
+  static std::string directory;
+  return directory;
+}
+
+/// MLX copies and hashes a kernel's whole text at every launch: an include of a file keeps it short.
+std::string header_of(const cuda::Kernel& k) {
+  if (kernel_directory().empty()) return std::string(cuda::source_text(k.header));
+  return "#include \"" + kernel_directory() + "/" + std::string(cuda::source_name(k.header)) + ".cuh\"\n";
+}
+
+using Function = mx::fast::CustomKernelFunction;
+
+/// The kernel that `build` describes, described once for each key: writing its text and searching it for the names of
+/// inputs, which MLX does, costs the host more than a launch.
+template <class Key, class Build>
+const Function& kernel_for(const Key& key, const Build& build) {
+  static std::map<Key, Function> kernels;
+  static std::mutex mutex;
+  const std::lock_guard lock(mutex);
+  auto found = kernels.find(key);
+  if (found == kernels.end()) {
+    const cuda::Kernel k = build();
+    found = kernels
+                .emplace(key, mx::fast::cuda_kernel(k.name, k.inputs, k.outputs, cuda::body(k),
+                                                    header_of(k) + cuda::before_kernel(k),
+                                                    /*ensure_row_contiguous=*/false, k.shared_bytes))
+                .first;
+  }
+  return found->second;
+}
+
+std::vector<mx::array> launch(const Function& run, const cuda::Extent& extent, const std::vector<mx::array>& inputs,
+                              const std::vector<mx::Shape>& shapes, const std::vector<mx::Dtype>& dtypes,
+                              mx::Stream stream) {
+  const auto [grid, block] = extent;
+  return run(inputs, shapes, dtypes, {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, {}, std::nullopt,
+             false, stream);
+}
+
+/// What the text of a codec kernel depends on.
+struct CodecKey {
+  enum Kind { encode, append, decode } kind;
+  std::vector<cuda::EncodeSide> sides;
+  int head_dim;
+  uint64_t seed;
+  auto operator<=>(const CodecKey&) const = default;
+};
+
+/// What the text of an attention kernel depends on: of the shape, only what selects code.
+struct AttentionKey {
+  bool merge, one_row, even;
+  cuda::AttentionSettings settings;
+  int query_heads, kv_heads, query_len, head_dim, key_bits, value_bits;
+  int method, rows, warps, stages, row_warps, token_warps, shared_bytes;
+  auto operator<=>(const AttentionKey&) const = default;
+};
+
+AttentionKey key_of(bool merge, const cuda::AttentionShape& s, const cuda::AttentionSettings& settings,
+                    const cuda::AttentionPlan& p) {
+  return {merge,       s.batch == 1,  p.parts > 0,   settings, s.query_heads, s.kv_heads, std::min(s.query_len, 9),
+          s.head_dim,  s.key_bits,    s.value_bits,  p.method, p.rows,        p.warps,    p.stages,
+          p.row_warps, p.token_warps, p.shared_bytes};
+}
+
+mx::Shape with_last(mx::Shape shape, int last) {
+  shape.back() = last;
+  return shape;
+}
+
+mx::Shape without_last(mx::Shape shape) {
+  shape.pop_back();
+  return shape;
+}
+
+cuda::AttentionShape shape_of(const mx::array& q, const PackedArrays& keys, const AttentionOptions& o) {
+  return {q.shape(0), q.shape(1), keys.codes.shape(1), q.shape(2),          o.kv_len,
+          q.shape(3), o.key_bits, o.value_bits,        o.starts.has_value()};
+}
+
+}  // namespace
+
+void set_kernel_directory(const std::string& directory) { kernel_directory() = directory; }
+
+int driver_version() {
+  const auto get = driver_function<int (*)(int*)>("cuDriverGetVersion");
+  int version = 0;
+  return get && get(&version) == 0 ? version : 0;
+}
+
+std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
+                                 const std::vector<std::optional<mx::array>>& centres,
+                                 const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream) {
+  std::vector<cuda::EncodeSide> settings;
+  std::vector<mx::array> inputs;
+  std::vector<mx::Shape> shapes;
+  std::vector<mx::Dtype> dtypes;
+  const int dim = sides[0].shape(-1);
+  for (size_t i = 0; i < sides.size(); ++i) {
+    settings.push_back({bits[i], centres[i].has_value(), feedback[i].has_value()});
+    inputs.push_back(sides[i]);
+    inputs.push_back(centres[i].value_or(sides[i]));
+    inputs.push_back(feedback[i].value_or(sides[i]));
+    shapes.push_back(with_last(sides[i].shape(), words_per_vector(bits[i], dim)));
+    shapes.push_back(without_last(sides[i].shape()));
+    dtypes.insert(dtypes.end(), {mx::uint32, mx::float16});
+  }
+  const int tokens = sides[0].shape(2), rows = sides[0].shape(0) * sides[0].shape(1);
+  const auto& run = kernel_for(CodecKey{CodecKey::encode, settings, dim, seed},
+                               [&] { return cuda::encode_kernel(settings, dim, seed, rows, tokens); });
+  const auto out = launch(run, cuda::encode_extent(settings, dim, rows, tokens), inputs, shapes, dtypes, stream);
+  std::vector<PackedArrays> packed;
+  for (size_t i = 0; i < out.size(); i += 2) packed.push_back({out[i], out[i + 1]});
+  return packed;
+}
+
+mx::array append(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
+                 const std::vector<std::optional<mx::array>>& centres,
+                 const std::vector<std::optional<mx::array>>& feedback, const std::vector<PackedArrays>& to,
+                 const mx::array& before, mx::Stream stream) {
+  std::vector<cuda::EncodeSide> settings;
+  std::vector<mx::array> inputs;
+  const int dim = sides[0].shape(-1);
+  for (size_t i = 0; i < sides.size(); ++i) {
+    settings.push_back({bits[i], centres[i].has_value(), feedback[i].has_value()});
+    inputs.insert(inputs.end(),
+                  {sides[i], centres[i].value_or(sides[i]), feedback[i].value_or(sides[i]), to[i].codes, to[i].scales});
+  }
+  inputs.push_back(before);
+  const int tokens = sides[0].shape(2), rows = sides[0].shape(0) * sides[0].shape(1);
+  const auto& run = kernel_for(CodecKey{CodecKey::append, settings, dim, seed},
+                               [&] { return cuda::append_kernel(settings, dim, seed, rows, tokens); });
+  return launch(run, cuda::encode_extent(settings, dim, rows, tokens), inputs, {{int(before.size()) + tokens}},
+                {mx::uint8}, stream)[0];
+}
+
+mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,
+                 const std::optional<mx::array>& centre, mx::Stream stream) {
+  const int dim = packed.codes.shape(-1) / bits * 32;
+  const int64_t vectors = int64_t(packed.scales.size());
+  const auto& run = kernel_for(CodecKey{CodecKey::decode, {{bits, centre.has_value()}}, dim, seed},
+                               [&] { return cuda::decode_kernel(bits, centre.has_value(), dim, seed, vectors); });
+  return launch(run, cuda::decode_extent(dim, vectors), {packed.codes, packed.scales, centre.value_or(packed.scales)},
+                {with_last(packed.codes.shape(), dim)}, {dtype}, stream)[0];
+}
+
+mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedArrays& values, const AttentionOptions& o,
+                    mx::Stream stream) {
+  const auto shape = shape_of(q, keys, o);
+  const cuda::AttentionSettings settings{.scale = o.scale,
+                                         .seed = o.seed,
+                                         .causal = o.causal,
+                                         .window = o.window,
+                                         .mask = !o.mask                        ? MaskKind::none
+                                                 : o.mask->dtype() == mx::bool_ ? MaskKind::boolean
+                                                                                : MaskKind::additive,
+                                         .starts = o.starts.has_value(),
+                                         .sinks = o.sinks.has_value(),
+                                         .key_centre = o.key_centre.has_value(),
+                                         .value_centre = o.value_centre.has_value()};
+  const auto& dummy = q;
+  const auto written = o.written ? *o.written : nothing_to_wait_for(o.kv_len, stream);
+  const auto starts = o.starts.value_or(dummy), mask = o.mask.value_or(dummy), sinks = o.sinks.value_or(dummy),
+             key_centre = o.key_centre.value_or(dummy), value_centre = o.value_centre.value_or(dummy);
+  const auto plan = cuda::plan_attention(shape, device());
+  if (o.kernel) *o.kernel = plan.name();
+  const bool whole = plan.method == cuda::AttentionPlan::whole;
+  std::vector<mx::array> cache{q, keys.codes, keys.scales, values.codes, values.scales, written, starts, mask};
+  const auto& scan = kernel_for(key_of(false, shape, settings, plan), [&] {
+    return whole ? cuda::whole_kernel(shape, settings, plan) : cuda::partial_kernel(shape, settings, plan);
+  });
+  if (whole) {
+    cache.insert(cache.end(), {sinks, key_centre, value_centre});
+    return launch(scan, cuda::scan_extent(plan), cache, {q.shape()}, {q.dtype()}, stream)[0];
+  }
+  const auto partial = launch(scan, cuda::scan_extent(plan), cache,
+                              {{plan.slots, plan.rows, plan.partial_floats(shape.head_dim)}}, {mx::float32}, stream)[0];
+  const auto& merge =
+      kernel_for(key_of(true, shape, settings, plan), [&] { return cuda::merge_kernel(shape, settings, plan); });
+  return launch(merge, cuda::merge_extent(shape), {q, written, partial, starts, sinks, key_centre, value_centre},
+                {q.shape()}, {q.dtype()}, stream)[0];
+}
+
+}  // namespace turboquant::ops::cuda_backend

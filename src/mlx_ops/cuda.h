@@ -1,0 +1,30 @@
+// The operations on NVIDIA GPUs.  As gpu.h, for the CUDA backend alone.
+#pragma once
+
+#include "turboquant/mlx/ops.h"
+
+namespace turboquant::ops::cuda_backend {
+
+/// Where the kernels' sources lie as files (src/cuda/kernels of the build, or where they are installed).  Optional:
+/// with it, launches cost less time on the host.  Not thread-safe: set it before the first operation.
+void set_kernel_directory(const std::string& directory);
+
+/// The CUDA version that the installed NVIDIA driver serves, as 1000 * major + 10 * minor; 0 without a driver.
+int driver_version();
+
+std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
+                                 const std::vector<std::optional<mx::array>>& centres,
+                                 const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream);
+
+mx::array append(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
+                 const std::vector<std::optional<mx::array>>& centres,
+                 const std::vector<std::optional<mx::array>>& feedback, const std::vector<PackedArrays>& to,
+                 const mx::array& before, mx::Stream stream);
+
+mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,
+                 const std::optional<mx::array>& centre, mx::Stream stream);
+
+mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,
+                    const AttentionOptions& options, mx::Stream stream);
+
+}  // namespace turboquant::ops::cuda_backend

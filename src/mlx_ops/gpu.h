@@ -1,0 +1,31 @@
+// The operations on a GPU: graphs of MLX's custom kernels, compiled by MLX at run time from the sources in src/cuda and
+// src/metal.  Arguments reach these functions checked and complete.
+#pragma once
+
+#include "turboquant/mlx/ops.h"
+
+namespace turboquant::ops {
+
+/// Whether a GPU backend of this library can serve this device; `why` says what is missing.
+bool gpu_supported(std::string* why = nullptr);
+
+/// As `encode_kv`, for two sides that share batch, heads and tokens; with no values, one side is encoded.
+std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
+                                     const std::vector<std::optional<mx::array>>& centres,
+                                     const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream);
+
+/// Whether append_gpu exists for this GPU.
+bool appends_in_place_gpu();
+/// As append_kv.
+mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
+                     const std::vector<std::optional<mx::array>>& centres,
+                     const std::vector<std::optional<mx::array>>& feedback, const std::vector<PackedArrays>& to,
+                     const mx::array& before, mx::Stream stream);
+
+mx::array decode_gpu(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,
+                     const std::optional<mx::array>& centre, mx::Stream stream);
+
+mx::array attention_gpu(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,
+                        const AttentionOptions& options, mx::Stream stream);
+
+}  // namespace turboquant::ops

@@ -1,0 +1,269 @@
+// Building the graph: checks, shapes, and the choice between a primitive and GPU kernels.
+#include "turboquant/mlx/ops.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <numeric>
+
+#include "mlx_ops/checks.h"
+#include "mlx_ops/gpu.h"
+#include "mlx_ops/primitives.h"
+#include "turboquant/turboquant.h"
+
+namespace turboquant::ops {
+namespace {
+
+bool on_gpu(const mx::Stream& stream) { return stream.device == mx::Device::gpu; }
+
+/// (..., N, D) as (B, H, N, D): shorter shapes gain leading ones, longer ones fold into the first axis.
+mx::Shape as_rank4(const mx::Shape& shape) {
+  mx::Shape out{1, 1, 1, 1};
+  const int n = int(shape.size());
+  for (int i = 0; i < n; ++i) {
+    const int axis = std::max(0, i - n + 4);
+    out[axis] = (n - i > 4 || (axis == 0 && n > 4)) ? out[axis] * shape[i] : shape[i];
+  }
+  return out;
+}
+
+mx::Shape with_last(mx::Shape shape, int last) {
+  shape.back() = last;
+  return shape;
+}
+
+mx::Shape without_last(mx::Shape shape) {
+  shape.pop_back();
+  return shape;
+}
+
+PackedArrays encode_rank4(const mx::array& x, int bits, uint64_t seed, const std::optional<mx::array>& centre,
+                          const std::optional<mx::array>& feedback, mx::Stream stream) {
+  std::vector<mx::array> inputs{x};
+  for (const auto* extra : {&centre, &feedback}) {
+    if (*extra) inputs.push_back(**extra);
+  }
+  auto outputs = mx::array::make_arrays(
+      {with_last(x.shape(), words_per_vector(bits, x.shape(-1))), without_last(x.shape())}, {mx::uint32, mx::float16},
+      std::make_shared<Encode>(stream, bits, seed, centre.has_value()), inputs);
+  return {outputs[0], outputs[1]};
+}
+
+}  // namespace
+
+PackedArrays encode(const mx::array& x, int bits, uint64_t seed, const std::optional<mx::array>& centre,
+                    const std::optional<mx::array>& feedback, mx::StreamOrDevice s) {
+  check_bits("encode", "bits", bits);
+  check_vectors("encode", "x", x);
+  const auto stream = mx::to_stream(s);
+  const auto shape = as_rank4(x.shape());
+  const auto shift = checked_centre("encode", "centre", centre, shape[1], shape[3], stream);
+  const auto fed = checked_feedback("encode", "feedback", feedback, shape[1], shape[3], stream);
+  const auto rank4 = x.shape() == shape ? x : mx::reshape(x, shape, stream);
+  auto packed = on_gpu(stream) ? encode_gpu({rank4}, {bits}, seed, {shift}, {fed}, stream)[0]
+                               : encode_rank4(rank4, bits, seed, shift, fed, stream);
+  if (x.shape() == shape) return packed;
+  return {mx::reshape(packed.codes, with_last(x.shape(), packed.codes.shape(-1)), stream),
+          mx::reshape(packed.scales, without_last(x.shape()), stream)};
+}
+
+namespace {
+
+/// What shapes the codes of keys and values, in the form that kernels take.
+struct CheckedSides {
+  std::vector<std::optional<mx::array>> centres, feedback;
+};
+
+/// Checks what encode_kv and append_kv take.
+CheckedSides checked_sides(const char* op, const mx::array& keys, const mx::array& values, int key_bits, int value_bits,
+                           const std::optional<mx::array>& key_centre, const std::optional<mx::array>& value_centre,
+                           const std::optional<mx::array>& key_feedback, const std::optional<mx::array>& value_feedback,
+                           mx::Stream stream) {
+  check_bits(op, "key_bits", key_bits);
+  check_bits(op, "value_bits", value_bits);
+  check_sides(op, keys, values);
+  const int heads = keys.shape(1), dim = keys.shape(3);
+  return {{checked_centre(op, "key_centre", key_centre, heads, dim, stream),
+           checked_centre(op, "value_centre", value_centre, heads, dim, stream)},
+          {checked_feedback(op, "key_feedback", key_feedback, heads, dim, stream),
+           checked_feedback(op, "value_feedback", value_feedback, heads, dim, stream)}};
+}
+
+}  // namespace
+
+std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx::array& values, int key_bits,
+                                                int value_bits, uint64_t seed,
+                                                const std::optional<mx::array>& key_centre,
+                                                const std::optional<mx::array>& value_centre,
+                                                const std::optional<mx::array>& key_feedback,
+                                                const std::optional<mx::array>& value_feedback, mx::StreamOrDevice s) {
+  const auto stream = mx::to_stream(s);
+  const auto [centres, feedback] = checked_sides("encode", keys, values, key_bits, value_bits, key_centre, value_centre,
+                                                 key_feedback, value_feedback, stream);
+  if (on_gpu(stream)) {
+    auto sides = encode_gpu({keys, values}, {key_bits, value_bits}, seed, centres, feedback, stream);
+    return {sides[0], sides[1]};
+  }
+  return {encode_rank4(keys, key_bits, seed, centres[0], feedback[0], stream),
+          encode_rank4(values, value_bits, seed, centres[1], feedback[1], stream)};
+}
+
+bool can_append_in_place(const std::vector<mx::array>& arrays, mx::Stream stream) {
+  return on_gpu(stream) && appends_in_place_gpu() &&
+         std::none_of(arrays.begin(), arrays.end(), [](const mx::array& x) { return x.is_tracer(); });
+}
+
+mx::array append_kv(const mx::array& keys, const mx::array& values, int key_bits, int value_bits, uint64_t seed,
+                    const std::optional<mx::array>& key_centre, const std::optional<mx::array>& value_centre,
+                    const std::optional<mx::array>& key_feedback, const std::optional<mx::array>& value_feedback,
+                    const PackedArrays& keys_to, const PackedArrays& values_to, const mx::array& before,
+                    mx::StreamOrDevice s) {
+  const auto stream = mx::to_stream(s);
+  const auto [centres, feedback] = checked_sides("append", keys, values, key_bits, value_bits, key_centre, value_centre,
+                                                 key_feedback, value_feedback, stream);
+  require(can_append_in_place({keys, values}, stream), "[append] in place needs a CUDA stream and no transformation");
+  for (auto [to, bits, name] : {std::tuple{&keys_to, key_bits, "keys"}, {&values_to, value_bits, "values"}}) {
+    check_packed("append", name, *to, bits);
+    const mx::Shape room{keys.shape(0), keys.shape(1), int(before.size()) - 1 + keys.shape(2)};
+    require(to->scales.shape(0) == room[0] && to->scales.shape(1) == room[1] && to->scales.shape(2) >= room[2] &&
+                to->codes.shape(3) == words_per_vector(bits, keys.shape(3)),
+            "[append] the ", name, "' buffers must have room for ", room, "; got codes ", to->codes.shape());
+  }
+  return append_gpu({keys, values}, {key_bits, value_bits}, seed, centres, feedback, {keys_to, values_to}, before,
+                    stream);
+}
+
+mx::array nothing_to_wait_for(int n, mx::StreamOrDevice s) {
+  static const auto* zero = new mx::array(0, mx::uint8);  // outlives MLX's allocator
+  return mx::broadcast_to(*zero, {n + 1}, s);
+}
+
+mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,
+                 const std::optional<mx::array>& centre, mx::StreamOrDevice s) {
+  check_bits("decode", "bits", bits);
+  check_packed("decode", "packed", packed, bits);
+  require(is_float(dtype), "[decode] dtype must be float16, bfloat16 or float32; got ", dtype);
+  const auto stream = mx::to_stream(s);
+  const int dim = packed.codes.shape(-1) / bits * 32;
+  const auto shape = as_rank4(packed.codes.shape());
+  const auto checked = checked_centre("decode", "centre", centre, shape[1], dim, stream);
+  const PackedArrays rank4{mx::reshape(packed.codes, shape, stream),
+                           mx::reshape(packed.scales, without_last(shape), stream)};
+  const auto out_shape = with_last(packed.codes.shape(), dim);
+  if (on_gpu(stream)) {
+    const PackedArrays dense{mx::contiguous(rank4.codes, false, stream), mx::contiguous(rank4.scales, false, stream)};
+    return mx::reshape(decode_gpu(dense, bits, seed, dtype, checked, stream), out_shape, stream);
+  }
+  std::vector<mx::array> inputs{rank4.codes, rank4.scales};
+  if (checked) inputs.push_back(*checked);
+  return mx::reshape(
+      mx::array(with_last(shape, dim), dtype, std::make_shared<Decode>(stream, bits, seed), std::move(inputs)),
+      out_shape, stream);
+}
+
+namespace {
+
+/// The options with every array in the form the kernels take.
+AttentionOptions checked_options(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,
+                                 AttentionOptions o, mx::Stream stream) {
+  check_bits("attention", "key_bits", o.key_bits);
+  check_bits("attention", "value_bits", o.value_bits);
+  check_vectors("attention", "q", q);
+  check_packed("attention", "keys", keys, o.key_bits);
+  check_packed("attention", "values", values, o.value_bits);
+  require(q.ndim() == 4, "[attention] q must have shape (batch, query_heads, query_len, head_dim); got ", q.shape());
+  require(keys.codes.ndim() == 4 && values.codes.ndim() == 4,
+          "[attention] codes must have shape (batch, kv_heads, tokens, words); got ", keys.codes.shape(), " and ",
+          values.codes.shape());
+  require(keys.scales.shape() == values.scales.shape(),
+          "[attention] keys and values must agree in batch, heads and tokens; got ", keys.scales.shape(), " and ",
+          values.scales.shape());
+  const int batch = q.shape(0), query_heads = q.shape(1), dim = q.shape(3);
+  const int kv_heads = keys.codes.shape(1), capacity = keys.codes.shape(2);
+  require(keys.codes.shape(0) == batch, "[attention] q and keys must have the same batch; got ", batch, " and ",
+          keys.codes.shape(0));
+  for (auto [side, bits, name] : {std::tuple{&keys, o.key_bits, "keys"}, {&values, o.value_bits, "values"}}) {
+    require(side->codes.shape(3) == words_per_vector(bits, dim), "[attention] ", name, " of ", bits,
+            " bits and head_dim ", dim, " must have ", words_per_vector(bits, dim), " words a vector; got ",
+            side->codes.shape(3));
+  }
+  require(kv_heads > 0 && query_heads % kv_heads == 0, "[attention] query heads must be a multiple of KV heads; got ",
+          query_heads, " and ", kv_heads);
+  require(std::isfinite(o.scale), "[attention] scale must be finite; got ", o.scale);
+  require(o.window >= 0, "[attention] window must be at least 0; got ", o.window);
+  const int kv_len = o.kv_len < 0 ? capacity : o.kv_len;
+  require(kv_len <= capacity, "[attention] kv_len must be at most the ", capacity, " tokens held; got ", kv_len);
+  if (o.mask) {
+    require(o.mask->dtype() == mx::bool_ || is_float(o.mask->dtype()),
+            "[attention] mask must be bool, float16, bfloat16 or float32; got ", o.mask->dtype());
+    const mx::Shape full{batch, query_heads, q.shape(2), kv_len};
+    bool fits = o.mask->ndim() <= 4;
+    for (int i = 1; fits && i <= int(o.mask->ndim()); ++i) {
+      fits = o.mask->shape(-i) == 1 || o.mask->shape(-i) == full[4 - i];
+    }
+    require(fits, "[attention] mask must broadcast to (batch, query_heads, query_len, kv_len) = ", full, "; got ",
+            o.mask->shape());
+    o.mask = mx::broadcast_to(*o.mask, full, stream);
+  }
+  if (o.starts) {
+    require(o.starts->shape() == mx::Shape{batch}, "[attention] starts must have shape (", batch, "); got ",
+            o.starts->shape());
+    require(mx::issubdtype(o.starts->dtype(), mx::integer), "[attention] starts must be integers; got ",
+            o.starts->dtype());
+    o.starts = mx::contiguous(mx::astype(*o.starts, mx::int32, stream), false, stream);
+  }
+  if (o.sinks) {
+    require(o.sinks->shape() == mx::Shape{query_heads}, "[attention] sinks must have shape (", query_heads, "); got ",
+            o.sinks->shape());
+    o.sinks = mx::contiguous(mx::astype(*o.sinks, mx::float32, stream), false, stream);
+  }
+  o.key_centre = checked_centre("attention", "key_centre", o.key_centre, kv_heads, dim, stream);
+  o.value_centre = checked_centre("attention", "value_centre", o.value_centre, kv_heads, dim, stream);
+  return o;
+}
+
+/// The CPU has one kernel an instruction set, for any number of queries.
+const char* cpu_kernel() {
+  static const auto names = [] {
+    std::map<std::string, std::string> all;
+    for (const auto& isa : available_isas()) all[isa] = "cpu " + isa;
+    return all;
+  }();
+  return names.at(current_isa()).c_str();
+}
+
+}  // namespace
+
+mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,
+                    const AttentionOptions& options, mx::StreamOrDevice s) {
+  const auto stream = mx::to_stream(s);
+  const auto o = checked_options(q, keys, values, options, stream);
+  if (on_gpu(stream)) {
+    if (q.size() == 0) return mx::zeros(q.shape(), q.dtype(), stream);  // no kernel has nothing to do
+    auto gpu = o;                                                       // kernels are built for these shapes
+    if (gpu.kv_len < 0) gpu.kv_len = keys.codes.shape(2);
+    const auto dense = [&](const mx::array& x) { return o.dense_rows ? x : mx::contiguous(x, false, stream); };
+    return attention_gpu(q, {dense(keys.codes), dense(keys.scales)}, {dense(values.codes), dense(values.scales)}, gpu,
+                         stream);
+  }
+  if (o.kernel) *o.kernel = cpu_kernel();
+  const Attention::Settings settings{o.scale,
+                                     o.key_bits,
+                                     o.value_bits,
+                                     o.seed,
+                                     o.kv_len,
+                                     o.window,
+                                     o.causal,
+                                     o.mask.has_value(),
+                                     o.starts.has_value(),
+                                     o.sinks.has_value(),
+                                     o.key_centre.has_value(),
+                                     o.value_centre.has_value()};
+  std::vector<mx::array> inputs{q, keys.codes, keys.scales, values.codes, values.scales};
+  for (const auto* extra : {&o.mask, &o.starts, &o.sinks, &o.key_centre, &o.value_centre}) {
+    if (*extra) inputs.push_back(**extra);
+  }
+  return mx::array(q.shape(), q.dtype(), std::make_shared<Attention>(stream, settings), std::move(inputs));
+}
+
+}  // namespace turboquant::ops

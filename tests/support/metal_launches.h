@@ -1,0 +1,262 @@
+// What the tests launch; the generator compiles a kernel for each.
+#pragma once
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "support/cases.h"
+#include "support/metal_launch.h"
+
+namespace emulator {
+
+using turboquant::Dtype;
+using turboquant::MaskKind;
+using turboquant::cases::Case;
+
+/// The shared table, without or with its long rows.  Those are slow to emulate, so there is none of 3 bits, which the
+/// functions of 4 read with smaller offsets, and the prompt has fewer keys, but as many splits of them.
+inline std::vector<Case> attention_cases(bool long_contexts) {
+#ifdef TURBOQUANT_METAL_VARIANTS_ONLY
+  (void)long_contexts;
+  return {};
+#else
+  auto rows = turboquant::cases::table(long_contexts);
+  std::erase_if(rows, [](const Case& c) { return c.kv_len > 10000 && c.key_bits == 3; });
+  for (Case& c : rows) {
+    if (c.query_len > 100) c.kv_len = std::min(c.kv_len, 2100);
+  }
+  return rows;
+#endif
+}
+
+/// The rows to which special numbers are given, one for each kernel.
+inline Case decode_case() {
+  return {.head_dim = 256, .query_heads = 8, .kv_heads = 2, .query_len = 2, .kv_len = 290, .causal = true};
+}
+/// Both queries share a tile of rows, so that a key which only one of them sees is read for both.
+inline Case shared_tile_case(int bits) {
+  Case c = decode_case();
+  c.key_bits = c.value_bits = bits;
+  c.query_heads = 4;
+  return c;
+}
+inline Case prefill_case() {
+  return {.head_dim = 96, .query_heads = 8, .kv_heads = 2, .query_len = 17, .kv_len = 190, .causal = true};
+}
+
+/// A row of our own, with its number of splits (0: as the plan chooses).
+struct Variant {
+  Case c;
+  int splits;
+};
+
+/// Rows for kernels that the shared table leaves out.
+///
+/// A kernel's text is one template, so that what must be met is each place where a parameter changes the text, and
+/// pairs of parameters that meet there.  Key bits are read by the unpacking of keys, the table of levels and the
+/// scores' factor, value bits by the same on the other side, T by the loads of the query, the output, and (prefill) the
+/// number of halves a query is kept in; float16 and bfloat16 differ in these conversions alone.  R is read with D by
+/// the folding of sums.  FINISH, and whether there is a merge, follow from the splits.  No statement reads three
+/// parameters.  For each head dimension the key bits take three values, and the others follow by Latin squares: then
+/// every pair of (D, key bits, value bits, T) and of (D, key bits, value bits, R) meets, and every D both ends of a
+/// row.  The merge reads T and D alone: all 24 of its kernels are here.  Rules of visibility, sinks and centres are
+/// run-time values of every kernel; they change from row to row.
+inline std::vector<Variant> variants() {
+  constexpr Dtype dtypes[] = {Dtype::float32, Dtype::float16, Dtype::bfloat16};
+  constexpr MaskKind masks[] = {MaskKind::none, MaskKind::boolean, MaskKind::additive};
+  std::vector<Variant> rows;
+  for (int d = 0; d < 8; ++d) {
+    for (int k = 0; k < 3; ++k) {
+      Case c;
+      c.head_dim = 32 * (d + 1);
+      c.key_bits = 2 + k;
+      c.value_bits = 2 + (k + d) % 3;
+      c.dtype = dtypes[(k + 2 * d) % 3];
+      c.batch = 2;
+      c.causal = (k + d) % 2 == 0;
+      c.ragged = (k + d) % 4 < 2;
+      c.sinks = (k + 2 * d) % 4 < 2;
+      c.centred = d % 2 == 0;
+      c.window = (k + d) % 5 == 4 ? 50 : 0;
+      c.seed = uint64_t(100 + 3 * d + k);
+      // A prefill of one row tile and a part of another; two heads, so that a mask's strides matter.
+      c.query_heads = 6;
+      c.kv_heads = 2;
+      c.query_len = 13;
+      c.kv_len = 75;
+      rows.push_back({c, 1});
+      rows.push_back({c, 2});
+      // 1, 2 or 4 rows a threadgroup; once a token short of a block, twice with two blocks for some SIMD-groups.
+      const int rows_of_tile = (2 * k + d) % 3;
+      c.query_heads = rows_of_tile == 0 ? 2 : rows_of_tile == 1 ? 4 : 6;
+      c.query_len = 1;
+      c.mask = masks[(k + d) % 3];
+      c.kv_len = 31;
+      rows.push_back({c, 1});
+      c.kv_len = 333;
+      rows.push_back({c, 1});
+      c.kv_len = 620;
+      rows.push_back({c, 2});
+    }
+  }
+  // The widths that models use, at the head dimension of the flagship, in 16 bits, all rules at once.
+  for (Dtype dtype : {Dtype::float16, Dtype::bfloat16}) {
+    for (int bits : {2, 3, 4}) {
+      Case c{.key_bits = bits, .value_bits = bits, .batch = 2, .query_heads = 8, .kv_heads = 2};
+      c.causal = c.ragged = c.sinks = c.centred = true;
+      c.dtype = dtype;
+      c.kv_len = 130;
+      for (int query_len : {1, 40}) {
+        c.query_len = query_len;
+        rows.push_back({c, 1});
+      }
+    }
+  }
+  return rows;
+}
+
+/// What the Python tests run on a device that is there: names of the shared table's rows and of our own, each once.
+inline std::vector<std::string> names_for_python() {
+  std::vector<Case> rows = turboquant::cases::table();
+  for (const auto& v : variants()) rows.push_back(v.c);
+  std::vector<std::string> names;
+  for (const auto& c : rows) {
+    if (std::find(names.begin(), names.end(), c.name()) == names.end()) names.push_back(c.name());
+  }
+  return names;
+}
+
+/// One encode, of one side or two.
+struct CodecCase {
+  int head_dim, bits, second_bits;  // second_bits 0: one side
+  Dtype dtype = Dtype::float32;
+  bool centred = false;
+};
+inline std::vector<CodecCase> codec_cases() {
+  std::vector<CodecCase> cases;
+  // All pairs of dimension, width and dtype; the kernel for two sides calls the same function twice.
+  constexpr Dtype dtypes[] = {Dtype::float32, Dtype::float16, Dtype::bfloat16};
+  for (int bits : {2, 3, 4}) {
+    for (int dim = 32; dim <= 256; dim += 32) {
+      const int i = dim / 32 + bits;
+      cases.push_back({dim, bits, 0, dtypes[i % 3], i % 2 == 0});
+    }
+  }
+  for (int bits : {2, 3, 4}) cases.push_back({32, bits, 0});  // the golden bytes' kernels
+  cases.push_back({256, 3, 3, Dtype::float16});
+  cases.push_back({128, 4, 2, Dtype::bfloat16, true});
+  cases.push_back({96, 2, 3, Dtype::float32, true});
+  return cases;
+}
+
+/// An encode with feedback, of one side or two.
+struct FeedbackCase {
+  struct Side {
+    int bits;
+    bool feedback;
+  };
+  int head_dim;
+  Dtype dtype;
+  bool centred;  // the first side
+  std::vector<Side> sides;
+};
+/// Every width at every dimension, in one dtype each, so that each dtype meets every width and dimension.  Feedback is
+/// now the first, now the second side's alone.
+inline std::vector<FeedbackCase> feedback_cases() {
+  std::vector<FeedbackCase> cases;
+  for (int dim = 32; dim <= 256; dim += 32) {
+    for (int bits : {2, 3, 4}) {
+      const int i = dim / 32 + bits;
+      FeedbackCase c{dim, Dtype(i % 3), i % 4 < 2, {{bits, true}, {6 - bits, false}}};
+      if (i % 2) std::swap(c.sides[0], c.sides[1]);
+      cases.push_back(c);
+    }
+  }
+  cases.push_back({256, Dtype::float16, false, {{3, true}, {2, true}}});
+  for (int bits : {2, 3, 4}) cases.push_back({128, Dtype(bits - 2), true, {{bits, true}}});
+  return cases;
+}
+/// The kernel for vectors that are coded alone and in company, at the flagship's size; and that for edge cases.
+inline FeedbackCase feedback_company_case() { return {256, Dtype::float16, false, {{3, true}}}; }
+inline FeedbackCase feedback_edge_case() { return {96, Dtype::float32, false, {{4, true}}}; }
+
+/// Sizes without data.
+inline turboquant::AttendParams shape_of(const Case& c) {
+  static const int there = 0;
+  turboquant::AttendParams p;
+  p.batch = c.batch;
+  p.query_heads = c.query_heads;
+  p.kv_heads = c.kv_heads;
+  p.query_len = c.query_len;
+  p.kv_len = c.kv_len;
+  p.head_dim = c.head_dim;
+  p.q.dtype = p.out.dtype = p.mask_dtype = c.dtype;
+  p.keys.bits = c.key_bits;
+  p.values.bits = c.value_bits;
+  p.mask_kind = c.mask;
+  if (c.ragged) p.starts = &there;
+  static const float number = 0;
+  if (c.sinks) p.sinks = &number;
+  if (c.centred) p.key_centre = p.value_centre = &number;
+  return p;
+}
+
+/// Calls every operation that the tests call, for the recorder.
+inline void record_launches() {
+  for (const auto& c : attention_cases(true)) emulator::attend(shape_of(c));
+  for (const auto& c : {decode_case(), shared_tile_case(3), shared_tile_case(2), prefill_case()}) {
+    for (int splits : {1, 2}) emulator::attend(shape_of(c), splits);
+  }
+  for (const auto& v : variants()) emulator::attend(shape_of(v.c), v.splits);
+  for (const auto& c : codec_cases()) {
+    turboquant::EncodeParams side;
+    side.batch = side.heads = side.tokens = 1;
+    side.head_dim = c.head_dim;
+    side.x.dtype = c.dtype;
+    static const float there = 0;
+    if (c.centred) side.centre = &there;
+    side.out.bits = c.bits;
+    std::vector<turboquant::EncodeParams> sides{side};
+    if (c.second_bits) {
+      sides.push_back(side);
+      sides[1].out.bits = c.second_bits;
+    }
+    emulator::encode(sides);
+    turboquant::DecodeParams d;
+    d.batch = d.heads = d.tokens = 1;
+    d.head_dim = c.head_dim;
+    d.in.bits = c.bits;
+    d.out.dtype = c.dtype;
+    if (c.centred) d.centre = &there;
+    emulator::decode(d);
+  }
+  auto with_feedback = feedback_cases();
+  with_feedback.insert(with_feedback.end(), {feedback_company_case(), feedback_edge_case()});
+  for (const auto& c : with_feedback) {
+    static const float there = 0;
+    static const uint16_t g = 0;
+    std::vector<turboquant::EncodeParams> sides;
+    for (const auto& side : c.sides) {
+      turboquant::EncodeParams p;
+      p.batch = p.heads = p.tokens = 1;
+      p.head_dim = c.head_dim;
+      p.x.dtype = c.dtype;
+      if (c.centred && sides.empty()) p.centre = &there;
+      if (side.feedback) p.feedback = &g;
+      p.out.bits = side.bits;
+      sides.push_back(p);
+    }
+    emulator::encode(sides);
+  }
+}
+
+/// The flagship's decode: 4 query heads to a KV head of 256, one token.
+inline Case cost_case(int bits) {
+  return {.key_bits = bits, .value_bits = bits, .query_heads = 4, .kv_len = 4096, .dtype = Dtype::float16};
+}
+inline void record_cost_launches() {
+  for (int bits : {2, 3, 4}) emulator::attend(shape_of(cost_case(bits)));
+}
+
+}  // namespace emulator
