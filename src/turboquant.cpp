@@ -37,20 +37,12 @@ void check_rows(const char* op, const P& p, const Side& packed) {
   check_size(op, "tokens", p.tokens, 0);
 }
 
-/// Kinds of codes that the kernels read; the reference reads all.
-template <class... Sides>
-void check_kernels(const char* op, Backend backend, const Sides&... sides) {
-  const bool ok = ((sides.code == Code::scalar && sides.bits != 8) && ...);
-  require(ok || backend == Backend::reference, "[", op, "] the cpu backend reads neither trellis codes nor 8 bits");
-}
-
 const BackendTable& table_of(Backend backend) { return backend == Backend::cpu ? cpu::table : reference::table; }
 
 }  // namespace
 
 void encode(const EncodeParams& p, Backend backend) {
   check_rows("encode", p, p.out);
-  check_kernels("encode", backend, p.out);
   if (int64_t(p.batch) * p.heads * p.tokens == 0) return;
   require(p.x.data && p.out.codes && p.out.scales, "[encode] x, codes and scales must not be null");
   table_of(backend).encode(p);
@@ -58,7 +50,6 @@ void encode(const EncodeParams& p, Backend backend) {
 
 void decode(const DecodeParams& p, Backend backend) {
   check_rows("decode", p, p.in);
-  check_kernels("decode", backend, p.in);
   if (int64_t(p.batch) * p.heads * p.tokens == 0) return;
   require(p.out.data && p.in.codes && p.in.scales, "[decode] codes, scales and out must not be null");
   table_of(backend).decode(p);
@@ -67,7 +58,6 @@ void decode(const DecodeParams& p, Backend backend) {
 void attend(const AttendParams& p, Backend backend) {
   check_vectors("attend", p.head_dim, p.keys.bits, p.keys.code);
   check_vectors("attend", p.head_dim, p.values.bits, p.values.code);
-  check_kernels("attend", backend, p.keys, p.values);
   check_size("attend", "batch", p.batch, 0);
   check_size("attend", "kv_heads", p.kv_heads, 1);
   check_size("attend", "query_heads", p.query_heads, 1);

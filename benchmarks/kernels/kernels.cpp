@@ -3,10 +3,11 @@
 //
 //   turboquant_kernels [Google Benchmark flags]
 //
-// Names: attend/BITS/TOKENS/QUERIES/ISA.  `cache_GB/s` is the packed bytes read a second; `x_fp16_read` is how many
-// times faster a call is than reading the same keys and values as fp16 at the bandwidth that `read_fp16` measures in
-// the same run, with the same threads (TURBOQUANT_NUM_THREADS).  With one thread all times are CPU time, which other
-// programs on the machine disturb least; with more they are wall-clock time.
+// Names: attend/CODES/TOKENS/QUERIES/ISA, where CODES is a width, with a t for trellis codes.  `cache_GB/s` is the
+// packed bytes read a second; `x_fp16_read` is how many times faster a call is than reading the same keys and values as
+// fp16 at the bandwidth that `read_fp16` measures in the same run, with the same threads (TURBOQUANT_NUM_THREADS). With
+// one thread all times are CPU time, which other programs on the machine disturb least; with more they are wall-clock
+// time.
 #include <benchmark/benchmark.h>
 #include <time.h>
 
@@ -32,24 +33,33 @@ double now() {
 
 double fp16_bytes(int tokens) { return 2.0 * 2 * kKvHeads * kHeadDim * tokens; }
 
+/// Codes as they are named.
+struct Kind {
+  int bits;
+  Code code = Code::scalar;
+  std::string name() const { return std::to_string(bits) + (code == Code::trellis ? "t" : ""); }
+  bool operator==(const Kind&) const = default;
+};
+
 /// Inputs for a long context: the packed rows of a short one, repeated.
 struct LongInputs {
   cases::Inputs base;
   cases::PackedBuffer keys, values;
   AttendParams params;
 
-  static cases::Case short_case(int bits, int tokens, int queries) {
+  static cases::Case short_case(Kind kind, int tokens, int queries) {
     cases::Case c;
-    c.key_bits = c.value_bits = bits;
+    c.key_bits = c.value_bits = kind.bits;
+    c.key_code = c.value_code = kind.code;
     c.query_heads = kQueryHeads, c.kv_heads = kKvHeads, c.head_dim = kHeadDim;
     c.query_len = queries, c.kv_len = std::min(tokens, 2048), c.causal = true;
     return c;
   }
 
-  LongInputs(int bits, int tokens, int queries)
-      : base(short_case(bits, tokens, queries)),
-        keys(1, kKvHeads, tokens, kHeadDim, bits),
-        values(1, kKvHeads, tokens, kHeadDim, bits),
+  LongInputs(Kind kind, int tokens, int queries)
+      : base(short_case(kind, tokens, queries)),
+        keys(1, kKvHeads, tokens, kHeadDim, kind.bits, kind.code),
+        values(1, kKvHeads, tokens, kHeadDim, kind.bits, kind.code),
         params(base.params()) {
     repeat(base.keys, keys, tokens);
     repeat(base.values, values, tokens);
@@ -111,20 +121,20 @@ void read_fp16(benchmark::State& state) {
 }
 
 /// One set of inputs at a time: at 128K tokens they are large.
-LongInputs& inputs(int bits, int tokens, int queries) {
-  static std::tuple<int, int, int> held;
+LongInputs& inputs(Kind kind, int tokens, int queries) {
+  static std::tuple<Kind, int, int> held;
   static std::unique_ptr<LongInputs> p;
-  if (!p || held != std::tuple(bits, tokens, queries)) {
+  if (!p || held != std::tuple(kind, tokens, queries)) {
     p.reset();
-    p = std::make_unique<LongInputs>(bits, tokens, queries);
-    held = {bits, tokens, queries};
+    p = std::make_unique<LongInputs>(kind, tokens, queries);
+    held = {kind, tokens, queries};
   }
   return *p;
 }
 
-void attend_benchmark(benchmark::State& state, int bits, int tokens, int queries, const std::string& isa) {
+void attend_benchmark(benchmark::State& state, Kind kind, int tokens, int queries, const std::string& isa) {
   force_isa(isa);
-  LongInputs& in = inputs(bits, tokens, queries);
+  LongInputs& in = inputs(kind, tokens, queries);
   double all = 0;
   for (auto _ : state) {
     const double start = now();
@@ -134,19 +144,19 @@ void attend_benchmark(benchmark::State& state, int bits, int tokens, int queries
     all += s;
   }
   const double seconds = all / double(state.iterations());
-  state.counters["cache_GB/s"] = 2.0 * kKvHeads * tokens * bytes_per_vector(bits, kHeadDim) / seconds / 1e9;
+  state.counters["cache_GB/s"] = 2.0 * kKvHeads * tokens * bytes_per_vector(kind.bits, kHeadDim) / seconds / 1e9;
   state.counters["x_fp16_read"] = fp16_read_seconds(tokens) / seconds;
   force_isa("");
 }
 
-void encode_benchmark(benchmark::State& state, int bits, Dtype dtype, const std::string& isa, bool feedback) {
+void encode_benchmark(benchmark::State& state, Kind kind, Dtype dtype, const std::string& isa, bool feedback) {
   force_isa(isa);
   const int tokens = 8192;
   std::mt19937_64 rng(1);
   std::normal_distribution<float> normal;
   cases::Buffer x(dtype, size_t(tokens) * kHeadDim);
   for (size_t i = 0; i < x.size(); ++i) x.set(i, normal(rng));
-  cases::PackedBuffer out(1, 1, tokens, kHeadDim, bits);
+  cases::PackedBuffer out(1, 1, tokens, kHeadDim, kind.bits, kind.code);
   EncodeParams p;
   p.batch = p.heads = 1, p.tokens = tokens, p.head_dim = kHeadDim;
   p.x = cases::contiguous<const void*>(x.bytes.data(), dtype, 1, tokens, kHeadDim);
@@ -165,6 +175,22 @@ void encode_benchmark(benchmark::State& state, int bits, Dtype dtype, const std:
   force_isa("");
 }
 
+constexpr Kind kKinds[] = {{3, Code::trellis}, {3}, {2, Code::trellis}, {2}, {4}, {8}};
+
+void register_attend(Kind kind, int tokens, int queries, const std::string& isa) {
+  const std::string name =
+      "attend/" + kind.name() + "/" + std::to_string(tokens) + "/" + std::to_string(queries) + "/" + isa;
+  benchmark::RegisterBenchmark(name.c_str(), attend_benchmark, kind, tokens, queries, isa)
+      ->UseManualTime()
+      ->Unit(benchmark::kMicrosecond);
+}
+
+void register_encode(const std::string& name, Kind kind, Dtype dtype, const std::string& isa, bool feedback) {
+  benchmark::RegisterBenchmark(name.c_str(), encode_benchmark, kind, dtype, isa, feedback)
+      ->UseManualTime()
+      ->Unit(benchmark::kMicrosecond);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -176,36 +202,23 @@ int main(int argc, char** argv) {
         ->UseManualTime()
         ->Iterations(1)
         ->Unit(benchmark::kMicrosecond);
-    for (int bits : {3, 4, 2}) {
-      for (int queries : {1, 4, 8}) {
-        for (const auto& isa : isas) {
-          if (isa != isas.front() && (bits == 2 || queries != 1 || isa == "scalar" && tokens > 4096)) continue;
-          const std::string name = "attend/" + std::to_string(bits) + "/" + std::to_string(tokens) + "/" +
-                                   std::to_string(queries) + "/" + isa;
-          benchmark::RegisterBenchmark(name.c_str(), attend_benchmark, bits, tokens, queries, isa)
-              ->UseManualTime()
-              ->Unit(benchmark::kMicrosecond);
+    for (const auto& isa : isas) {
+      for (Kind kind : kKinds) {
+        for (int queries : {1, 4, 8}) {
+          if (isa != isas.front() && (queries != 1 || (isa == "scalar" && tokens > 4096))) continue;
+          register_attend(kind, tokens, queries, isa);
         }
       }
     }
   }
-  benchmark::RegisterBenchmark(("attend/3/8192/512/" + isas.front()).c_str(), attend_benchmark, 3, 8192, 512,
-                               isas.front())
-      ->UseManualTime()
-      ->Unit(benchmark::kMicrosecond);
+  for (Kind kind : {kKinds[0], kKinds[1]}) register_attend(kind, 8192, 512, isas.front());
   for (const auto& isa : isas) {
-    for (int bits : {2, 3, 4}) {
+    for (Kind kind : kKinds) {
       for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
         const char* names[] = {"f32", "f16", "bf16"};
-        benchmark::RegisterBenchmark(("encode/" + std::to_string(bits) + "/" + names[int(dtype)] + "/" + isa).c_str(),
-                                     encode_benchmark, bits, dtype, isa, false)
-            ->UseManualTime()
-            ->Unit(benchmark::kMicrosecond);
+        register_encode("encode/" + kind.name() + "/" + names[int(dtype)] + "/" + isa, kind, dtype, isa, false);
       }
-      benchmark::RegisterBenchmark(("encode_feedback/" + std::to_string(bits) + "/f16/" + isa).c_str(),
-                                   encode_benchmark, bits, Dtype::float16, isa, true)
-          ->UseManualTime()
-          ->Unit(benchmark::kMicrosecond);
+      register_encode("encode_feedback/" + kind.name() + "/f16/" + isa, kind, Dtype::float16, isa, true);
     }
   }
   benchmark::RunSpecifiedBenchmarks();

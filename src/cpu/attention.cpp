@@ -133,7 +133,7 @@ class Attention {
     }
     t.add_mask = p_.mask_kind == MaskKind::none ? nullptr : add_mask;
     t.context = &context;
-    t.workspace = workspace(kernels_.workspace_bytes(t.dim, rows));
+    t.workspace = workspace(kernels_.workspace_bytes(t));
     t.max = &max_[out];
     t.sum = &sum_[out];
     t.acc = &acc_[out * p_.head_dim];

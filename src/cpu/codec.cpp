@@ -30,7 +30,7 @@ void encode(const EncodeParams& p) {
     EncodeRows rows;
     rows.dim = p.head_dim;
     rows.count = count;
-    rows.bits = p.out.bits;
+    rows.kind = kind_of(p.out);
     rows.x = static_cast<const std::byte*>(p.x.data) + row_offset(p.x, b, h, t) * size_of(p.x.dtype);
     rows.dtype = p.x.dtype;
     rows.stride = p.x.token_stride;
@@ -51,7 +51,7 @@ void decode(const DecodeParams& p) {
     DecodeRows rows;
     rows.dim = p.head_dim;
     rows.count = count;
-    rows.in = {row_codes(p.in, p.head_dim, b, h, t), &row_scale(p.in, b, h, t), p.in.bits};
+    rows.in = {row_codes(p.in, p.head_dim, b, h, t), &row_scale(p.in, b, h, t), kind_of(p.in)};
     rows.centre = p.centre ? p.centre + h * p.head_dim : nullptr;
     rows.signs = signs;
     rows.out = static_cast<std::byte*>(p.out.data) + row_offset(p.out, b, h, t) * size_of(p.out.dtype);

@@ -17,9 +17,14 @@ inline void fill_signs(uint64_t seed, int dim, float* signs) {
   for (int i = 0; i < dim; ++i) signs[i] = is_negative(seed, i) ? -1.0f : 1.0f;
 }
 
+template <class P>
+Kind kind_of(const P& packed) {
+  return {packed.bits, packed.code == Code::trellis};
+}
+
 inline Rows rows_of(const Packed& packed, int head_dim, int b, int h) {
   return {packed.codes ? row_codes(packed, head_dim, b, h, 0) : nullptr,
-          packed.scales ? &row_scale(packed, b, h, 0) : nullptr, packed.bits};
+          packed.scales ? &row_scale(packed, b, h, 0) : nullptr, kind_of(packed)};
 }
 
 }  // namespace turboquant::cpu

@@ -15,12 +15,20 @@ namespace turboquant::cpu {
 
 constexpr int kBlock = 128;    // tokens attended at a time: 16 KiB of nibbles of keys, of values, at head_dim 256
 constexpr int kTileRows = 64;  // query rows attended at a time
+constexpr int kMaxDim = 256;   // coordinates of a vector
+
+/// What codes are: their width, and whether they are paths through a trellis.
+struct Kind {
+  int bits;
+  bool trellis;
+  bool operator==(const Kind&) const = default;
+};
 
 /// Packed rows of one head.
 struct Rows {
   const uint32_t* codes;
   const uint16_t* scales;
-  int bits;
+  Kind kind;
 };
 
 /// Query rows [rows, dim] against the tokens [begin, end) of one KV head.
@@ -36,13 +44,14 @@ struct Tile {
   /// Adds the mask of `row` to scores [t, t + n) (base-2 logarithms); null: no mask.
   void (*add_mask)(const void* context, int row, int t, int n, float* scores);
   const void* context;
-  std::byte* workspace;    // workspace_bytes(dim, rows), 64-byte aligned
+  std::byte* workspace;    // workspace_bytes of the other fields, 64-byte aligned
   float *max, *sum, *acc;  // out: [rows] base-2 maximum and sum, [rows, dim] weighted values, rotated basis
 };
 
 /// Vectors of one head, `count` rows.
 struct EncodeRows {
-  int dim, count, bits;
+  int dim, count;
+  Kind kind;
   const void* x;
   Dtype dtype;
   int64_t stride;                      // in elements
@@ -65,7 +74,7 @@ struct DecodeRows {
 struct Kernels {
   const char* name;
   bool (*runs_here)();
-  size_t (*workspace_bytes)(int dim, int rows);
+  size_t (*workspace_bytes)(const Tile&);
   void (*attend)(const Tile&);
   void (*encode)(const EncodeRows&);
   void (*encode_feedback)(const EncodeRows&);  // dim > 32

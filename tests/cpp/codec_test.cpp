@@ -77,15 +77,68 @@ TEST_P(Codec, EncodeMatchesTheOracleExceptWithinRoundingOfAThreshold) {
   }
 }
 
+// Targets are computed in double; an encoder's are off by thirty float roundings of a coordinate that is some 220
+// levels at most.
+TEST_P(Codec, NoPathIsNearerThanTheOneFound) {
+  const int tokens = 13, heads = 2;
+  const std::vector<double> tolerance(32, 30 * 220 * 0x1p-24);
+  for (auto [bits, code] : cases::kTrellisKinds) {
+    for (int dim = 32; dim <= 256; dim += 32) {
+      for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
+        SCOPED_TRACE(testing::Message() << "bits " << bits << " dim " << dim << " dtype " << int(dtype));
+        const Buffer x = gaussian(size_t(heads) * tokens * dim, dtype);
+        const Encoded e = encode_rows(x, heads, tokens, dim, bits, Backend::cpu, 3, nullptr, nullptr, code);
+        const Encoded want = encode_rows(x, heads, tokens, dim, bits, Backend::reference, 3, nullptr, nullptr, code);
+        int differing = 0;
+        for (int row = 0; row < heads * tokens; ++row) {
+          const uint32_t* words = &e.codes[size_t(row) * words_per_vector(bits, dim)];
+          auto targets = doubled_coordinates(x, row, dim, bits, nullptr);
+          for (double& t : targets) t *= unit(bits, 1) / (2 * unit(bits));
+          for (int g = 0; g < dim / 32; ++g) {
+            EXPECT_EQ(cases::wrong_path(words + g * bits, bits, &targets[size_t(32 * g)], tolerance.data(),
+                                        cases::rounding_of_cpu(bits)),
+                      "");
+            const uint32_t* others = &want.codes[size_t(row) * words_per_vector(bits, dim)];
+            differing += !std::equal(words + g * bits, words + g * bits + bits, others + g * bits);
+          }
+          EXPECT_NEAR(half_to_float(e.scales[row]), half_to_float(want.scales[row]), 2e-3) << row;
+        }
+        EXPECT_LE(differing, 1 + heads * tokens * dim / 32 / 20);
+      }
+    }
+  }
+}
+
+TEST_P(Codec, LevelsOfEightBitsAreTheNearest) {
+  const int tokens = 67;
+  for (int dim = 32; dim <= 256; dim += 32) {
+    const Buffer x = gaussian(size_t(tokens) * dim);
+    const Encoded e = encode_rows(x, 1, tokens, dim, 8, Backend::cpu);
+    for (int row = 0; row < tokens; ++row) {
+      auto r = doubled_coordinates(x, row, dim, 3, nullptr);
+      double largest = 0, square = 0;
+      for (double v : r) largest = std::max(largest, std::abs(v));
+      for (int i = 0; i < dim; ++i) {
+        const int level = turboquant::level(8, code_at(&e.codes[size_t(row) * dim / 4], 8, i));
+        EXPECT_NEAR(level, r[size_t(i)] * 127 / largest, 0.5 + 30 * 127 * 0x1p-24);
+        square += level * level;
+      }
+      double norm = 0;
+      for (int i = 0; i < dim; ++i) norm += std::pow(x.get(size_t(row) * dim + i), 2);
+      EXPECT_NEAR(half_to_float(e.scales[row]) / (32 * std::sqrt(norm / square)), 1, 0x1p-10);
+    }
+  }
+}
+
 TEST_P(Codec, DecodeMatchesTheOracle) {
   const int tokens = 21, heads = 2;
-  for (int bits : {2, 3, 4}) {
+  for (auto [bits, code] : cases::kKinds) {
     for (int dim = 32; dim <= 256; dim += 32) {
-      SCOPED_TRACE(testing::Message() << "bits " << bits << " dim " << dim);
+      SCOPED_TRACE(testing::Message() << "bits " << bits << " code " << int(code) << " dim " << dim);
       const Buffer centre = gaussian(size_t(heads) * dim, Dtype::float32, 6);
       const auto* c = reinterpret_cast<const float*>(centre.bytes.data());
-      const Encoded e =
-          encode_rows(gaussian(size_t(heads) * tokens * dim), heads, tokens, dim, bits, Backend::reference);
+      const Encoded e = encode_rows(gaussian(size_t(heads) * tokens * dim), heads, tokens, dim, bits,
+                                    Backend::reference, 3, nullptr, nullptr, code);
       const auto want = decode_rows(e, Backend::reference, 3, c), got = decode_rows(e, Backend::cpu, 3, c);
       for (size_t i = 0; i < want.size(); ++i) EXPECT_NEAR(got[i], want[i], 1e-5) << i;
     }
@@ -143,12 +196,12 @@ TEST_P(Codec, ZeroInfiniteAndNotANumber) {
     uint16_t scale;  // NaN: any
   } rows[] = {{0, 0, 0}, {1, NAN, 0x7e00}, {1, inf, 0x7e00}, {1, -inf, 0x7e00}, {0, NAN, 0x7e00}, {inf, -inf, 0x7e00}};
   for (Backend backend : kBackends) {
-    for (int bits : {2, 3, 4}) {
+    for (auto [bits, code] : cases::kKinds) {
       for (const Row& row : rows) {
         Buffer x(Dtype::float32, 3 * dim);  // ordinary vectors around it, which it must not touch
         for (int i = 0; i < 3 * dim; ++i) x.set(i, float(i % 7) - 3);
         for (int i = 0; i < dim; ++i) x.set(dim + i, i == 5 ? row.first : row.fill);
-        const Encoded e = encode_rows(x, 1, 3, dim, bits, backend);
+        const Encoded e = encode_rows(x, 1, 3, dim, bits, backend, 3, nullptr, nullptr, code);
         const int words = words_per_vector(bits, dim);
         for (int w = 0; w < words; ++w) EXPECT_EQ(e.codes[words + w], 0u);
         if (row.scale == 0) {
@@ -172,9 +225,9 @@ TEST_P(Codec, ScalesCoverTheRangeOfFp16) {
   for (float size : {1e-38f, 1e-20f, 1e-7f, 1e-3f, 1e3f, 5e4f, 1e6f, 1e37f}) {
     Buffer x(Dtype::float32, dim);
     for (int i = 0; i < dim; ++i) x.set(i, size * shape.get(i));
-    for (int bits : {2, 3, 4}) {
-      const Encoded want = encode_rows(x, 1, 1, dim, bits, Backend::reference);
-      const Encoded got = encode_rows(x, 1, 1, dim, bits, Backend::cpu);
+    for (auto [bits, code] : cases::kKinds) {
+      const Encoded want = encode_rows(x, 1, 1, dim, bits, Backend::reference, 3, nullptr, nullptr, code);
+      const Encoded got = encode_rows(x, 1, 1, dim, bits, Backend::cpu, 3, nullptr, nullptr, code);
       EXPECT_LE(std::abs(int(want.scales[0]) - int(got.scales[0])), 1) << size;
       EXPECT_EQ(want.codes, got.codes) << size;
       EXPECT_EQ(half_to_float(got.scales[0]) == largest_scale(), size >= 1e6f) << size;
@@ -225,12 +278,14 @@ TEST_P(Codec, FiniteVectorsStayFinite) {
 // The stored length is the vector's own, so a vector's error is about 2 (1 - sqrt(1 - D)), a little above D: the
 // distortion is taken with the best scale instead, |x|^2 sin^2 of the angle.
 TEST_P(Codec, DistortionOfGaussianVectors) {
-  const double optimum[] = {0, 0, 0.1175, 0.03455, 0.00951};
-  for (int bits : {2, 3, 4}) {
+  const double scalar[] = {0, 0, 0.1175, 0.03455, 0.00951, 0, 0, 0, 4.85e-5}, trellis[] = {0, 0, 0.08483, 0.02315};
+  for (auto [bits, code] : cases::kKinds) {
+    const double optimum = code == Code::trellis ? trellis[bits] : scalar[bits];
     for (int dim = 32; dim <= 256; dim += 32) {
       const int tokens = (1 << 19) / dim;
       const Buffer x = gaussian(size_t(tokens) * dim, Dtype::float32, 8);
-      const auto y = decode_rows(encode_rows(x, 1, tokens, dim, bits, Backend::cpu), Backend::cpu);
+      const auto y =
+          decode_rows(encode_rows(x, 1, tokens, dim, bits, Backend::cpu, 3, nullptr, nullptr, code), Backend::cpu);
       double lost = 0, all = 0;
       for (int t = 0; t < tokens; ++t) {
         double xx = 0, xy = 0, yy = 0;
@@ -241,8 +296,9 @@ TEST_P(Codec, DistortionOfGaussianVectors) {
         lost += xx - xy * xy / yy;
         all += xx;
       }
-      EXPECT_LE(lost / all, 1.01 * optimum[bits]) << "bits " << bits << " dim " << dim;
-      EXPECT_GE(lost / all, 0.85 * optimum[bits]) << "better than any quantizer: the measurement is wrong";
+      EXPECT_LE(lost / all, 1.01 * optimum) << "bits " << bits << " dim " << dim;
+      EXPECT_GE(lost / all, (bits == 8 ? 0.5 : 0.85) * optimum)
+          << "better than any quantizer: the measurement is wrong";
     }
   }
 }
@@ -252,21 +308,23 @@ TEST_P(Codec, GoldenBytes) {
   const auto numbers = golden::vector();
   Buffer x(Dtype::float32, dim);
   for (int i = 0; i < dim; ++i) x.set(i, numbers[i]);
-  for (Backend backend : kBackends) {
-    for (const auto& g : golden::bytes()) {
-      SCOPED_TRACE(testing::Message() << "bits " << g.bits);
-      Encoded e = encode_rows(x, 1, 1, dim, g.bits, backend);
-      EXPECT_EQ(e.codes, g.words);
-      EXPECT_EQ(e.scales[0], g.scale);
-      e.codes = g.words;
-      auto y = decode_rows(e, backend);
-      rotate(y.data(), dim, 3);
-      for (int i = 0; i < dim; ++i) {
-        const float want =
-            half_to_float(g.scale) * level_step(g.bits) * level(g.bits, code_at(e.codes.data(), g.bits, i));
-        EXPECT_NEAR(y[i], want, 1e-4f);
-      }
+  const auto check = [&](const golden::Bytes& g, Code code, Backend backend) {
+    SCOPED_TRACE(testing::Message() << "bits " << g.bits << " code " << int(code));
+    Encoded e = encode_rows(x, 1, 1, dim, g.bits, backend, golden::kSeed, nullptr, nullptr, code);
+    EXPECT_EQ(e.codes, g.words);
+    EXPECT_EQ(e.scales[0], g.scale);
+    e.codes = g.words;
+    auto y = decode_rows(e, backend);
+    rotate(y.data(), dim, golden::kSeed);
+    for (int i = 0; i < dim; ++i) {
+      const float step = half_to_float(g.scale) * level_step(g.bits, int(code));
+      EXPECT_NEAR(y[i], step * cases::level_at(e.codes.data(), g.bits, code, i), 1e-4f);
     }
+  };
+  for (Backend backend : kBackends) {
+    for (const auto& g : golden::bytes()) check(g, Code::scalar, backend);
+    for (const auto& g : golden::bytes_of_8_bits()) check(g, Code::scalar, backend);
+    for (const auto& g : golden::trellis_bytes()) check(g, Code::trellis, backend);
   }
 }
 

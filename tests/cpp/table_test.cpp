@@ -40,8 +40,12 @@ TEST_P(Table, AttentionMatchesTheOracle) {
   RecordProperty("worst_row", std::to_string(worst));
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, Table, testing::ValuesIn(cases::table(true)),
-                         [](const auto& info) { return std::to_string(info.index) + "_" + info.param.name(); });
+std::string name_of(const testing::TestParamInfo<cases::Case>& info) {
+  return std::to_string(info.index) + "_" + info.param.name();
+}
+INSTANTIATE_TEST_SUITE_P(Cases, Table, testing::ValuesIn(cases::table(true)), name_of);
+INSTANTIATE_TEST_SUITE_P(Trellis, Table, testing::ValuesIn(cases::table_trellis()), name_of);
+INSTANTIATE_TEST_SUITE_P(EightBits, Table, testing::ValuesIn(cases::table_8bits()), name_of);
 
 }  // namespace
 }  // namespace turboquant

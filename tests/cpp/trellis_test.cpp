@@ -3,7 +3,6 @@
 
 #include <bit>
 
-#include "support/golden.h"
 #include "support/vectors.h"
 
 namespace turboquant {
@@ -108,20 +107,6 @@ TEST(Trellis, TheSearchFindsTheNearestPath) {
           }
         }
       }
-    }
-  }
-}
-
-TEST(Trellis, GoldenBytes) {
-  const auto numbers = golden::vector();
-  Buffer x(Dtype::float32, golden::kDim);
-  for (int i = 0; i < golden::kDim; ++i) x.set(i, numbers[i]);
-  for (Code code : {Code::trellis, Code::scalar}) {
-    for (const auto& g : code == Code::trellis ? golden::trellis_bytes() : golden::bytes_of_8_bits()) {
-      const Encoded e =
-          encode_rows(x, 1, 1, golden::kDim, g.bits, Backend::reference, golden::kSeed, nullptr, nullptr, code);
-      EXPECT_EQ(e.codes, g.words) << g.bits;
-      EXPECT_EQ(e.scales[0], g.scale) << g.bits;
     }
   }
 }

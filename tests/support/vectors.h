@@ -13,6 +13,19 @@
 
 namespace turboquant::cases {
 
+/// Every kind of codes.
+struct Kind {
+  int bits;
+  Code code;
+};
+constexpr Kind kScalarKinds[] = {{2, Code::scalar}, {3, Code::scalar}, {4, Code::scalar}, {8, Code::scalar}};
+constexpr Kind kTrellisKinds[] = {{2, Code::trellis}, {3, Code::trellis}};
+constexpr Kind kKinds[] = {{2, Code::scalar}, {3, Code::scalar},  {4, Code::scalar},
+                           {8, Code::scalar}, {2, Code::trellis}, {3, Code::trellis}};
+inline std::ostream& operator<<(std::ostream& out, Kind kind) {
+  return out << kind.bits << (kind.code == Code::trellis ? " bits, trellis" : " bits");
+}
+
 /// Codes and scales of vectors [heads, tokens, dim], dense.
 struct Encoded {
   int heads, tokens, dim, bits;
@@ -99,10 +112,12 @@ inline int level_at(const uint32_t* words, int bits, Code code, int i) {
   return trellis_levels(words + i / 32 * bits, bits)[size_t(i % 32)];
 }
 
-/// How a search may round: targets, in levels, and the cost of a step, in squared levels or relative to its size.
+/// How a search may round the cost of a step: in squared levels, and relative to its size.
 struct SearchRounding {
   double cost = 0, relative_cost = 0x1p-23;
 };
+/// The cpu backend counts costs in eighths at 3 bits, in thirty-seconds at 2.
+inline SearchRounding rounding_of_cpu(int bits) { return {bits == 3 ? 0x1p-4 : 0x1p-6, 0x1p-23}; }
 
 /// Empty when no path through the trellis is nearer to a group's targets than the path of `words`, else what is wrong.
 /// `tolerance` [32]: how far off the encoder's targets may be.

@@ -2,7 +2,9 @@
 #pragma once
 
 #include "cpu/simd/hadamard.h"
+#include "cpu/simd/kinds.h"
 #include "cpu/simd/simd.h"
+#include "cpu/simd/trellis.h"
 #include "turboquant/format.h"
 
 namespace turboquant::cpu {
@@ -20,11 +22,20 @@ inline void pack_group(const uint32_t* plane, uint32_t* words) {
   }
 }
 
-template <int bits>
+/// Words of a group to nibbles of plane w, or of 8 bits to bytes.
+template <Kind kind>
 inline void unpack_group(const uint32_t* words, uint32_t* plane) {
-  if constexpr (bits == 4) {
-    for (int w = 0; w < 4; ++w) plane[w] = words[w];
-  } else if constexpr (bits == 3) {
+  if constexpr (kind.bits == 8 || kind.bits == 4) {
+    for (int w = 0; w < kind.bits; ++w) plane[w] = words[w];
+  } else if constexpr (kind.trellis) {
+    const uint32_t a = words[0], b = kind.bits == 3 ? words[1] : a, u = words[kind.bits - 1];
+    const uint32_t r1 = u << 1 | u >> 31, r3 = u << 3 | u >> 29;
+    const uint32_t even = ((u ^ r1) & 0x55555555u) ^ r3, odd = ((u ^ r3) & 0xaaaaaaaau) ^ r1;
+    plane[0] = (a & 0xccccccccu) | (even & 0x33333333u);
+    plane[1] = (b & 0xccccccccu) | (odd & 0x33333333u);
+    plane[2] = (even & 0xccccccccu) | (a & 0x33333333u);
+    plane[3] = (odd & 0xccccccccu) | (b & 0x33333333u);
+  } else if constexpr (kind.bits == 3) {
     plane[3] = 0;
     for (int w = 0; w < 3; ++w) {
       plane[w] = words[w] & 0x77777777u;
@@ -33,6 +44,37 @@ inline void unpack_group(const uint32_t* words, uint32_t* plane) {
   } else {
     for (int w = 0; w < 4; ++w) plane[w] = words[w % 2] >> (w / 2 * 2) & 0x33333333u;
   }
+}
+
+/// Levels of a vector's codes.
+template <Kind kind>
+inline void levels_of(const uint32_t* words, int dim, float* levels) {
+  static constexpr LevelTables tables(kind, 0);
+  for (int g = 0; g < dim / 32; ++g, levels += 32) {
+    uint32_t plane[8];
+    unpack_group<kind>(words + g * kind.bits, plane);
+    for (int i = 0; i < 32; ++i) {
+      levels[i] = is_bytes(kind) ? float(int8_t(plane[i / 4] >> (8 * (i % 4))))
+                                 : float(tables.at[i / 8][plane[i / 8] >> (4 * (i % 8)) & 15]);
+    }
+  }
+}
+
+/// Codes of 8 bits: the numbers nearest to `rotated` times half of `doubled`.  Otherwise as below.
+template <class F>
+inline uint32_t quantize_bytes(const float* rotated, int dim, float doubled, uint32_t* words, uint8_t* levels) {
+  constexpr int lanes = sizeof(F) / 4;
+  using I32 = Vec<int32_t, sizeof(F)>;
+  using I8 = Vec<int8_t, lanes>;
+  for (int i = 0; i < dim; i += lanes) {
+    const F x = load<F>(rotated + i), y = absolute(x) * (0.5f * doubled) + 0.5f;
+    const I32 size = __builtin_convertvector(y < splat<F>(127.0f) ? y : splat<F>(127.0f), I32);
+    store(levels + i, __builtin_convertvector(size, I8));
+    store(reinterpret_cast<int8_t*>(words) + i, __builtin_convertvector(x < F{} ? -size : size, I8));
+  }
+  uint32_t square = 0;
+  for (int i = 0; i < dim; ++i) square += uint32_t(levels[i]) * levels[i];
+  return square;
 }
 
 /// Codes of `rotated`, the sizes of their levels and the sum of those squared.  `doubled` turns a coordinate into twice
@@ -45,14 +87,14 @@ inline uint32_t quantize(const float* rotated, int dim, float doubled, uint32_t*
   using Narrow = Vec<uint8_t, lanes>;
   using U8 = Vec<uint8_t, width>;
   using U16 = Vec<uint16_t, width>;
-  alignas(64) uint8_t size[256], sign[256];
+  alignas(64) uint8_t size[kMaxDim], sign[kMaxDim];
   for (int i = 0; i < dim; i += lanes) {
     const F x = load<F>(rotated + i), y = absolute(x) * doubled;
     const I32 whole = __builtin_convertvector(y < splat<F>(255.0f) ? y : splat<F>(255.0f), I32);
     store(size + i, __builtin_convertvector(whole, Narrow));
     store(sign + i, __builtin_convertvector(as<I32>(x < F{}), Narrow));
   }
-  alignas(64) uint8_t nibbles[128];
+  alignas(64) uint8_t nibbles[kMaxDim / 2];
   for (int i = 0; i < dim; i += width) {
     const U8 s = load<U8>(size + i);
     U8 code = load<U8>(sign + i) & uint8_t(magnitudes(bits)), magnitude_of = splat<U8>(uint8_t(magnitude(bits, 0)));
@@ -128,7 +170,7 @@ inline bool rotated_row(const EncodeRows& p, int t, float* x, float& norm, float
   if (!(square > 1e-20f && square < 1e30f)) {
     back = normalize_range<F>(x, p.dim);
     if (!(back > 0)) {
-      const int words = words_per_vector(p.bits, p.dim);
+      const int words = words_per_vector(p.kind.bits, p.dim);
       for (int w = 0; w < words; ++w) p.codes[int64_t(t) * words + w] = 0;
       p.scales[t] = back == 0 ? 0 : 0x7e00;
       return false;
@@ -145,27 +187,45 @@ template <class F>
 inline uint32_t quantize(int bits, const float* rotated, int dim, float doubled, uint32_t* words, uint8_t* levels) {
   return (bits == 2   ? quantize<2, F>
           : bits == 3 ? quantize<3, F>
-                      : quantize<4, F>)(rotated, dim, doubled, words, levels);
+          : bits == 4 ? quantize<4, F>
+                      : quantize_bytes<F>)(rotated, dim, doubled, words, levels);
+}
+
+/// `doubled` of scalar codes of a vector of length `norm` that are nearest at its own scale.
+template <class F>
+inline float doubled_unit(int bits, const float* x, int dim, float norm) {
+  if (bits != 8) return 2 * unit(bits) * __builtin_sqrtf(float(dim)) / norm;
+  F largest = {};
+  for (int i = 0; i < dim; i += int(sizeof(F) / 4)) largest = larger(absolute(load<F>(x + i)), largest);
+  return 2 * 127 / reduce(largest, [](F a, F b) { return larger(a, b); });
 }
 
 /// The stored scale of a vector of length norm * back and codes whose squared levels add up to `square`.
-inline uint16_t stored_scale(int bits, float norm, uint32_t square, float back) {
-  const float scale = norm / (__builtin_sqrtf(float(square)) * level_step(bits)) * back;
+inline uint16_t stored_scale(Kind kind, float norm, uint32_t square, float back) {
+  const float scale = norm / (__builtin_sqrtf(float(square)) * step_of(kind)) * back;
   return float_to_half_bits(scale < largest_scale() ? scale : largest_scale());
 }
 
 template <class S>
 void encode_rows(const EncodeRows& p) {
   using F = Vec<float, S::bytes>;
-  const int words = words_per_vector(p.bits, p.dim);
+  constexpr int lanes = S::bytes / 4;
+  const int words = words_per_vector(p.kind.bits, p.dim);
   for (int t = 0; t < p.count; ++t) {
-    alignas(64) float x[256];
-    alignas(64) uint8_t levels[256];
+    alignas(64) float x[kMaxDim];
     float norm, back;
     if (!rotated_row<S>(p, t, x, norm, back)) continue;
-    const float doubled = 2 * unit(p.bits) * __builtin_sqrtf(float(p.dim)) / norm;
-    const uint32_t square = quantize<F>(p.bits, x, p.dim, doubled, p.codes + int64_t(t) * words, levels);
-    p.scales[t] = stored_scale(p.bits, norm, square, back);
+    uint32_t* const codes = p.codes + int64_t(t) * words;
+    uint32_t square;
+    if (p.kind.trellis) {
+      const float factor = unit(p.kind.bits, 1) * __builtin_sqrtf(float(p.dim)) / norm;
+      for (int i = 0; i < p.dim; i += lanes) store(x + i, load<F>(x + i) * factor);
+      square = Trellis<S::bytes>::code(p.kind.bits, x, p.dim, codes, x);
+    } else {
+      alignas(64) uint8_t levels[kMaxDim];
+      square = quantize<F>(p.kind.bits, x, p.dim, doubled_unit<F>(p.kind.bits, x, p.dim, norm), codes, levels);
+    }
+    p.scales[t] = stored_scale(p.kind, norm, square, back);
   }
 }
 
@@ -173,22 +233,13 @@ template <class S>
 void decode_rows(const DecodeRows& p) {
   using F = Vec<float, S::bytes>;
   constexpr int lanes = S::bytes / 4;
-  const int bits = p.in.bits, words = words_per_vector(bits, p.dim);
-  float table[16];
-  for (int c = 0; c < 16; ++c) table[c] = float(level(bits, c & ((1 << bits) - 1)));
+  const Kind kind = p.in.kind;
   for (int t = 0; t < p.count; ++t) {
-    alignas(64) float x[256];
-    for (int g = 0; g < p.dim / 32; ++g) {
-      uint32_t plane[4];
-      (bits == 2   ? unpack_group<2>
-       : bits == 3 ? unpack_group<3>
-                   : unpack_group<4>)(p.in.codes + int64_t(t) * words + g * bits, plane);
-      for (int w = 0; w < 4; ++w) {
-        for (int j = 0; j < 8; ++j) x[32 * g + 8 * w + j] = table[plane[w] >> (4 * j) & 15];
-      }
-    }
+    alignas(64) float x[kMaxDim];
+    const uint32_t* codes = p.in.codes + int64_t(t) * words_per_vector(kind.bits, p.dim);
+    of_kind(kind, [&]<Kind k>() { levels_of<k>(codes, p.dim, x); });
     hadamard<F>(x, p.dim);
-    const float scale = half_bits_to_float(p.in.scales[t]) * level_step(bits);
+    const float scale = half_bits_to_float(p.in.scales[t]) * step_of(kind);
     for (int i = 0; i < p.dim; i += lanes) {
       F v = load<F>(x + i) * load<F>(p.signs + i) * scale;
       if (p.centre) v += load<F>(p.centre + i);

@@ -20,7 +20,7 @@ inline Vec<float, S::bytes> load_feedback(const uint16_t* p) {
 
 /// out[v][i] = sum over j < columns of g[i * dim + j] * e[v][j], for 32 rows i of G.
 template <class S, int vectors, int rows>
-inline void feed_back(const uint16_t* g, int dim, int columns, const float (*e)[256], float (*out)[32]) {
+inline void feed_back(const uint16_t* g, int dim, int columns, const float (*e)[kMaxDim], float (*out)[32]) {
   using F = Vec<float, S::bytes>;
   constexpr int lanes = S::bytes / 4;
   for (int i = 0; i < 32; i += rows) {
@@ -41,14 +41,43 @@ inline void feed_back(const uint16_t* g, int dim, int columns, const float (*e)[
   }
 }
 
+/// Codes nearest to the 32 targets of a block and errors [32] of their levels against u; returns the levels' squares.
+template <class F>
+inline uint32_t code_block(Kind kind, const float* targets, const float* u, uint32_t* words, float* error) {
+  constexpr int lanes = sizeof(F) / 4;
+  if (kind.trellis) {
+    alignas(64) float levels[32];
+    const uint32_t square = Trellis<sizeof(F)>::code(kind.bits, targets, 32, words, levels);
+    for (int i = 0; i < 32; i += lanes) store(error + i, load<F>(levels + i) - load<F>(u + i));
+    return square;
+  }
+  alignas(64) uint8_t levels[32];
+  const uint32_t square = quantize<F>(kind.bits, targets, 32, 2.0f, words, levels);
+  for (int i = 0; i < 32; i += lanes) {
+    const F size = __builtin_convertvector(load<Vec<uint8_t, lanes>>(levels + i), F);
+    const F level = load<F>(targets + i) < F{} ? -size : size;
+    store(error + i, level - load<F>(u + i));
+  }
+  return square;
+}
+
+/// How many levels a unit of a rotated vector x of length `norm` is.  Scalar codes are asked for by coding it without
+/// feedback, to `words`.
+template <class F>
+inline float levels_per_unit(Kind kind, const float* x, int dim, float norm, uint32_t* words) {
+  if (kind.trellis) return feedback_unit(kind.bits) * __builtin_sqrtf(float(dim)) / norm;
+  alignas(64) uint8_t levels[kMaxDim];
+  const uint32_t square = quantize<F>(kind.bits, x, dim, doubled_unit<F>(kind.bits, x, dim, norm), words, levels);
+  return __builtin_sqrtf(float(square)) / norm;
+}
+
 /// Rows [t, t + vectors).
 template <class S, int vectors>
 void encode_feedback_group(const EncodeRows& p, int t) {
   using F = Vec<float, S::bytes>;
   constexpr int lanes = S::bytes / 4;
-  const int words = words_per_vector(p.bits, p.dim);
-  alignas(64) float u[vectors][256], error[vectors][256], feedback[vectors][32];
-  alignas(64) uint8_t levels[256];
+  const int words = words_per_vector(p.kind.bits, p.dim);
+  alignas(64) float u[vectors][kMaxDim], error[vectors][kMaxDim], feedback[vectors][32];
   float norm[vectors], back[vectors];
   uint32_t square[vectors];
   bool coded[vectors];
@@ -58,9 +87,7 @@ void encode_feedback_group(const EncodeRows& p, int t) {
       for (int i = 0; i < p.dim; i += lanes) store(error[v] + i, F{});
       continue;
     }
-    const float doubled = 2 * unit(p.bits) * __builtin_sqrtf(float(p.dim)) / norm[v];
-    square[v] = quantize<F>(p.bits, u[v], p.dim, doubled, p.codes + int64_t(t + v) * words, levels);
-    const float factor = __builtin_sqrtf(float(square[v])) / norm[v];
+    const float factor = levels_per_unit<F>(p.kind, u[v], p.dim, norm[v], p.codes + int64_t(t + v) * words);
     for (int i = 0; i < p.dim; i += lanes) store(u[v] + i, load<F>(u[v] + i) * factor);
     square[v] = 0;
   }
@@ -73,17 +100,12 @@ void encode_feedback_group(const EncodeRows& p, int t) {
         const F x = load<F>(u[v] + block + i);
         store(target + i, block > 0 ? x - load<F>(feedback[v] + i) : x);
       }
-      uint32_t* const codes = p.codes + int64_t(t + v) * words + block / 32 * p.bits;
-      square[v] += quantize<F>(p.bits, target, 32, 2.0f, codes, levels);
-      for (int i = 0; i < 32; i += lanes) {
-        const F size = __builtin_convertvector(load<Vec<uint8_t, lanes>>(levels + i), F);
-        const F level = load<F>(target + i) < F{} ? -size : size;
-        store(error[v] + block + i, level - load<F>(u[v] + block + i));
-      }
+      uint32_t* const codes = p.codes + int64_t(t + v) * words + block / 32 * p.kind.bits;
+      square[v] += code_block<F>(p.kind, target, u[v] + block, codes, error[v] + block);
     }
   }
   for (int v = 0; v < vectors; ++v) {
-    if (coded[v]) p.scales[t + v] = stored_scale(p.bits, norm[v], square[v], back[v]);
+    if (coded[v]) p.scales[t + v] = stored_scale(p.kind, norm[v], square[v], back[v]);
   }
 }
 

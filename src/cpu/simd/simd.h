@@ -6,6 +6,7 @@
 //   Table, table(p)             16 levels, for lookups;  lookup(table, v): by the low nibble of each byte
 //   load_groups<bits>(p, n)     n groups of `bits` words to the low words of n 128-bit chunks; the rest is anything
 //   load_halves(p)              float16 numbers as float32; left out where no instruction does it
+//   merge(mask, a, b)           bits of a where mask has ones, else of b; exclusive_or(a, b, c): left out likewise
 //   interleaves                 registers suffice to unpack between multiplications (unpack.h)
 //   score_rows                  query rows whose scores are taken at a time
 //   level_offset                what is added to levels in tables
