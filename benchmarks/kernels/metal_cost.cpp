@@ -31,8 +31,8 @@ constexpr Chip kChips[] = {
 const char* met(bool yes) { return yes ? "met" : "MISSED"; }
 
 /// One KV head of the flagship's four, in the splits that the plan takes for all four.
-void report(int bits, int kv_len) {
-  Case c = cost_case(bits);
+void report(const metal::Coding& coding, int kv_len) {
+  Case c = cost_case(coding);
   c.kv_len = kv_len;
   const int splits = turboquant::metal::plan_attention({.batch = 1,
                                                         .query_heads = 16,
@@ -40,22 +40,23 @@ void report(int bits, int kv_len) {
                                                         .query_len = 1,
                                                         .kv_len = kv_len,
                                                         .head_dim = c.head_dim,
-                                                        .key_bits = bits,
-                                                        .value_bits = bits,
+                                                        .keys = coding,
+                                                        .values = coding,
                                                         .dtype = c.dtype})
                          .splits;
   turboquant::cases::Inputs inputs(c);
   reset_counts();
   emulator::attend(inputs.params(), splits);
   const double codes = 2.0 * c.kv_len * c.head_dim;
-  const double packed = 2.0 * c.kv_len * turboquant::bytes_per_vector(bits, c.head_dim);
+  const double packed = 2.0 * c.kv_len * turboquant::bytes_per_vector(coding.bits, c.head_dim);
   const auto per_code = [&](Kind k) { return double(counts.of[int(k)]) / codes; };
   const double slow = per_code(Kind::shift) + per_code(Kind::convert) + per_code(Kind::special);
   const double memory = per_code(Kind::device_access) + per_code(Kind::threadgroup_access);
   const double all = per_code(Kind::simple) + slow + per_code(Kind::shuffle) + memory;
   const auto device = device_bytes();
   const double ratio = double(device.read + device.written) / packed;
-  std::printf("TQ%d, %d tokens in %d splits\n", bits, kv_len, splits);
+  std::printf("TQ%d%s, %d tokens in %d splits\n", coding.bits,
+              coding.code == turboquant::Code::trellis ? " trellis" : "", kv_len, splits);
   std::printf(
       "  instructions of a lane per code: simple %.2f, shift %.2f, convert %.3f, special %.3f, shuffle %.3f, device "
       "%.3f, threadgroup %.2f (%.2f bytes); all %.2f\n",
@@ -84,6 +85,6 @@ void report(int bits, int kv_len) {
 
 int main() {
   for (int kv_len : {4096, 16384, 40960}) {
-    for (int bits : {2, 3, 4}) report(bits, kv_len);
+    for (const auto& coding : all_codings()) report(coding, kv_len);
   }
 }

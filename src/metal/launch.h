@@ -32,11 +32,11 @@ std::vector<Array> run_bound(Launcher& launcher, const Kernel& kernel, const Nam
 /// [heads, head_dim] and feedback [heads, head_dim, head_dim], float16, of each side, both row-contiguous.  Returns
 /// codes and scales of each.
 template <class Launcher, class Array = typename Launcher::Array>
-std::vector<Array> launch_encode(Launcher& launcher, const std::vector<Array>& sides, const std::vector<int>& bits,
-                                 const std::vector<std::optional<Array>>& centres,
+std::vector<Array> launch_encode(Launcher& launcher, const std::vector<Array>& sides,
+                                 const std::vector<Coding>& codings, const std::vector<std::optional<Array>>& centres,
                                  const std::vector<std::optional<Array>>& feedback, uint64_t seed) {
   const auto& x = sides[0];
-  EncodeShape shape{launcher.dim(x, 0), launcher.dim(x, 1), launcher.dim(x, 2), launcher.dim(x, 3), bits, {}, seed};
+  EncodeShape shape{launcher.dim(x, 0), launcher.dim(x, 1), launcher.dim(x, 2), launcher.dim(x, 3), codings, {}, seed};
   for (const auto& centre : centres) shape.centred.push_back(centre.has_value());
   for (const auto& f : feedback) shape.feedback.push_back(f.has_value());
   const Array params = launcher.params(encode_params(shape));
@@ -55,12 +55,12 @@ std::vector<Array> launch_encode(Launcher& launcher, const std::vector<Array>& s
 /// Decodes codes [batch, heads, tokens, words] and scales [batch, heads, tokens], both dense.
 template <class Launcher, class Array = typename Launcher::Array>
 Array launch_decode(Launcher& launcher, const Array& codes, const Array& scales, const std::optional<Array>& centre,
-                    int bits, uint64_t seed, Dtype dtype) {
+                    Coding coding, uint64_t seed, Dtype dtype) {
   const EncodeShape shape{launcher.dim(codes, 0),
                           launcher.dim(codes, 1),
                           launcher.dim(codes, 2),
-                          launcher.dim(codes, 3) / bits * group_size(),
-                          {bits},
+                          launcher.dim(codes, 3) / coding.bits * group_size(),
+                          {coding},
                           {centre.has_value()},
                           seed};
   const Array params = launcher.params(encode_params(shape));
@@ -78,7 +78,7 @@ struct AttentionArrays {
   std::optional<Array> starts, mask, sinks, key_centre, value_centre;
 };
 
-/// Attention; `shape` needs what the arrays do not tell: kv_len, bits, dtype, rules, kind of mask.
+/// Attention; `shape` needs what the arrays do not tell: kv_len, codings, dtype, rules, kind of mask.
 template <class Launcher, class Array = typename Launcher::Array>
 Array launch_attention(Launcher& launcher, AttentionShape shape, const AttentionArrays<Array>& a) {
   shape.batch = launcher.dim(a.q, 0);

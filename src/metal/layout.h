@@ -19,8 +19,8 @@ enum Param {
   kTokens,   // codec: tokens of a head
   kHeads,    // codec
   kUnused,
-  kSigns,  // eight words of `sign_word`
-  kParamCount = kSigns + 8
+  kSigns,  // sixteen words of `sign_word`
+  kParamCount = kSigns + 16
 };
 
 /// Bits of params[kFlags].

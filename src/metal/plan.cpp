@@ -16,18 +16,25 @@ using Kind = TemplateArg::Kind;
 // Queries and rows (query, head) of a KV head up to which the kernel without matrix fragments is used, in tiles of four
 // rows; docs/metal.md has the reasons.
 constexpr int kDecodeQueries = 8, kDecodeRows = 32;
+// Beyond this head dimension fragments do not fit the registers, nor a block of keys threadgroup memory.
+constexpr int kPrefillDim = 256;
 
 // SIMD-groups wanted: sixteen for each of the 40 cores of the largest GPUs, while a split keeps at least two blocks for
 // each of its SIMD-groups.  Fewer, longer splits write fewer partial results.
 constexpr int kSimdgroupsWanted = 640, kMostSplits = 128;
 
-bool is_decode(int group, int query_len) { return query_len <= kDecodeQueries && group * query_len <= kDecodeRows; }
+bool is_decode(int group, int query_len, int head_dim) {
+  return head_dim > kPrefillDim || (query_len <= kDecodeQueries && group * query_len <= kDecodeRows);
+}
+
+/// Rows that a threadgroup of decoding attention serves: as many as registers hold.
+int rows_of_tile(int rows, int head_dim) { return rows == 1 ? 1 : rows == 2 || head_dim > 256 ? 2 : 4; }
 
 int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
 Params base_params(uint64_t seed) {
   Params p{};
-  for (int w = 0; w < 8; ++w) p[kSigns + w] = int32_t(sign_word(seed, w));
+  for (int w = 0; w < kParamCount - kSigns; ++w) p[kSigns + w] = int32_t(sign_word(seed, w));
   return p;
 }
 
@@ -42,36 +49,38 @@ std::string fill(std::string text, const std::vector<std::pair<std::string, std:
   return text;
 }
 
-/// A SIMD-group takes INDEX of params[kVectors] vectors or rows.
-constexpr char kIndex[] = R"(
-  using namespace turboquant;
-  const int index = int(threadgroup_position_in_grid.x * 4 + simdgroup_index_in_threadgroup);
-  if (index >= params[metal_layout::kVectors]) return;
-  const ushort lane = ushort(thread_index_in_simdgroup);
-)";
 constexpr char kPlace[] = R"(
   using namespace turboquant;
   const Place place = {threadgroup_position_in_grid, ushort(thread_index_in_simdgroup),
                        ushort(simdgroup_index_in_threadgroup)};
 )";
+/// A SIMD-group takes one of params[kVectors] vectors or rows.
+constexpr char kIndex[] = R"(
+  const int index = int(place.group.x * 4 + place.simdgroup);
+  if (index >= params[metal_layout::kVectors]) return;
+)";
 
-/// Encodes the side `NAME` of BITS bits.
+/// Encodes the side `NAME`.
 constexpr char kEncodeSide[] = R"(
-    encode_vector<BITS, D>(side(strided(NAME, NAME_strides), NAME_centre, flags & metal_layout::CENTRE),
-                           encoded(NAME_codes, NAME_scales), params, uint(index), lane);
+    encode_vector<CODING, D>(&shared, side(strided(NAME, NAME_strides), NAME_centre, flags & metal_layout::CENTRE),
+                             encoded(NAME_codes, NAME_scales), params, uint(index), place);
 )";
 constexpr char kEncodeSideWithFeedback[] = R"(
-    encode_with_feedback<BITS, D>(side(strided(NAME, NAME_strides), NAME_centre, flags & metal_layout::CENTRE),
-                                  NAME_feedback, flags & metal_layout::FEEDBACK, encoded(NAME_codes, NAME_scales),
-                                  params, uint(index), lane);
+    encode_with_feedback<CODING, D>(
+        &shared, side(strided(NAME, NAME_strides), NAME_centre, flags & metal_layout::CENTRE), NAME_feedback,
+        flags & metal_layout::FEEDBACK, encoded(NAME_codes, NAME_scales), params, uint(index), place);
 )";
 constexpr char kEncodeOne[] = R"(
+  threadgroup EncodeShared<XC> shared;
+  INDEX
   const int flags = params[metal_layout::kFlags];
   FIRST
 )";
 constexpr char kEncodeTwo[] = R"(
+  threadgroup EncodeShared<XC || YC> shared;
+  INDEX
   const int flags = params[metal_layout::kFlags];
-  if (threadgroup_position_in_grid.y == 0) {
+  if (place.group.y == 0) {
     FIRST
   } else {
     SECOND
@@ -79,14 +88,16 @@ constexpr char kEncodeTwo[] = R"(
 )";
 std::string encode_body(bool two, bool feedback) {
   const char* side = feedback ? kEncodeSideWithFeedback : kEncodeSide;
-  const auto first = fill(side, {{"NAME", "x"}, {"BITS", "XB"}, {"CENTRE", "kCentre"}, {"FEEDBACK", "kFeedback"}});
+  const auto first =
+      fill(side, {{"NAME", "x"}, {"CODING", "Coding<XB, XC>"}, {"CENTRE", "kCentre"}, {"FEEDBACK", "kFeedback"}});
   const auto second =
-      fill(side, {{"NAME", "y"}, {"BITS", "YB"}, {"CENTRE", "kSecondCentre"}, {"FEEDBACK", "kSecondFeedback"}});
-  return kIndex + fill(two ? kEncodeTwo : kEncodeOne, {{"FIRST", first}, {"SECOND", second}});
+      fill(side,
+           {{"NAME", "y"}, {"CODING", "Coding<YB, YC>"}, {"CENTRE", "kSecondCentre"}, {"FEEDBACK", "kSecondFeedback"}});
+  return kPlace + fill(two ? kEncodeTwo : kEncodeOne, {{"INDEX", kIndex}, {"FIRST", first}, {"SECOND", second}});
 }
 
 constexpr char kDecode[] = R"(
-  decode_vector<T, B, D>(codes, scales, centre, out, params, uint(index), lane);
+  decode_vector<T, Coding<B, C>, D>(codes, scales, centre, out, params, uint(index), place.lane);
 )";
 
 /// Arguments of both kinds of attention.
@@ -96,12 +107,16 @@ constexpr char kRules[] = "rules_of(params, starts, mask, mask_strides)";
 constexpr char kEnding[] = "ending(strided(q, q_strides), sinks, key_centre, value_centre)";
 
 constexpr char kAttendDecode[] = R"(
-  threadgroup DecodeShared<KB, VB, D, R> shared;
-  attend_decode<KB, VB, D, R>(&shared, strided(q, q_strides), KEYS, VALUES, RULES, partials(partial, stats), place);
+  typedef Coding<KB, KC> K;
+  typedef Coding<VB, VC> V;
+  threadgroup DecodeShared<K, V, D, R> shared;
+  attend_decode<K, V, D, R>(&shared, strided(q, q_strides), KEYS, VALUES, RULES, partials(partial, stats), place);
 )";
 constexpr char kAttendPrefill[] = R"(
-  threadgroup PrefillShared<D> shared;
-  attend_prefill<T, KB, VB, D, FINISH>(&shared, KEYS, VALUES, RULES, ENDING, partials(OUT, STATS), place);
+  typedef Coding<KB, KC> K;
+  typedef Coding<VB, VC> V;
+  threadgroup PrefillShared<K, V, D> shared;
+  attend_prefill<T, K, V, D, FINISH>(&shared, KEYS, VALUES, RULES, ENDING, partials(OUT, STATS), place);
 )";
 std::string attend_body(bool decode, bool merged) {
   // Without partial results their statistics are a name for something that is not touched.
@@ -114,8 +129,16 @@ std::string attend_body(bool decode, bool merged) {
 }
 
 constexpr char kMerge[] = R"(
-  merge_splits<T, D>(partials(partial, stats), ENDING, out, params, index, lane);
+  merge_splits<T, D>(partials(partial, stats), ENDING, out, params, index, place.lane);
 )";
+
+TemplateArg dim_arg(int head_dim) { return {"D", Kind::integer, head_dim}; }
+
+/// Bits and code as template arguments <name>B and <name>C.
+void add_coding(Kernel& k, const std::string& name, const Coding& coding) {
+  k.template_args.push_back({name + "B", Kind::integer, coding.bits});
+  k.template_args.push_back({name + "C", Kind::integer, int(coding.code)});
+}
 
 }  // namespace
 
@@ -138,11 +161,11 @@ Params encode_params(const EncodeShape& s) {
 }
 
 Kernel encode_kernel(const EncodeShape& s) {
-  const bool two = s.bits.size() == 2;
+  const bool two = s.codings.size() == 2;
   // 32 coordinates are one block, to which feedback does nothing.
   const bool feedback = s.head_dim > group_size() && std::count(s.feedback.begin(), s.feedback.end(), true) > 0;
   const auto codes = [&](const char* name, int side) {
-    return Output{name, Type::uint32, {s.batch, s.heads, s.tokens, words_per_vector(s.bits[side], s.head_dim)}};
+    return Output{name, Type::uint32, {s.batch, s.heads, s.tokens, words_per_vector(s.codings[side].bits, s.head_dim)}};
   };
   const auto scales = [&](const char* name) { return Output{name, Type::float16, {s.batch, s.heads, s.tokens}}; };
   Kernel k{.name = two ? "turboquant_encode_two" : "turboquant_encode",
@@ -150,7 +173,8 @@ Kernel encode_kernel(const EncodeShape& s) {
            .inputs = {"x", "x_centre"},
            .outputs = {codes("x_codes", 0), scales("x_scales")},
            .source = encode_body(two, feedback),
-           .template_args = {{"D", Kind::integer, s.head_dim}, {"XB", Kind::integer, s.bits[0]}}};
+           .template_args = {dim_arg(s.head_dim)}};
+  add_coding(k, "X", s.codings[0]);
   if (feedback) {
     k.name += "_feedback";
     k.inputs.push_back("x_feedback");
@@ -159,7 +183,7 @@ Kernel encode_kernel(const EncodeShape& s) {
     k.inputs.insert(k.inputs.end(), {"y", "y_centre"});
     if (feedback) k.inputs.push_back("y_feedback");
     k.outputs.insert(k.outputs.end(), {codes("y_codes", 1), scales("y_scales")});
-    k.template_args.push_back({"YB", Kind::integer, s.bits[1]});
+    add_coding(k, "Y", s.codings[1]);
   }
   k.inputs.push_back("params");
   k.grid = {ceil_div(int64_t(s.batch) * s.heads * s.tokens, kSimdgroups) * kThreads, two ? 2 : 1, 1};
@@ -167,23 +191,23 @@ Kernel encode_kernel(const EncodeShape& s) {
 }
 
 Kernel decode_kernel(const EncodeShape& s, Dtype dtype) {
-  return {.name = "turboquant_decode",
-          .header = Source::codec,
-          .inputs = {"codes", "scales", "centre", "params"},
-          .outputs = {{"out", type_of(dtype), {s.batch, s.heads, s.tokens, s.head_dim}}},
-          .source = std::string(kIndex) + kDecode,
-          .template_args = {{"T", Kind::dtype, int(dtype)},
-                            {"B", Kind::integer, s.bits[0]},
-                            {"D", Kind::integer, s.head_dim}},
-          .grid = {ceil_div(int64_t(s.batch) * s.heads * s.tokens, kSimdgroups) * kThreads, 1, 1}};
+  Kernel k{.name = "turboquant_decode",
+           .header = Source::codec,
+           .inputs = {"codes", "scales", "centre", "params"},
+           .outputs = {{"out", type_of(dtype), {s.batch, s.heads, s.tokens, s.head_dim}}},
+           .source = std::string(kPlace) + kIndex + kDecode,
+           .template_args = {{"T", Kind::dtype, int(dtype)}, dim_arg(s.head_dim)},
+           .grid = {ceil_div(int64_t(s.batch) * s.heads * s.tokens, kSimdgroups) * kThreads, 1, 1}};
+  add_coding(k, "", s.codings[0]);
+  return k;
 }
 
 AttentionPlan plan_attention(const AttentionShape& s) {
   const int group = s.query_heads / s.kv_heads, rows = group * s.query_len;
   AttentionPlan plan{};
-  plan.decode = is_decode(group, s.query_len);
+  plan.decode = is_decode(group, s.query_len, s.head_dim);
   const int simdgroups = plan.decode ? kDecodeSimdgroups : kSimdgroups;
-  const int of_tile = !plan.decode ? int(kTileRows) : rows == 1 ? 1 : rows == 2 ? 2 : 4;
+  const int of_tile = plan.decode ? rows_of_tile(rows, s.head_dim) : int(kTileRows);
   const int tiles = ceil_div(rows, of_tile);
   const int64_t threadgroups = std::max<int64_t>(1, int64_t(tiles) * s.kv_heads * s.batch);
   const int most = std::clamp(ceil_div(s.kv_len, 2 * kBlock * simdgroups), 1, kMostSplits);
@@ -206,7 +230,7 @@ AttentionPlan plan_attention(const AttentionShape& s) {
                : s.mask == MaskKind::additive ? kAdditiveMask
                                               : 0);
 
-  const TemplateArg type{"T", Kind::dtype, int(s.dtype)}, dim{"D", Kind::integer, s.head_dim};
+  const TemplateArg type{"T", Kind::dtype, int(s.dtype)}, dim = dim_arg(s.head_dim);
   Kernel& k = plan.attend;
   k.inputs = {"q", "key_codes", "key_scales", "value_codes", "value_scales", "starts", "mask"};
   if (!plan.decode) k.inputs.insert(k.inputs.end(), {"sinks", "key_centre", "value_centre"});
@@ -222,32 +246,29 @@ AttentionPlan plan_attention(const AttentionShape& s) {
   if (plan.decode) {
     k.name = "turboquant_attend_decode";
     k.header = Source::decode;
-    k.template_args = {
-        {"KB", Kind::integer, s.key_bits}, {"VB", Kind::integer, s.value_bits}, dim, {"R", Kind::integer, of_tile}};
+    k.template_args = {dim, {"R", Kind::integer, of_tile}};
     k.grid = {tiles * kDecodeThreads, plan.splits, s.batch * s.kv_heads};
     k.threadgroup = {kDecodeThreads, 1, 1};
   } else {
     k.name = "turboquant_attend_prefill";
     k.header = Source::prefill;
-    k.template_args = {type,
-                       {"KB", Kind::integer, s.key_bits},
-                       {"VB", Kind::integer, s.value_bits},
-                       dim,
-                       {"FINISH", Kind::boolean, !plan.merged}};
+    k.template_args = {type, dim, {"FINISH", Kind::boolean, !plan.merged}};
     k.grid = {tiles * kThreads, s.kv_heads, s.batch * plan.splits};
   }
+  add_coding(k, "K", s.keys);
+  add_coding(k, "V", s.values);
   plan.merge = {.name = "turboquant_merge",
                 .header = Source::decode,
                 .inputs = {"q", "partial", "stats", "sinks", "key_centre", "value_centre", "params"},
                 .outputs = {out},
-                .source = kIndex + fill(kMerge, {{"ENDING", kEnding}}),
+                .source = std::string(kPlace) + kIndex + fill(kMerge, {{"ENDING", kEnding}}),
                 .template_args = {type, dim},
                 .grid = {ceil_div(p[kVectors], kSimdgroups) * kThreads, 1, 1}};
   return plan;
 }
 
-const char* route(int query_heads, int kv_heads, int query_len) {
-  return is_decode(query_heads / kv_heads, query_len) ? "metal decode" : "metal prefill (simdgroup_matrix)";
+const char* route(int query_heads, int kv_heads, int query_len, int head_dim) {
+  return is_decode(query_heads / kv_heads, query_len, head_dim) ? "metal decode" : "metal prefill (simdgroup_matrix)";
 }
 
 }  // namespace turboquant::metal

@@ -51,13 +51,20 @@ struct Kernel {
 /// The contents of `params`, an int32 array; signs of `seed` for all kernels.
 using Params = std::array<int32_t, metal_layout::kParamCount>;
 
+/// How a side is coded.
+struct Coding {
+  int bits;
+  Code code;
+  Coding(int bits = 3, Code code = Code::scalar) : bits(bits), code(code) {}
+};
+
 /// Encoding of one or two sides [batch, heads, tokens, head_dim].
 /// Inputs: x, x_centre (, y, y_centre), params; where any side has feedback that does something, x, x_centre,
 /// x_feedback (, y, y_centre, y_feedback), params.  Outputs: x_codes, x_scales (, y_codes, y_scales).
 struct EncodeShape {
   int batch, heads, tokens, head_dim;
-  std::vector<int> bits;      // of each side
-  std::vector<bool> centred;  // of each side; absent centres are replaced by `params`
+  std::vector<Coding> codings;  // of each side
+  std::vector<bool> centred;    // of each side; absent centres are replaced by `params`
   uint64_t seed = 0;
   std::vector<bool> feedback = {};  // of each side, as centres; empty: of none
 };
@@ -69,7 +76,8 @@ Kernel decode_kernel(const EncodeShape& shape, Dtype dtype);
 
 /// What an attention launch depends on.
 struct AttentionShape {
-  int batch, query_heads, kv_heads, query_len, kv_len, head_dim, key_bits, value_bits;
+  int batch, query_heads, kv_heads, query_len, kv_len, head_dim;
+  Coding keys, values;
   Dtype dtype;  // of q and out
   float scale = 1;
   uint64_t seed = 0;
@@ -97,6 +105,6 @@ struct AttentionPlan {
 AttentionPlan plan_attention(const AttentionShape& shape);
 
 /// Which kernel plan_attention chooses for these sizes, for people.
-const char* route(int query_heads, int kv_heads, int query_len);
+const char* route(int query_heads, int kv_heads, int query_len, int head_dim);
 
 }  // namespace turboquant::metal

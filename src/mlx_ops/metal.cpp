@@ -81,7 +81,7 @@ std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std:
     return packed;
   }
   Launcher launcher{stream};
-  const auto out = metal::launch_encode(launcher, sides, bits, centres, feedback, seed);
+  const auto out = metal::launch_encode(launcher, sides, {bits.begin(), bits.end()}, centres, feedback, seed);
   for (size_t i = 0; i < out.size(); i += 2) packed.push_back({out[i], out[i + 1]});
   return packed;
 }
@@ -100,15 +100,15 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
   if (q.size() == 0 || o.kv_len == 0) return mx::zeros(q.shape(), q.dtype(), stream);
   metal::AttentionShape shape{};
   shape.kv_len = o.kv_len;
-  shape.key_bits = o.key_bits;
-  shape.value_bits = o.value_bits;
+  shape.keys = o.key_bits;
+  shape.values = o.value_bits;
   shape.dtype = core_dtype(q.dtype());
   shape.scale = o.scale;
   shape.seed = o.seed;
   shape.causal = o.causal;
   shape.window = o.window;
   if (o.mask) shape.mask = o.mask->dtype() == mx::bool_ ? MaskKind::boolean : MaskKind::additive;
-  if (o.kernel) *o.kernel = metal::route(q.shape(1), keys.codes.shape(1), q.shape(2));
+  if (o.kernel) *o.kernel = metal::route(q.shape(1), keys.codes.shape(1), q.shape(2), q.shape(3));
   Launcher launcher{stream};
   return metal::launch_attention(launcher, shape,
                                  {q, keys.codes, keys.scales, values.codes, values.scales, o.starts, o.mask, o.sinks,

@@ -53,6 +53,7 @@ To as_type(From from) {
 #define TQ_FLOATING(T) \
   T fma(T, T, T);      \
   T fmax(T, T);        \
+  T fmin(T, T);        \
   T fabs(T);           \
   T sqrt(T);           \
   T exp2(T);           \
@@ -73,6 +74,9 @@ TQ_INTEGER(int)
 TQ_INTEGER(uint)
 TQ_INTEGER(long)
 TQ_INTEGER(ulong)
+
+uint rotate(uint, uint);
+int rotate(int, int);
 
 #define TQ_LANES(T)     \
   T select(T, T, bool); \

@@ -1,4 +1,6 @@
-"""Clang checks the kernels with Metal's address spaces and with vectors of its own.   address_spaces_test.py SIGNATURES CLANG
+"""Clang checks every .metal file by itself, and the kernels, with Metal's address spaces and vectors of its own.
+
+    address_spaces_test.py SIGNATURES CLANG
 
 The emulator knows neither: there `device`, `constant` and `thread` are nothing.  SIGNATURES is the program that prints
 the kernels, with short inputs (`constant`) and long ones (`device`).
@@ -11,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 
-from constructs_test import FILES, ROOT
+from constructs_test import SOURCES, with_includes
 
 FLAGS = "--target=aarch64-linux-gnu -std=c++14 -fsyntax-only -ffreestanding -nostdinc -Wall -Wextra -Werror".split()
 # Attributes are Metal's; comparisons of signed and unsigned are as in the emulator; nothing here is defined.
@@ -27,11 +29,16 @@ def unqualified(text):
     return found
 
 
+def without_system_headers(text):
+    return re.sub(r"#include <[^\n]*", "", text)
+
+
 def main():
     signatures, clang = sys.argv[1:]
     kernels = json.loads(subprocess.run([signatures], stdout=subprocess.PIPE, check=True, text=True).stdout)
-    text = "".join((ROOT / file).read_text() for file in FILES)
-    text = re.sub(r"//[^\n]*|#pragma once|#include [^\n]*", "", text)
+    prelude = str(pathlib.Path(__file__).parent / "address_spaces.h")
+    seen = set()
+    text = without_system_headers("".join(with_includes(path, seen) for path in SOURCES))
     wrong = unqualified(text)
     for i, kernel in enumerate(kernels):
         name = re.search(r"\[\[kernel\]\] void (\w+)\(", kernel["text"]).group(1)
@@ -41,12 +48,14 @@ def main():
         wrong += unqualified(kernel["text"])
     if wrong:
         raise SystemExit(f"without an address space: {wrong}")
+    texts = {path.name: without_system_headers(with_includes(path, set())) for path in SOURCES}
+    texts["the kernels"] = text
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "kernels.cpp"
-        file.write_text(text)
-        prelude = str(pathlib.Path(__file__).parent / "address_spaces.h")
-        if subprocess.run([clang, *FLAGS, "-include", prelude, str(file)]).returncode:
-            raise SystemExit("Clang refuses the kernels with Metal's address spaces")
+        for name, its_text in texts.items():
+            file.write_text(its_text)
+            if subprocess.run([clang, *FLAGS, "-include", prelude, str(file)]).returncode:
+                raise SystemExit(f"Clang refuses {name} with Metal's address spaces")
     print(f"{len(kernels)} kernels, all pointers with the address space that is wanted")
 
 

@@ -12,10 +12,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-FILES = ["include/turboquant/format.h"] + [
-    f"src/metal/{name}"
-    for name in "layout.h device/common.metal device/codec.metal device/attention.metal device/decode.metal device/prefill.metal".split()
-]
+SOURCES = sorted((ROOT / "src/metal/device").glob("*.metal"))
 # What 1.5 takes from C++14 as it is.
 CPP = set(
     "auto class const constexpr continue else enum false for if inline namespace return sizeof static struct template"
@@ -25,11 +22,24 @@ CPP = set(
 MLX = {"float16_t", "bfloat16_t"}
 
 
+def with_includes(path, seen):
+    """The text of a file after that of those it includes, each once: as embed.cmake makes it, comments removed."""
+    if path in seen:
+        return ""
+    seen.add(path)
+    text = re.sub(r"//[^\n]*", "", path.read_text())
+    before = ""
+    for name in re.findall(r'^#include "(.*)"', text, re.M):
+        before += with_includes(ROOT / ("include" if name.startswith("turboquant/") else "src") / name, seen)
+    return before + re.sub(r'#pragma once|#include "[^\n]*', "", text)
+
+
 def text_of_kernels(signatures):
     kernels = json.loads(subprocess.run([signatures], stdout=subprocess.PIPE, check=True, text=True).stdout)
-    text = "".join((ROOT / file).read_text() for file in FILES) + "".join(kernel["text"] for kernel in kernels)
+    seen = set()
+    text = "".join(with_includes(path, seen) for path in SOURCES) + "".join(kernel["text"] for kernel in kernels)
     text = re.sub(r"#if defined\(__CUDACC__\).*?#else", "#ifdef", text, flags=re.S)  # NVIDIA's half of format.h
-    return re.sub(r"//[^\n]*", "", text)
+    return text
 
 
 def own_names(text):

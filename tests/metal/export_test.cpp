@@ -139,8 +139,8 @@ TEST_F(MetalExport, Attends) {
                                                      .query_len = query_len,
                                                      .kv_len = 1000,
                                                      .head_dim = 64,
-                                                     .key_bits = 3,
-                                                     .value_bits = 3,
+                                                     .keys = 3,
+                                                     .values = 3,
                                                      .dtype = Dtype::float16});
             if (plan.merged) {
               const auto &partial = out.inputs()[1], &stats = out.inputs()[2];

@@ -35,7 +35,7 @@ TEST_P(MetalFeedback, CodesAreTheNearestToTheirTargets) {
   std::vector<std::vector<uint16_t>> g;
   for (size_t side = 0; side < c.sides.size(); ++side) {
     x.push_back(gaussian(size_t(rows) * dim, c.dtype, 5 + side));
-    got.emplace_back(kBatch * kHeads, kTokens, dim, c.sides[side].bits);
+    got.emplace_back(kBatch * kHeads, kTokens, dim, c.sides[side].coding.bits, c.sides[side].coding.code);
     g.push_back(random_feedback(kHeads, dim, 9 + side));  // NaN where nothing may be read
   }
   std::vector<EncodeParams> sides;
@@ -52,7 +52,7 @@ TEST_P(MetalFeedback, CodesAreTheNearestToTheirTargets) {
     const int bits = got[side].bits;
     const float* shift = sides[side].centre;
     if (!c.sides[side].feedback) {
-      Encoded plain(kBatch * kHeads, kTokens, dim, bits);
+      Encoded plain(kBatch * kHeads, kTokens, dim, bits, got[side].code);
       EncodeParams p = params(x[side], plain, kBatch, kHeads, kTokens);
       p.centre = shift;
       encode(p, Backend::reference);
@@ -67,27 +67,34 @@ TEST_P(MetalFeedback, CodesAreTheNearestToTheirTargets) {
 INSTANTIATE_TEST_SUITE_P(All, MetalFeedback, testing::ValuesIn(emulator::feedback_cases()), [](const auto& info) {
   std::string name = std::to_string(info.index) + "_D" + std::to_string(info.param.head_dim);
   for (const auto& side : info.param.sides) {
-    name += "_" + std::to_string(side.bits) + (side.feedback ? "fed" : "plain");
+    name += "_" + std::to_string(side.coding.bits) + (side.coding.code == Code::trellis ? "t" : "");
+    name += side.feedback ? "fed" : "plain";
   }
   return name;
 });
 
-Encoded encode_with_feedback(const Buffer& x, int heads, int tokens, int dim, int bits, const uint16_t* g) {
-  Encoded e(heads, tokens, dim, bits);
-  EncodeParams p = params(x, e, 1, heads, tokens);
-  p.feedback = g;
-  emulator::encode({p});
-  return e;
+auto encoder(Code code) {
+  return [=](const Buffer& x, int heads, int tokens, int dim, int bits, const uint16_t* g) {
+    Encoded e(heads, tokens, dim, bits, code);
+    EncodeParams p = params(x, e, 1, heads, tokens);
+    p.feedback = g;
+    emulator::encode({p});
+    return e;
+  };
 }
 
 TEST(MetalFeedback, CodesDoNotDependOnTheCompany) {
-  const auto c = emulator::feedback_company_case();
-  EXPECT_EQ(wrong_when_alone(encode_with_feedback, c.dtype, kTokens, c.head_dim, c.sides[0].bits), "");
+  for (const auto& c : emulator::feedback_company_cases()) {
+    const auto& coding = c.sides[0].coding;
+    EXPECT_EQ(wrong_when_alone(encoder(coding.code), c.dtype, kTokens, c.head_dim, coding.bits), "");
+  }
 }
 
 TEST(MetalFeedback, ZeroStaysZeroAndBadVectorsSpoilThemselvesAlone) {
-  const auto c = emulator::feedback_edge_case();
-  EXPECT_EQ(wrong_beside_bad_vectors(encode_with_feedback, c.dtype, c.head_dim, c.sides[0].bits, kSeed), "");
+  for (const auto& c : emulator::feedback_edge_cases()) {
+    const auto& coding = c.sides[0].coding;
+    EXPECT_EQ(wrong_beside_bad_vectors(encoder(coding.code), c.dtype, c.head_dim, coding.bits, kSeed), "");
+  }
 }
 
 TEST(MetalPlan, FeedbackHasKernelsOfItsOwnWhereItDoesSomething) {

@@ -10,7 +10,6 @@
 namespace {
 
 using namespace emulator;
-namespace metal = turboquant::metal;
 
 std::string call(const Recorded& r) {
   const std::string name = full_name(r.kernel, r.inputs, r.outputs);

@@ -4,6 +4,7 @@
 #include <array>
 #include <fstream>
 
+#include "support/feedback.h"
 #include "support/golden.h"
 #include "support/metal_launches.h"
 #include "turboquant/rotation.h"
@@ -78,6 +79,41 @@ std::vector<float> vectors(int count, int dim, Dtype dtype, uint64_t seed) {
   return x;
 }
 
+/// Empty when trellis codes or codes of 8 bits are the nearest to a vector's coordinates (zero for one without a
+/// direction) and its scale is that of their levels; else what is wrong.  Codes that are as near may have others.
+std::string wrong_codes(const cases::FeedbackInput& in, const uint32_t* words, uint16_t scale) {
+  const cases::Direction direction(in);
+  const bool trellis = in.code == Code::trellis;
+  double largest = 0, square = 0;
+  for (double v : direction.r) largest = std::max(largest, std::abs(v));
+  const double unit_of_levels = in.bits == 8 ? 127 / largest : unit(in.bits, 1) * std::sqrt(double(in.dim));
+  const bool coded = std::isfinite(direction.norm) && direction.norm > 0;
+  std::string wrong;
+  for (int g = 0; g < in.dim / 32; ++g) {
+    const uint32_t* group = words + g * in.bits;
+    double targets[32], tolerances[32];
+    for (int i = 0; i < 32 && coded; ++i) {
+      targets[i] = direction.r[size_t(32 * g + i)] * unit_of_levels;
+      tolerances[i] = 0x1p-24 * (16 * unit_of_levels + 4 * std::abs(targets[i]));  // feedback.h: of_a_coordinate
+      if (in.bits == 8) tolerances[i] += 0x1p-20 / largest * std::abs(targets[i]);
+      const int level = cases::level_at(group, in.bits, in.code, i);
+      square += level * level;
+      if (!trellis && !cases::is_nearest(8, level & 255, targets[i], tolerances[i])) {
+        wrong += "level " + std::to_string(level) + " for the target " + std::to_string(targets[i]) + "; ";
+      }
+    }
+    if (trellis && coded) wrong += cases::wrong_path(group, in.bits, targets, tolerances);
+    for (int w = 0; w < in.bits && !coded; ++w) wrong += group[w] ? "a word is not zero; " : "";
+  }
+  const double want = coded ? direction.norm / (std::sqrt(square) * level_step(in.bits, trellis)) : 0;
+  const int bits = float_to_half_saturated(float(want));
+  const bool is_nan = (scale & 0x7fff) > 0x7c00;
+  if (std::isfinite(direction.norm) ? std::abs(bits - int(scale)) > 1 : !is_nan) {
+    wrong += "scale has bits " + std::to_string(scale) + " instead of " + std::to_string(bits);
+  }
+  return wrong;
+}
+
 class MetalCodec : public testing::TestWithParam<emulator::CodecCase> {};
 
 TEST_P(MetalCodec, CodesMatchTheOracleExceptBesideThresholds) {
@@ -89,14 +125,14 @@ TEST_P(MetalCodec, CodesMatchTheOracleExceptBesideThresholds) {
   // No multiples of one number: the vector of zeros would have coordinates that are zero but for rounding.
   for (size_t i = 0; i < centre.size(); ++i) centre[i] = 0.06f * std::sin(float(i) * 1.7f + 1.0f);
   std::vector<EncodeParams> sides;
-  const int count = c.second_bits ? 2 : 1;
+  const int count = int(c.sides.size());
   for (int side = 0; side < count; ++side) {
-    const int bits = side ? c.second_bits : c.bits;
+    const auto [bits, code] = c.sides[size_t(side)];
     const auto numbers = vectors(batch * heads * tokens, c.head_dim, c.dtype, 7 + side);
     x.emplace_back(c.dtype, numbers.size());
     for (size_t i = 0; i < numbers.size(); ++i) x.back().set(i, numbers[i]);
-    got.emplace_back(batch, heads, tokens + 2, c.head_dim, bits);
-    want.emplace_back(batch, heads, tokens + 2, c.head_dim, bits);
+    got.emplace_back(batch, heads, tokens + 2, c.head_dim, bits, code);
+    want.emplace_back(batch, heads, tokens + 2, c.head_dim, bits, code);
   }
   for (int side = 0; side < count; ++side) {
     EncodeParams p;
@@ -112,6 +148,19 @@ TEST_P(MetalCodec, CodesMatchTheOracleExceptBesideThresholds) {
   }
   emulator::encode(sides);
   for (int side = 0; side < count; ++side) {
+    if (c.sides[size_t(side)].code == Code::trellis || got[side].view.bits == 8) {
+      for (int row = 0; row < batch * heads * tokens; ++row) {
+        const int b = row / heads / tokens, h = row / tokens % heads, t = row % tokens;
+        const size_t its_row = size_t(row / tokens * (tokens + 2) + t);
+        const cases::FeedbackInput in{x[side],    size_t((b * tokens + t) * heads + h),
+                                      c.head_dim, got[side].view.bits,
+                                      42,         sides[side].centre ? centre.data() + h * c.head_dim : nullptr,
+                                      nullptr,    got[side].view.code};
+        const uint32_t* words = &got[side].codes[its_row * words_per_vector(in.bits, in.dim)];
+        EXPECT_EQ(wrong_codes(in, words, got[side].scales[its_row]), "") << "row " << row << " of side " << side;
+      }
+      continue;
+    }
     int64_t differing = 0, numbers = 0;
     for (size_t i = 0; i < got[side].codes.size(); ++i) {
       differing += std::popcount(got[side].codes[i] ^ want[side].codes[i]);
@@ -133,8 +182,8 @@ TEST_P(MetalCodec, CodesMatchTheOracleExceptBesideThresholds) {
   d.out = cases::contiguous<void*>(oracle.bytes.data(), Dtype::float32, heads, tokens, c.head_dim);
   decode(d, Backend::reference);
   // The kernel takes dense rows alone.
-  cases::PackedBuffer dense(batch, heads, tokens, c.head_dim, c.bits);
-  const int words = words_per_vector(c.bits, c.head_dim);
+  cases::PackedBuffer dense(batch, heads, tokens, c.head_dim, c.sides[0].bits, c.sides[0].code);
+  const int words = words_per_vector(c.sides[0].bits, c.head_dim);
   for (int row = 0; row < batch * heads; ++row) {
     for (int t = 0; t < tokens; ++t) {
       dense.scales[row * tokens + t] = want[0].scales[row * (tokens + 2) + t];
@@ -167,9 +216,13 @@ TEST_P(MetalCodec, CodesMatchTheOracleExceptBesideThresholds) {
 
 TEST(MetalCodec, GoldenBytes) {
   auto x = golden::vector();
-  for (const auto& g : golden::bytes()) {
-    SCOPED_TRACE(testing::Message() << "bits " << g.bits);
-    cases::PackedBuffer got(1, 1, 1, golden::kDim, g.bits);
+  std::vector<std::pair<golden::Bytes, Code>> all;
+  for (const auto& g : golden::bytes()) all.emplace_back(g, Code::scalar);
+  for (const auto& g : golden::bytes_of_8_bits()) all.emplace_back(g, Code::scalar);
+  for (const auto& g : golden::trellis_bytes()) all.emplace_back(g, Code::trellis);
+  for (const auto& [g, code] : all) {
+    SCOPED_TRACE(testing::Message() << "bits " << g.bits << (code == Code::trellis ? " trellis" : ""));
+    cases::PackedBuffer got(1, 1, 1, golden::kDim, g.bits, code);
     EncodeParams e;
     e.batch = e.heads = e.tokens = 1, e.head_dim = golden::kDim, e.seed = golden::kSeed;
     e.x = cases::contiguous<const void*>(x.data(), Dtype::float32, 1, 1, golden::kDim);
@@ -226,11 +279,11 @@ void expect_same_poison(const std::vector<float>& got, const std::vector<float>&
   }
 }
 
-const cases::Case kDecodeCase = emulator::decode_case(), kSharedTileCase = emulator::shared_tile_case(3),
-                  kDecodePairsCase = emulator::shared_tile_case(2), kPrefillCase = emulator::prefill_case();
+const cases::Case kDecodeCase = emulator::decode_case();
+const auto kSpecialCases = emulator::special_cases();
 
 TEST(MetalRules, BadKeysAndValuesPoisonOnlyRowsThatSeeThem) {
-  for (auto c : {kDecodeCase, kSharedTileCase, kDecodePairsCase, kPrefillCase}) {
+  for (auto c : kSpecialCases) {
     for (bool values : {false, true}) {
       for (uint16_t bad : {uint16_t(0x7e00), uint16_t(0x7c00)}) {
         SCOPED_TRACE(c.name() + (values ? " values" : " keys"));
@@ -245,7 +298,7 @@ TEST(MetalRules, BadKeysAndValuesPoisonOnlyRowsThatSeeThem) {
 }
 
 TEST(MetalRules, BlocksAndSplitsOfBadKeysAlonePoisonRowsThatSeeThem) {
-  for (auto c : {kDecodeCase, kSharedTileCase, kDecodePairsCase, kPrefillCase}) {
+  for (auto c : kSpecialCases) {
     const int blocks = (c.kv_len + metal_layout::kBlock - 1) / metal_layout::kBlock;
     const int half = (blocks + 1) / 2 * metal_layout::kBlock;  // the first of two splits
     const int block = metal_layout::kBlock;                    // in decode the second SIMD-group's only one
@@ -263,7 +316,7 @@ TEST(MetalRules, BlocksAndSplitsOfBadKeysAlonePoisonRowsThatSeeThem) {
 }
 
 TEST(MetalRules, BadQueriesPoisonThemselves) {
-  for (auto c : {kDecodeCase, kDecodePairsCase, kPrefillCase}) {
+  for (auto c : kSpecialCases) {
     const auto [got, want] = run_changed(c, [&](cases::Inputs& in) {
       in.q.set(3, NAN);
       in.q.set(size_t(c.query_len) * c.head_dim + 1, INFINITY);
@@ -273,7 +326,7 @@ TEST(MetalRules, BadQueriesPoisonThemselves) {
 }
 
 TEST(MetalRules, ScalesOfAnySizeKeepTheirPrecision) {
-  for (auto c : {kDecodeCase, kDecodePairsCase, kPrefillCase}) {
+  for (auto c : {kDecodeCase, emulator::shared_tile_case(2), emulator::prefill_case(3)}) {
     for (float size : {1e-3f, 1e4f}) {
       const auto [got, want] = run_changed(c, [&](cases::Inputs& in) {
         for (auto& s : in.values.scales) s = float_to_half(half_to_float(s) * size);
@@ -289,7 +342,7 @@ TEST(MetalRules, ScalesOfAnySizeKeepTheirPrecision) {
 }
 
 TEST(MetalRules, QueriesOfAnySizeKeepTheirPrecision) {
-  for (auto c : {kDecodeCase, kDecodePairsCase, kPrefillCase}) {
+  for (auto c : kSpecialCases) {
     for (float size : {1e-39f, 1e-6f, 1e6f}) {  // the first makes subnormal numbers
       const auto [got, want] = run_changed(c, [&](cases::Inputs& in) {
         for (size_t i = 0; i < in.q.size(); ++i) in.q.set(i, in.q.get(i) * size);
@@ -301,7 +354,7 @@ TEST(MetalRules, QueriesOfAnySizeKeepTheirPrecision) {
 }
 
 TEST(MetalRules, RowsThatSeeNothingAreZero) {
-  for (auto c : {kDecodeCase, kDecodePairsCase, kPrefillCase}) {
+  for (auto c : kSpecialCases) {
     c.ragged = true;
     const auto [got, want] = run_changed(c, [&](cases::Inputs& in) { in.starts[0] = c.kv_len - 1; });
     expect_same_poison(got, want, c.head_dim);
@@ -310,7 +363,7 @@ TEST(MetalRules, RowsThatSeeNothingAreZero) {
 }
 
 TEST(MetalRules, ALaterBlockMayBeHiddenOrFarSmaller) {
-  for (auto c : {kDecodeCase, kDecodePairsCase, kPrefillCase}) {
+  for (auto c : kSpecialCases) {
     // The last block holds one key, which the last query alone sees; in decode it is its SIMD-group's second.
     c.kv_len = (c.query_len == kDecodeCase.query_len ? int(metal_layout::kDecodeThreads) : 160) + 1;
     const auto [got, want] = run_changed(c, [&](cases::Inputs& in) {
@@ -328,8 +381,8 @@ TEST(MetalPlan, DecodesUpToEightQueriesOfThirtyTwoRows) {
                                   .query_len = queries,
                                   .kv_len = 1000,
                                   .head_dim = 256,
-                                  .key_bits = 3,
-                                  .value_bits = 3,
+                                  .keys = 3,
+                                  .values = 3,
                                   .dtype = Dtype::float16})
         .decode;
   };
@@ -340,8 +393,8 @@ TEST(MetalPlan, DecodesUpToEightQueriesOfThirtyTwoRows) {
   EXPECT_TRUE(decode(32, 1));
   EXPECT_FALSE(decode(16, 3));
   // What test_gpu.py expects on a Mac, where it first runs.
-  for (int queries : {1, 4, 6}) EXPECT_STREQ(metal::route(16, 4, queries), "metal decode");
-  EXPECT_STREQ(metal::route(16, 4, 200), "metal prefill (simdgroup_matrix)");
+  for (int queries : {1, 4, 6}) EXPECT_STREQ(metal::route(16, 4, queries, 256), "metal decode");
+  EXPECT_STREQ(metal::route(16, 4, 200, 256), "metal prefill (simdgroup_matrix)");
 }
 
 TEST(MetalPlan, FitsTheLimits) {
@@ -353,7 +406,7 @@ TEST(MetalPlan, FitsTheLimits) {
     EXPECT_LE(plan.merged ? partial : 0, 64 << 20) << c.name();
     EXPECT_LE(plan.attend.threadgroup[0], 1024);
     for (int i = 0; i < 3; ++i) EXPECT_EQ(plan.attend.grid[i] % plan.attend.threadgroup[i], 0) << c.name();
-    EXPECT_STREQ(metal::route(c.query_heads, c.kv_heads, c.query_len),
+    EXPECT_STREQ(metal::route(c.query_heads, c.kv_heads, c.query_len, c.head_dim),
                  plan.decode ? "metal decode" : "metal prefill (simdgroup_matrix)");
   }
 }

@@ -17,16 +17,20 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # name: (file, text, replacement).  The text must occur.
 MUTATIONS = {
     "spare bits of TQ3 from the wrong word": (
-        "attention.metal",
-        "(words[1] >> 2 & 0x22222222u)",
-        "(words[0] >> 2 & 0x22222222u)",
+        "unpack.metal",
+        "(packed[1] >> 2 & 0x22222222u)",
+        "(packed[0] >> 2 & 0x22222222u)",
     ),
     "no maximum carried between blocks": (
         "decode.metal",
-        "const float top = fmax(m[r], simd_max(score));",
-        "const float top = simd_max(score);",
+        "top = fmax(softmax.m[r], simd_max(score));",
+        "top = simd_max(score);",
     ),
-    "sums not rescaled when the maximum moves": ("decode.metal", "x[8 * r + i] *= old;", "x[8 * r + i] *= 1.0f;"),
+    "sums not rescaled when the maximum moves": (
+        "decode.metal",
+        "softmax.x[8 * (R * s + r) + i] *= old;",
+        "softmax.x[8 * (R * s + r) + i] *= V::kPairTables ? old : 1.0f;",
+    ),
     "a barrier less between scores and weights": (
         "decode.metal",
         "mine, lane, simdgroup);\n      simdgroup_barrier(mem_flags::mem_threadgroup);",
@@ -44,16 +48,16 @@ MUTATIONS = {
     ),
     "no barrier before the sums of SIMD-groups": (
         "decode.metal",
-        "threadgroup_barrier(mem_flags::mem_threadgroup);\n  for (int s = 0;",
-        "for (int s = 0;",
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n  for (int g = 0;",
+        "for (int g = 0;",
     ),
     "2 bits: sums not rescaled when the maximum moves": (
         "decode.metal",
-        "x[8 * r + i] *= old_v;",
-        "x[8 * r + i] *= old_v < 0.0f ? old_v : 1.0f;",
+        "softmax.x[8 * (R * s + r) + i] *= old;",
+        "softmax.x[8 * (R * s + r) + i] *= V::kPairTables ? 1.0f : old;",
     ),
     "2 bits: half of the second code of a pair": (
-        "decode.metal",
+        "decode_pairs.metal",
         "(b >> shift & 0x33333333u) << 2",
         "(b >> shift & 0x11111111u) << 2",
     ),
@@ -63,27 +67,27 @@ MUTATIONS = {
         "score + log2_scale_v",
     ),
     "2 bits: the wrong coordinate shares a nibble": (
-        "decode.metal",
+        "decode_pairs.metal",
         "shared->x[r][coordinate + 16]",
         "shared->x[r][coordinate + 8]",
     ),
     "2 bits: a barrier less before the pairs' table is read": (
-        "decode.metal",
+        "decode_pairs.metal",
         "kBothSigns)] = negative;\n    simdgroup_barrier(mem_flags::mem_threadgroup);",
         "kBothSigns)] = negative;",
     ),
     "2 bits: a barrier less before the pairs' table is written again": (
-        "decode.metal",
+        "decode_pairs.metal",
         "      }\n    }\n    simdgroup_barrier(mem_flags::mem_threadgroup);\n  }\n}",
         "      }\n    }\n  }\n}",
     ),
     "2 bits: the other half of the keys' table not negative": (
-        "decode.metal",
+        "decode_pairs.metal",
         "negative[r] = -dots[r];",
         "negative[r] = dots[r];",
     ),
     "2 bits: the other half of the values' table not negative": (
-        "decode.metal",
+        "decode_pairs.metal",
         "negative[r] = -sums[r];",
         "negative[r] = sums[r];",
     ),
@@ -95,7 +99,7 @@ MUTATIONS = {
     "prefill: garbage beside the diagonal": ("prefill.metal", "  diagonal[lane + 32] = 0.0f;\n", ""),
     "sums start from what was there": (
         "decode.metal",
-        "(s == 0 ? 0.0f : shared->x[r][d])",
+        "(g == 0 ? 0.0f : shared->x[r][d])",
         "shared->x[r][d]",
     ),
     "prefill: a float32 query without its second half": (
@@ -124,7 +128,7 @@ MUTATIONS = {
         "exp2_difference(row_m, row_mv)",
     ),
     "the scales of values bound as those of keys": (
-        "launch.h",
+        "../launch.h",
         '{"key_scales", a.key_scales}',
         '{"key_scales", a.value_scales}',
     ),
@@ -136,13 +140,13 @@ MUTATIONS = {
     "reads one row beyond the last": ("decode.metal", "min(t, last - 1 - block)", "min(t, last - block)"),
     "a barrier that only some SIMD-groups reach": (
         "prefill.metal",
-        "threadgroup_barrier(mem_flags::mem_threadgroup);\n    unpack_tile<VB, D>",
-        "if (simdgroup) threadgroup_barrier(mem_flags::mem_threadgroup);\n    unpack_tile<VB, D>",
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n    unpack_tile<V, D>",
+        "if (simdgroup) threadgroup_barrier(mem_flags::mem_threadgroup);\n    unpack_tile<V, D>",
     ),
     "no barrier before the values replace the keys": (
         "prefill.metal",
-        "threadgroup_barrier(mem_flags::mem_threadgroup);\n    unpack_tile<VB, D>",
-        "unpack_tile<VB, D>",
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n    unpack_tile<V, D>",
+        "unpack_tile<V, D>",
     ),
     "a tile without the padding of its rows": (
         "prefill.metal",
@@ -151,8 +155,8 @@ MUTATIONS = {
     ),
     "one number beyond a row in threadgroup memory": (
         "decode.metal",
-        "shared->q[r][16 * i + lane / 2]",
-        "shared->q[r][16 * i + lane / 2 + 1]",
+        "shared->q[r][16 * i + pair_index<K>(lane)]",
+        "shared->q[r][16 * i + pair_index<K>(lane) + 1]",
     ),
     "keys not transposed": ("prefill.metal", "pitch, ulong2(0, 0), true)", "pitch, ulong2(0, 0), false)"),
     "window one key too wide": ("attention.metal", "position - window + 1", "position - window"),
@@ -170,6 +174,64 @@ MUTATIONS = {
         "x[r] = with_sign(x[r] * hadamard_scale<D>(),",
         "x[r] = with_sign(x[r] * hadamard_scale<D>(), 0u *",
     ),
+    "trellis, keys: rotated by a wrong amount": (
+        "unpack.metal",
+        "u1 = rotate(u, 1u), u3 = rotate(u, 3u)",
+        "u1 = rotate(u, 1u), u3 = rotate(u, 2u)",
+    ),
+    "trellis, values: rotated by a wrong amount": (
+        "unpack.metal",
+        "near = rotate(u, part & 1 ? 3u : 1u)",
+        "near = rotate(u, part & 1 ? 3u : 2u)",
+    ),
+    "trellis, keys: a group's edge treated as open": ("unpack.metal", "u3 = rotate(u, 3u);", "u3 = u << 3u;"),
+    "trellis, values: a group's edge treated as open": (
+        "unpack.metal",
+        "far = rotate(u, part & 1 ? 1u : 3u)",
+        "far = u << (part & 1 ? 1u : 3u)",
+    ),
+    "trellis: the other subset's order": ("unpack.metal", "+ 2 * z1 + z0)", "+ 2 * z0 + z1)"),
+    "trellis: w of the neighbour": ("unpack.metal", "w >> (word & 1) & 1 : w", "w >> (1 - (word & 1)) & 1 : w"),
+    "trellis: halves of nibbles not exchanged": (
+        "unpack.metal",
+        "words[2] = change02 ^ a;",
+        "words[2] = change02 ^ p02;",
+    ),
+    "search: a path need not close": (
+        "trellis.metal",
+        "s == (back ? reversed(start) : start) ? 0.0f : 1e30f",
+        "back || s == start ? 0.0f : 1e30f",
+    ),
+    "search: the same subsets on the way back": (
+        "trellis.metal",
+        "differ && back ? its[z ^ 3]",
+        "differ && !back ? its[z ^ 3]",
+    ),
+    "search: u of the way back a step off": ("trellis.metal", "back ? 28 - i : i", "back ? 29 - i : i"),
+    "search: u of the last steps forgotten": ("trellis.metal", "uint(reversed(start)) << 29", "0u"),
+    "search: the first of 8 states alone": ("trellis.metal", "select(best, its, other < least)", "best"),
+    "search: no barrier before costs are read": (
+        "trellis.metal",
+        "simdgroup_barrier(mem_flags::mem_threadgroup);\n  const uint path",
+        "const uint path",
+    ),
+    "search: no barrier before costs are written again": (
+        "trellis.metal",
+        "simdgroup_barrier(mem_flags::mem_threadgroup);  // after the search before",
+        "",
+    ),
+    "search: the second level of a subset": ("trellis.metal", "select(its, uint(w), square < least)", "uint(w)"),
+    "feedback: a trellis at the plain unit": ("codec.metal", "feedback_unit(K::kBits)", "unit(K::kBits, K::kTrellis)"),
+    "decode: a trellis without its subsets": ("codec.metal", "* 4 + subset_of(", "* 4 + 0 * subset_of("),
+    "8 bits: the sign not turned": ("unpack.metal", "^ 0x64806480u", "^ 0x64006400u"),
+    "8 bits: neighbours as pairs": ("unpack.metal", "return K::kTables == 0 ? 2 : 1;", "return 1;"),
+    "8 bits: beyond the largest level": (
+        "codec.metal",
+        "fmin(0.5f * doubled + 0.5f, 127.0f)",
+        "(0.5f * doubled + 0.5f)",
+    ),
+    "8 bits: not at the largest coordinate's unit": ("codec.metal", "127.0f / simd_max(largest)", "127.0f / largest"),
+    "a scale beyond the largest half": ("codec.metal", "fmin(scale, largest_scale())", "scale"),
     "feedback with the sign turned": ("codec.metal", "target -= moved;", "target += moved;"),
     "feedback: errors against the targets": (
         "codec.metal",
@@ -183,7 +245,7 @@ MUTATIONS = {
     ),
     "feedback: not at the nearest codes' scale": ("codec.metal", "float(D / odd_part(D))", "float(D)"),
     "feedback of the first head for all": ("codec.metal", "feedback + h * (D * D)", "feedback + h * 0"),
-    "feedback of the first side for both": ("launch.h", '"y_feedback", feedback[1]', '"y_feedback", feedback[0]'),
+    "feedback of the first side for both": ("../launch.h", '"y_feedback", feedback[1]', '"y_feedback", feedback[0]'),
 }
 
 

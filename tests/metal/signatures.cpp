@@ -24,6 +24,9 @@ std::string quoted(const std::string& s) {
 
 bool first = true;
 
+// Of two sides; together every kind of codes.
+const metal::Coding kCodings[][2] = {{3, 4}, {2, {2, turboquant::Code::trellis}}, {{3, turboquant::Code::trellis}, 8}};
+
 void print(const metal::Kernel& k, const std::vector<InputInfo>& inputs, const std::vector<std::string>& outputs) {
   std::cout << (first ? "[\n" : ",\n") << "{\"name\": " << quoted(k.name) << ", \"source\": " << quoted(k.source);
   first = false;
@@ -55,46 +58,49 @@ int main() {
   using turboquant::Dtype;
   for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
     const std::string t = type_name(dtype);
-    const metal::EncodeShape shape{1, 2, 3, 64, {3, 4}, {true, false}, 1};
-    print(metal::encode_kernel(shape),
-          {{t, 4, 384}, {"float", 2, 128}, {t, 4, 384}, {"int32_t", 1, 20}, {"int32_t", 1, 20}},
-          {"uint32_t", "float16_t", "uint32_t", "float16_t"});
-    const metal::EncodeShape shaped{1, 2, 3, 64, {3, 4}, {true, false}, 1, {false, true}};
-    print(metal::encode_kernel(shaped),
-          {{t, 4, 384},
-           {"float", 2, 128},
-           {"int32_t", 1, 20},
-           {t, 4, 384},
-           {"int32_t", 1, 20},
-           {"float16_t", 3, 8192},
-           {"int32_t", 1, 20}},
-          {"uint32_t", "float16_t", "uint32_t", "float16_t"});
-    print(metal::encode_kernel({1, 2, 3, 64, {3}, {false}, 1, {true}}),
-          {{t, 4, 384}, {"int32_t", 1, 20}, {"float16_t", 3, 8192}, {"int32_t", 1, 20}}, {"uint32_t", "float16_t"});
-    print(metal::decode_kernel(shape, dtype),
-          {{"uint32_t", 4, 36}, {"float16_t", 3, 6}, {"float", 2, 128}, {"int32_t", 1, 20}}, {t});
-    for (int query_len : {1, 40, 200}) {
-      for (size_t small : {size_t(2), size_t(20)}) {  // of what is passed as `constant` when it is short
-        const auto plan = metal::plan_attention({.batch = 2,
-                                                 .query_heads = 4,
-                                                 .kv_heads = 2,
-                                                 .query_len = query_len,
-                                                 .kv_len = 600,
-                                                 .head_dim = 64,
-                                                 .key_bits = 3,
-                                                 .value_bits = 4,
-                                                 .dtype = dtype,
-                                                 .splits = query_len == 200 ? 1 : 0});
-        const InputInfo codes{"uint32_t", 4, 4000}, scales{"float16_t", 3, small}, q{t, 4, 1000},
-            sinks{"float", 1, small}, centre{"float", 2, 128}, params{"int32_t", 1, 20}, starts{"int32_t", 1, small},
-            mask{small == 2 ? "bool" : t, 4, 4800};
-        std::vector<InputInfo> inputs{q, codes, scales, codes, scales, starts, mask};
-        if (!plan.decode) inputs.insert(inputs.end(), {sinks, centre, centre});
-        inputs.push_back(params);
-        print(plan.attend, inputs,
-              plan.merged ? std::vector<std::string>{"float16_t", "float"} : std::vector<std::string>{t});
-        if (plan.merged) {
-          print(plan.merge, {q, {"float16_t", 5, 1000}, {"float", 5, 40}, sinks, centre, centre, params}, {t});
+    for (const auto& codings : kCodings) {
+      const std::vector<metal::Coding> both{codings[0], codings[1]};
+      const metal::EncodeShape shape{1, 2, 3, 64, both, {true, false}, 1};
+      print(metal::encode_kernel(shape),
+            {{t, 4, 384}, {"float", 2, 128}, {t, 4, 384}, {"int32_t", 1, 28}, {"int32_t", 1, 28}},
+            {"uint32_t", "float16_t", "uint32_t", "float16_t"});
+      const metal::EncodeShape shaped{1, 2, 3, 64, both, {true, false}, 1, {false, true}};
+      print(metal::encode_kernel(shaped),
+            {{t, 4, 384},
+             {"float", 2, 128},
+             {"int32_t", 1, 28},
+             {t, 4, 384},
+             {"int32_t", 1, 28},
+             {"float16_t", 3, 8192},
+             {"int32_t", 1, 28}},
+            {"uint32_t", "float16_t", "uint32_t", "float16_t"});
+      print(metal::encode_kernel({1, 2, 3, 64, {codings[0]}, {false}, 1, {true}}),
+            {{t, 4, 384}, {"int32_t", 1, 28}, {"float16_t", 3, 8192}, {"int32_t", 1, 28}}, {"uint32_t", "float16_t"});
+      print(metal::decode_kernel(shape, dtype),
+            {{"uint32_t", 4, 36}, {"float16_t", 3, 6}, {"float", 2, 128}, {"int32_t", 1, 28}}, {t});
+      for (int query_len : {1, 40, 200}) {
+        for (size_t small : {size_t(2), size_t(20)}) {  // of what is passed as `constant` when it is short
+          const auto plan = metal::plan_attention({.batch = 2,
+                                                   .query_heads = 4,
+                                                   .kv_heads = 2,
+                                                   .query_len = query_len,
+                                                   .kv_len = 600,
+                                                   .head_dim = 64,
+                                                   .keys = codings[0],
+                                                   .values = codings[1],
+                                                   .dtype = dtype,
+                                                   .splits = query_len == 200 ? 1 : 0});
+          const InputInfo codes{"uint32_t", 4, 4000}, scales{"float16_t", 3, small}, q{t, 4, 1000},
+              sinks{"float", 1, small}, centre{"float", 2, 128}, params{"int32_t", 1, 28}, starts{"int32_t", 1, small},
+              mask{small == 2 ? "bool" : t, 4, 4800};
+          std::vector<InputInfo> inputs{q, codes, scales, codes, scales, starts, mask};
+          if (!plan.decode) inputs.insert(inputs.end(), {sinks, centre, centre});
+          inputs.push_back(params);
+          print(plan.attend, inputs,
+                plan.merged ? std::vector<std::string>{"float16_t", "float"} : std::vector<std::string>{t});
+          if (plan.merged) {
+            print(plan.merge, {q, {"float16_t", 5, 1000}, {"float", 5, 40}, sinks, centre, centre, params}, {t});
+          }
         }
       }
     }

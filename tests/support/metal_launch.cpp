@@ -156,15 +156,15 @@ void encode(const std::vector<turboquant::EncodeParams>& sides) {
   const auto& p = sides[0];
   std::vector<Array> arrays;
   std::vector<std::optional<Array>> centres, feedback;
-  std::vector<int> bits;
+  std::vector<metal::Coding> codings;
   for (const auto& s : sides) {
     arrays.push_back(tensor(s.x, p.batch, p.heads, p.tokens, p.head_dim));
     centres.push_back(dense_if("float", {p.heads, p.head_dim}, s.centre));
     feedback.push_back(dense_if("float16_t", {p.heads, p.head_dim, p.head_dim}, s.feedback));
-    bits.push_back(s.out.bits);
+    codings.emplace_back(s.out.bits, s.out.code);
   }
   Launcher launcher;
-  const auto outputs = metal::launch_encode(launcher, arrays, bits, centres, feedback, p.seed);
+  const auto outputs = metal::launch_encode(launcher, arrays, codings, centres, feedback, p.seed);
   for (size_t i = 0; i < sides.size(); ++i) {
     const auto& out = sides[i].out;
     copy_rows(outputs[2 * i], reinterpret_cast<char*>(out.codes), out.codes_batch_stride, out.codes_head_stride,
@@ -178,15 +178,15 @@ void decode(const turboquant::DecodeParams& p) {
   const auto [codes, scales] = packed(p.in, p.batch, p.heads, p.tokens, p.head_dim);
   Launcher launcher;
   const Array out = metal::launch_decode(launcher, codes, scales, dense_if("float", {p.heads, p.head_dim}, p.centre),
-                                         p.in.bits, p.seed, p.out.dtype);
+                                         {p.in.bits, p.in.code}, p.seed, p.out.dtype);
   copy_rows(out, static_cast<char*>(p.out.data), p.out.batch_stride, p.out.head_stride, p.out.token_stride);
 }
 
 void attend(const turboquant::AttendParams& p, int splits) {
   metal::AttentionShape shape{};
   shape.kv_len = p.kv_len;
-  shape.key_bits = p.keys.bits;
-  shape.value_bits = p.values.bits;
+  shape.keys = {p.keys.bits, p.keys.code};
+  shape.values = {p.values.bits, p.values.code};
   shape.dtype = p.q.dtype;
   shape.scale = p.scale;
   shape.seed = p.seed;

@@ -1,9 +1,14 @@
-// What both attention kernels share: which keys a row sees, unpacking by table, and the end of a row.
+// What both attention kernels share: which keys a row sees, and the end of a row.
 //
 // A row is one query of one head; the rows of a KV head are numbered query * group + head, so that rows that read the
 // same keys are neighbours.  Scores are kept in base 2.  Partial results of a row are (m, sum, x): the largest score,
 // sum exp2(s - m), and sum exp2(s - m) * value in the rotated basis.  In memory x is half, divided by its largest
 // number: splits are averaged, so that their rounding is less than that of a 16-bit output.
+
+#pragma once
+
+#include "metal/device/common.metal"
+#include "metal/device/unpack.metal"
 
 namespace turboquant {
 
@@ -12,41 +17,8 @@ constexpr float log2_e() { return 1.44269504f; }
 /// 2^(a - b), and 0 when a is minus infinity, whatever b is.
 inline float exp2_difference(float a, float b) { return a == -INFINITY ? 0.0f : exp2(a - b); }
 
-inline float not_a_number() { return as_type<float>(0x7fc00000u); }
-
 /// A scale; NaN if it is infinite, since a vector with such a scale decodes to NaN.
 inline float checked_scale(float scale) { return isfinite(scale) ? scale : not_a_number(); }
-
-/// Levels of two codes for every byte of packed nibbles.  Bits of a nibble above the code's are ignored.
-template <int B, int THREADS, class Table>
-void fill_table(Table table, ushort thread_index) {
-  constexpr int mask = (1 << B) - 1;
-  for (int i = thread_index; i < 256; i += THREADS) {
-    table[i] = half2(half(float(level(B, i & mask))), half(float(level(B, (i >> 4) & mask))));
-  }
-}
-
-/// Byte j of a word, in one instruction.
-inline int byte_of(uint word, int j) {
-  if (j == 0) return int(word & 255u);
-  if (j == 3) return int(word >> 24);
-  return int(extract_bits(word, 8u * j, 8u));
-}
-
-/// Nibble j of a word, in one instruction.
-inline int nibble_of(uint word, int j) {
-  if (j == 0) return int(word & 15u);
-  if (j == 7) return int(word >> 28);
-  return int(extract_bits(word, 4u * j, 4u));
-}
-
-/// The four words of nibbles that hold a group's 32 codes in order, from its B words.
-template <int B>
-uint nibbles(const thread uint* words, int part) {
-  if (B == 4 || (B == 3 && part < 3)) return words[part];
-  if (B == 2) return words[part & 1] >> (part & 2);
-  return (words[0] >> 3 & 0x11111111u) | (words[1] >> 2 & 0x22222222u) | (words[B - 1] >> 1 & 0x44444444u);
-}
 
 /// Packed vectors [batch, KV heads, tokens], dense within a head.
 template <class Codes, class CodeStrides, class Scales, class ScaleStrides>
@@ -172,7 +144,7 @@ void load_query(thread float* x, Query query, Row row, Params params, ushort lan
 
 /// Divides a rotated query by its largest coordinate, so that it fits half, and returns what its dot products with
 /// levels must be multiplied by to be scores in base 2.
-template <int B, int D, class Params>
+template <class K, int D, class Params>
 float normalise_query(thread float* x, Params params) {
   float largest = 0.0f;
   TQ_UNROLL
@@ -182,7 +154,8 @@ float normalise_query(thread float* x, Params params) {
   const float inverse = largest >= 1.17549435e-38f ? 1.0f / largest : 0.0f;
   TQ_UNROLL
   for (int r = 0; r < D / 32; ++r) x[r] *= inverse;
-  return largest * as_type<float>(int(params[metal_layout::kScale])) * (log2_e() * level_step(B));
+  return largest * as_type<float>(int(params[metal_layout::kScale])) *
+         (log2_e() * level_step(K::kBits, K::kTrellis));
 }
 
 /// The end of a row: the sink, the division, the way back to the original basis, the centre.

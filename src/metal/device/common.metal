@@ -3,6 +3,10 @@
 // Pointers whose address space depends on the size of an array (MLX passes small inputs as `constant`), or that lead
 // to threadgroup memory, are template parameters.
 
+#pragma once
+
+#include "turboquant/format.h"
+#include "metal/layout.h"
 #include <metal_simdgroup>
 #include <metal_simdgroup_matrix>
 #include <metal_stdlib>
@@ -50,8 +54,10 @@ inline half to_output<half>(float x) {
   return half(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x);
 }
 
-/// The odd factor of a head dimension, a multiple of 32 up to 256 (a formula, since Metal has no recursion).
-constexpr int odd_part(int dim) { return dim % 96 == 0 ? 3 : dim % 160 == 0 ? 5 : dim % 224 == 0 ? 7 : 1; }
+inline float not_a_number() { return as_type<float>(0x7fc00000u); }
+
+/// The odd factor of a head dimension.
+constexpr int odd_part(int dim) { return dim / (dim & -dim); }
 
 /// x of the lane whose index differs in the bits of `step`: simd_shuffle_xor is specified for integers.
 inline float exchange(float x, ushort step) { return as_type<float>(simd_shuffle_xor(as_type<uint>(x), step)); }

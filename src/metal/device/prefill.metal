@@ -5,17 +5,36 @@
 // Key scales multiply the scores.  Value scales are folded into the weights before these are rounded to half, with a
 // maximum of their own (mv, over s + log2 scale), so that neither large nor tiny scales lose precision.
 
+#pragma once
+
+#include "metal/device/attention.metal"
+
 namespace turboquant {
 
 /// Row pitches in threadgroup memory; padded, so that the rows of a fragment start in different banks.
 constexpr int tile_pitch(int dim) { return dim + 8; }
 enum Pitch { kScorePitch = metal_layout::kBlock + 4, kWeightPitch = metal_layout::kBlock + 8 };
 
+/// Tables of pairs of scalar codes; of trellis codes, of which tables of pairs would take 4 KiB a side, of single codes.
+template <class K>
+constexpr int prefill_table_size() {
+  return K::kTrellis ? 64 : table_size<K>();
+}
+template <class K, class Table>
+void fill_prefill_table(Table table, ushort thread_index) {
+  if (!K::kTrellis) {
+    fill_table<K, metal_layout::kThreads>(table, thread_index);
+  } else if (thread_index < 64) {
+    const half level = half(float(nibble_level<K>(thread_index / 16, thread_index % 16)));
+    table[thread_index] = half2(level, level);
+  }
+}
+
 /// Threadgroup memory.
-template <int D>
+template <class K, class V, int D>
 struct PrefillShared {
-  TQ_ARRAY(half2, key_table, 256);
-  TQ_ARRAY(half2, value_table, 256);
+  TQ_ARRAY(half2, key_table, prefill_table_size<K>());
+  TQ_ARRAY(half2, value_table, prefill_table_size<V>());
   TQ_ARRAY(half, tile, metal_layout::kBlock * (D + 8));  // queries, keys or values
   TQ_ARRAY2(float, scores, metal_layout::kSimdgroups, 8 * kScorePitch);
   TQ_ARRAY2(half, weights, metal_layout::kSimdgroups, 8 * kWeightPitch);
@@ -25,25 +44,31 @@ struct PrefillShared {
 };
 
 /// Unpacks 32 tokens from `block` on into the tile; rows beyond the last repeat it.
-template <int B, int D, class Table, class Tile, class Codes>
+template <class K, int D, class Table, class Tile, class Codes>
 void unpack_tile(Table table, Tile tile, Codes codes, int block, int last, ushort thread_index) {
   constexpr int groups = D / 32;
   for (int i = thread_index; i < metal_layout::kBlock * groups; i += metal_layout::kThreads) {
     const int t = i / groups, group = i % groups;
-    const long at = (long(min(block + t, last - 1)) * groups + group) * B;
-    uint packed[B];
+    const long at = (long(min(block + t, last - 1)) * groups + group) * K::kBits;
+    uint packed[K::kBits], words[K::kWords];
     TQ_UNROLL
-    for (int w = 0; w < B; ++w) packed[w] = codes[at + w];
+    for (int w = 0; w < K::kBits; ++w) packed[w] = codes[at + w];
+    Group<K>::unpack(packed, words);
     auto row = tile + (t * tile_pitch(D) + 32 * group);
-    TQ_UNROLL
-    for (int part = 0; part < 4; ++part) {
-      const uint word = nibbles<B>(packed, part);
+    if (K::kTrellis) {
       TQ_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const half2 levels = table[byte_of(word, j)];
-        row[8 * part + 2 * j] = levels.x;
-        row[8 * part + 2 * j + 1] = levels.y;
+      for (int i = 0; i < 32; ++i) {
+        const half2 level = table[16 * (i / 8) + nibble_of(words[i / 8], i % 8)];
+        row[i] = level.x;
       }
+      continue;
+    }
+    TQ_UNROLL
+    for (int i = 0; i < 16; ++i) {
+      const int word = i / K::kPairs, first = pair_start<K>(i);
+      const Pair levels = level_pair<K>(table, words[word], i % K::kPairs);
+      row[first] = half(levels.x);
+      row[first + pair_distance<K>()] = half(levels.y);
     }
   }
 }
@@ -67,11 +92,11 @@ struct PrefillEnd<false> {
 };
 
 /// The kernel.  place.group: (row tile, KV head, batch * splits + split).
-template <class T, int KB, int VB, int D, bool FINISH, class Shared, class Keys, class Values, class Rules,
+template <class T, class K, class V, int D, bool FINISH, class Shared, class Keys, class Values, class Rules,
           class Ending, class Out>
 void attend_prefill(Shared shared, Keys keys, Values values, Rules rules, Ending ending, Out out, Place place) {
   constexpr int registers = D / 32, fragments = D / 8, pitch = tile_pitch(D);
-  static_assert(sizeof(PrefillShared<D>) <= metal_layout::kThreadgroupBytes, "too much threadgroup memory");
+  static_assert(sizeof(PrefillShared<K, V, D>) <= metal_layout::kThreadgroupBytes, "too much threadgroup memory");
   const auto params = rules.params;
   const ushort lane = place.lane, simdgroup = place.simdgroup;
   const int splits = params[metal_layout::kSplits], queries = params[metal_layout::kQueryLen];
@@ -83,8 +108,8 @@ void attend_prefill(Shared shared, Keys keys, Values values, Rules rules, Ending
   auto scores = shared->scores[simdgroup] + 0;
   auto weights = shared->weights[simdgroup] + 0;
   auto diagonal = shared->diagonal[simdgroup] + 0;
-  fill_table<KB, metal_layout::kThreads>(shared->key_table + 0, thread_index);
-  fill_table<VB, metal_layout::kThreads>(shared->value_table + 0, thread_index);
+  fill_prefill_table<K>(shared->key_table + 0, thread_index);
+  fill_prefill_table<V>(shared->value_table + 0, thread_index);
   diagonal[lane] = 0.0f;
   diagonal[lane + 32] = 0.0f;
 
@@ -101,7 +126,7 @@ void attend_prefill(Shared shared, Keys keys, Values values, Rules rules, Ending
       const Row row = find_row(params, rules.starts, its_row + i, kv, b);
       float x[registers] = {};
       if (row.query < queries) load_query<D>(x, ending.query, row, params, lane);
-      const float its_factor = normalise_query<KB, D>(x, params);
+      const float its_factor = normalise_query<K, D>(x, params);
       if (i == r) factor = its_factor;
       TQ_UNROLL
       for (int k = 0; k < registers; ++k) {
@@ -127,7 +152,7 @@ void attend_prefill(Shared shared, Keys keys, Values values, Rules rules, Ending
   float m = -INFINITY, mv = -INFINITY, sum = 0.0f;
   for (int block = range.x; block < range.y; block += metal_layout::kBlock) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    unpack_tile<KB, D>(shared->key_table + 0, tile, key_codes, block, range.y, thread_index);
+    unpack_tile<K, D>(shared->key_table + 0, tile, key_codes, block, range.y, thread_index);
     if (thread_index < metal_layout::kBlock) {
       const int t = min(block + int(thread_index), range.y - 1);
       const float scale = float(value_scales[t]);
@@ -189,7 +214,7 @@ void attend_prefill(Shared shared, Keys keys, Values values, Rules rules, Ending
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    unpack_tile<VB, D>(shared->value_table + 0, tile, value_codes, block, range.y, thread_index);
+    unpack_tile<V, D>(shared->value_table + 0, tile, value_codes, block, range.y, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     TQ_UNROLL
     for (int k = 0; k < 4; ++k) {
@@ -225,7 +250,7 @@ void attend_prefill(Shared shared, Keys keys, Values values, Rules rules, Ending
       const float row_sum = simd_shuffle(sum, ushort(4 * index));
       const Row its = find_row(params, rules.starts, its_row + index, kv, b);
       if (its.query >= queries) continue;
-      const float unit_of_sums = exp2_difference(row_mv, row_m) * level_step(VB);
+      const float unit_of_sums = exp2_difference(row_mv, row_m) * level_step(V::kBits, V::kTrellis);
       TQ_UNROLL
       for (int k = 0; k < registers; ++k) x[i][k] *= unit_of_sums;
       PrefillEnd<FINISH>::template row<T, D>(row_m, row_sum, x[i], its, split, ending, out, params, lane);

@@ -97,6 +97,7 @@ TQ_OPERATOR(*, simple, Counted<N>)
 TQ_OPERATOR(/, special, Counted<N>)
 TQ_OPERATOR(&, simple, Counted<N>)
 TQ_OPERATOR(|, simple, Counted<N>)
+TQ_OPERATOR(^, simple, Counted<N>)
 TQ_OPERATOR(>>, shift, Counted<N>)
 TQ_OPERATOR(<<, shift, Counted<N>)
 TQ_OPERATOR(==, simple, bool)
@@ -193,6 +194,10 @@ inline Float fmax(const Float& a, const Float& b) {
   emulator::count(emulator::Kind::simple);
   return std::fmax(operand(a), operand(b));
 }
+inline Float fmin(const Float& a, const Float& b) {
+  emulator::count(emulator::Kind::simple);
+  return std::fmin(operand(a), operand(b));
+}
 inline Float fabs(const Float& a) { return std::fabs(operand(a)); }  // a modifier of the operand
 #define TQ_SPECIAL(NAME)                      \
   inline Float NAME(const Float& a) {         \
@@ -215,6 +220,11 @@ inline T select(const T& a, const T& b, bool c) {
 inline emulator::Uint extract_bits(const emulator::Uint& x, unsigned offset, unsigned bits) {
   emulator::count(emulator::Kind::shift);
   return operand(x) >> offset & ((1u << bits) - 1u);
+}
+/// One instruction, like the extraction of bits (docs/metal.md).
+inline emulator::Uint rotate(const emulator::Uint& x, unsigned n) {
+  emulator::count(emulator::Kind::shift);
+  return n % 32 ? operand(x) << n % 32 | operand(x) >> (32 - n % 32) : operand(x);
 }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }

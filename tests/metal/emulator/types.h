@@ -96,6 +96,7 @@ struct uint3 {
 
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline float fmax(float a, float b) { return std::fmax(a, b); }
+inline float fmin(float a, float b) { return std::fmin(a, b); }
 inline float fabs(float a) { return std::fabs(a); }
 inline float sqrt(float a) { return std::sqrt(a); }
 inline float exp2(float a) { return std::exp2(a); }
@@ -106,6 +107,7 @@ inline T select(T a, T b, bool c) {
   return c ? b : a;
 }
 inline uint extract_bits(uint x, uint offset, uint bits) { return x >> offset & ((1u << bits) - 1u); }
+inline uint rotate(uint x, uint n) { return n % 32 ? x << n % 32 | x >> (32 - n % 32) : x; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline uint min(uint a, uint b) { return a < b ? a : b; }
