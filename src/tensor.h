@@ -62,6 +62,21 @@ inline KeyRange visible_keys(const AttendParams& p, int b, int i) {
   return {first, last < first ? first : last};
 }
 
+/// Which keys query i of row b reads from the exact copies: those before `first_end`, and from `recent_begin` on.
+struct ExactRange {
+  int first_end, recent_begin;
+};
+inline ExactRange exact_keys(const AttendParams& p, int b, int i) {
+  const ExactTier& e = p.exact;
+  const int position = p.kv_len - p.query_len + i;
+  ExactRange range{0, p.kv_len};
+  if (e.first > 0) range.first_end = (p.starts && p.starts[b] > 0 ? p.starts[b] : 0) + e.first;
+  if (e.recent > 0) range.recent_begin = position - e.recent + 1;
+  if (range.recent_begin < p.kv_len - e.ring && e.recent > 0) range.recent_begin = p.kv_len - e.ring;
+  if (range.recent_begin < 0) range.recent_begin = 0;
+  return range;
+}
+
 /// Where mask element (b, h, i, key) lies.
 inline int64_t mask_offset(const AttendParams& p, int b, int h, int i, int64_t key) {
   return b * p.mask_strides[0] + h * p.mask_strides[1] + i * p.mask_strides[2] + key * p.mask_strides[3];

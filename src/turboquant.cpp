@@ -37,6 +37,20 @@ void check_rows(const char* op, const P& p, const Side& packed) {
   check_size(op, "tokens", p.tokens, 0);
 }
 
+/// The exact copies, when there are any.
+void check_exact(const AttendParams& p) {
+  const ExactTier& e = p.exact;
+  check_size("attend", "exact.recent", e.recent, 0);
+  check_size("attend", "exact.first", e.first, 0);
+  if (e.recent == 0 && e.first == 0) return;
+  check_size("attend", "exact.ring", e.ring, e.recent);
+  require(e.ring % 32 == 0, "[attend] exact.ring must be a multiple of 32; got ", e.ring);
+  check_vectors("attend", p.head_dim, e.keys.bits, e.keys.code);
+  check_vectors("attend", p.head_dim, e.values.bits, e.values.code);
+  require(p.kv_len == 0 || (e.keys.codes && e.keys.scales && e.values.codes && e.values.scales),
+          "[attend] codes and scales of the exact copies must not be null");
+}
+
 const BackendTable& table_of(Backend backend) { return backend == Backend::cpu ? cpu::table : reference::table; }
 
 }  // namespace
@@ -67,6 +81,7 @@ void attend(const AttendParams& p, Backend backend) {
   require(p.query_heads % p.kv_heads == 0, "[attend] query_heads must be a multiple of kv_heads; got ", p.query_heads,
           " and ", p.kv_heads);
   require(std::isfinite(p.scale), "[attend] scale must be finite; got ", p.scale);
+  check_exact(p);
   if (int64_t(p.batch) * p.query_len == 0) return;
   require(p.q.data && p.out.data, "[attend] q and out must not be null");
   require(p.kv_len == 0 || (p.keys.codes && p.keys.scales && p.values.codes && p.values.scales),

@@ -89,6 +89,21 @@ enum class MaskKind : uint8_t {
   additive,  // a number added to the scaled score; minus infinity hides the key
 };
 
+/// Copies of a row's newest and first tokens that are more exact than its codes, usually of 8 bits.  They take the
+/// place of the codes of these tokens, in the same softmax; `recent` and `first` 0 leave either kind out.
+///
+/// The query at position p reads token t from the copies when
+///   t > p - recent  and  t >= kv_len - ring   (older tokens are no longer in the ring), or
+///   t < start + first                         (start: that of the row, AttendParams::starts),
+/// and from the codes otherwise.  Which tokens it reads from where depends on positions alone, and not on how a prompt
+/// was cut, as long as ring >= recent + query_len - 1.  Masks and scales of scores are as without copies.
+struct ExactTier {
+  Packed keys, values;  // [batch, kv_heads, ring + first]; of any bits; centres and seed are those of the codes
+  int ring = 0;         // slots of the ring, a multiple of 32, the first of the buffer: token t is in slot t % ring
+  int recent = 0;       // <= ring
+  int first = 0;        // token start + i is in slot ring + i
+};
+
 /// What `attend` does:  out = softmax(scale * q K^T + mask, sink) V  with K and V decoded from their codes.
 /// Query head h reads KV head h / (query_heads / kv_heads).  Query i stands at position kv_len - query_len + i.
 /// A key is visible when every rule given allows it; hidden keys have no influence, whatever they hold.  A query that
@@ -108,6 +123,7 @@ struct AttendParams {
   Dtype mask_dtype = Dtype::float32;       // of an additive mask
   const void* mask = nullptr;              // [batch, query_heads, query_len, kv_len], any stride may be 0
   int64_t mask_strides[4] = {0, 0, 0, 0};  // in elements
+  ExactTier exact;                         // none by default
   const float* sinks = nullptr;            // [query_heads] a logit per head that takes weight and has no value
   MutableTensor out;                       // [batch, query_heads, query_len, head_dim]
 };
@@ -120,7 +136,7 @@ enum class Backend : uint8_t { reference, cpu };
 /// (heads >= 1).
 void encode(const EncodeParams& params, Backend backend = Backend::cpu);
 void decode(const DecodeParams& params, Backend backend = Backend::cpu);
-/// Also: query_heads a multiple of kv_heads, a finite scale.
+/// Also: query_heads a multiple of kv_heads, a finite scale; of exact copies: 0 <= recent <= ring.
 void attend(const AttendParams& params, Backend backend = Backend::cpu);
 
 /// Instruction sets of the `cpu` backend that this processor can run, best first; the last is "scalar".

@@ -39,7 +39,8 @@ struct Split {
   }
 };
 
-/// A thread's scratch memory, kept between calls.
+/// A thread's scratch memory, kept between calls: one for each use.
+template <int use>
 std::byte* workspace(size_t bytes) {
   struct Free {
     void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t(64)); }
@@ -77,6 +78,22 @@ void add_mask(const void* context, int row, int t, int n, float* scores) {
   }
 }
 
+/// OnlineSoftmax in base 2.
+struct Base2Softmax {
+  float max = -INFINITY, sum = 0;
+  struct Factors {
+    float old_part, new_part;
+  };
+  Factors merge(float other_max, float other_sum) {
+    const float top = std::fmax(max, other_max);
+    auto weight = [top](float m) { return m == -INFINITY ? 0.0f : std::exp2(m - top); };
+    const Factors f{weight(max), weight(other_max)};
+    sum = sum * f.old_part + other_sum * f.new_part;
+    max = top;
+    return f;
+  }
+};
+
 class Attention {
  public:
   explicit Attention(const AttendParams& p) : p_(p), split_(p), kernels_(kernels()) {
@@ -110,34 +127,105 @@ class Attention {
 
   void attend(int tile, int chunk) {
     const int head = tile / split_.tiles, b = head / p_.kv_heads, kv = head % p_.kv_heads;
-    const int begin = tile_begin(tile), rows = tile_end(tile) - begin;
+    const int begin = tile_begin(tile);
     const size_t out = partial(tile, chunk);
     const MaskContext context{p_, b, kv * split_.group, begin, split_.group};
     Tile t;
     t.dim = p_.head_dim;
-    t.rows = rows;
-    t.begin = chunk * split_.chunk_tokens;
-    t.end = std::min(p_.kv_len, t.begin + split_.chunk_tokens);
-    t.kv_len = p_.kv_len;
+    t.rows = tile_end(tile) - begin;
     t.keys = rows_of(p_.keys, p_.head_dim, b, kv);
     t.values = rows_of(p_.values, p_.head_dim, b, kv);
     t.scale = p_.scale;
     t.q_dtype = p_.q.dtype;
     t.signs = signs_;
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < t.rows; ++r) {
       const int i = (begin + r) / split_.group, h = kv * split_.group + (begin + r) % split_.group;
       t.q[r] = static_cast<const std::byte*>(p_.q.data) + row_offset(p_.q, b, h, i) * size_of(p_.q.dtype);
-      const KeyRange range = visible_keys(p_, b, i);
-      t.first[r] = range.first;
-      t.last[r] = range.last;
     }
     t.add_mask = p_.mask_kind == MaskKind::none ? nullptr : add_mask;
     t.context = &context;
-    t.workspace = workspace(kernels_.workspace_bytes(t));
-    t.max = &max_[out];
-    t.sum = &sum_[out];
-    t.acc = &acc_[out * p_.head_dim];
+    const Partial result{&max_[out], &sum_[out], &acc_[out * p_.head_dim]};
+    const int chunk_begin = chunk * split_.chunk_tokens;
+    const int chunk_end = std::min(p_.kv_len, chunk_begin + split_.chunk_tokens);
+    t.ranges = 1;
+    fill(t.range[0], t.rows, chunk_begin, chunk_end, [&](int r) {
+      const int i = (begin + r) / split_.group;
+      const KeyRange seen = visible_keys(p_, b, i);
+      const ExactRange exact = exact_keys(p_, b, i);
+      return KeyRange{std::max(seen.first, exact.first_end), std::min(seen.last, exact.recent_begin)};
+    });
+    t.range[0].shift = 0, t.range[0].kv_len = p_.kv_len;
+    run_kernel(t, result);
+    // One task reads the copies, so that they are not cut: there are few of them.
+    if (chunk == split_.chunks - 1 && (p_.exact.recent > 0 || p_.exact.first > 0))
+      attend_copies(t, b, kv, begin, result);
+  }
+
+  /// Softmaxes of a tile's rows, and what they weigh.
+  struct Partial {
+    float *max, *sum, *acc;
+  };
+
+  void run_kernel(Tile& t, const Partial& out) {
+    t.workspace = workspace<0>(kernels_.workspace_bytes(t));
+    t.max = out.max, t.sum = out.sum, t.acc = out.acc;
     kernels_.attend(t);
+  }
+
+  /// The tokens from `begin` to `end` of which each row sees visible(row).
+  template <class Visible>
+  static void fill(Range& range, int rows, int begin, int end, const Visible& visible) {
+    range.begin = begin, range.end = end;
+    for (int r = 0; r < rows; ++r) {
+      const KeyRange keys = visible(r);
+      range.first[r] = keys.first, range.last[r] = keys.last;
+    }
+  }
+
+  /// Adds the exact copies that a tile's rows see to `result`: first tokens and at most two pieces of the ring, which
+  /// holds nothing older than its own size.
+  void attend_copies(Tile& t, int b, int kv, int first_row, const Partial& result) {
+    const int rows = t.rows, ring = p_.exact.ring;
+    KeyRange seen[kTileRows];
+    ExactRange exact[kTileRows];
+    int begin = p_.kv_len;
+    for (int r = 0; r < rows; ++r) {
+      seen[r] = visible_keys(p_, b, (first_row + r) / split_.group);
+      exact[r] = exact_keys(p_, b, (first_row + r) / split_.group);
+      if (seen[r].first < seen[r].last) begin = std::min(begin, std::max(seen[r].first, exact[r].recent_begin));
+    }
+    t.keys = rows_of(p_.exact.keys, p_.head_dim, b, kv);
+    t.values = rows_of(p_.exact.values, p_.head_dim, b, kv);
+    t.ranges = 0;
+    const auto add = [&](int from, int to, int slot, const auto& visible) {
+      Range& range = t.range[t.ranges];
+      fill(range, rows, from, to, visible);
+      range.shift = slot - from;
+      range.kv_len = from - slot + ring + p_.exact.first;
+      t.ranges += from < to;
+    };
+    const int start = exact[0].first_end - p_.exact.first;
+    add(start, std::min(exact[0].first_end, p_.kv_len), ring, [&](int r) {
+      return KeyRange{seen[r].first, std::min({seen[r].last, exact[r].first_end, exact[r].recent_begin})};
+    });
+    for (int from = begin; from < p_.kv_len;) {
+      const int to = std::min(p_.kv_len, from - from % ring + ring);  // where the ring begins anew
+      add(from, to, from % ring, [&](int r) {
+        return KeyRange{std::max(seen[r].first, exact[r].recent_begin), seen[r].last};
+      });
+      from = to;
+    }
+    float* const more = reinterpret_cast<float*>(workspace<1>(size_t(rows) * (t.dim + 2) * sizeof(float)));
+    const Partial copies{more, more + rows, more + 2 * rows};
+    run_kernel(t, copies);
+    for (int r = 0; r < rows; ++r) {
+      Base2Softmax softmax{result.max[r], result.sum[r]};
+      const auto [old_part, new_part] = softmax.merge(copies.max[r], copies.sum[r]);
+      result.max[r] = softmax.max, result.sum[r] = softmax.sum;
+      float* const x = result.acc + size_t(r) * t.dim;
+      const float* const y = copies.acc + size_t(r) * t.dim;
+      for (int d = 0; d < t.dim; ++d) x[d] = x[d] * old_part + y[d] * new_part;
+    }
   }
 
   /// Merges the chunks of a tile, rotates back and writes the output.
@@ -177,22 +265,6 @@ class Attention {
       }
     }
   }
-
-  /// OnlineSoftmax in base 2.
-  struct Base2Softmax {
-    float max = -INFINITY, sum = 0;
-    struct Factors {
-      float old_part, new_part;
-    };
-    Factors merge(float other_max, float other_sum) {
-      const float top = std::fmax(max, other_max);
-      auto weight = [top](float m) { return m == -INFINITY ? 0.0f : std::exp2(m - top); };
-      const Factors f{weight(max), weight(other_max)};
-      sum = sum * f.old_part + other_sum * f.new_part;
-      max = top;
-      return f;
-    }
-  };
 
   const AttendParams& p_;
   const Split split_;

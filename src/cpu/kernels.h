@@ -31,16 +31,23 @@ struct Rows {
   Kind kind;
 };
 
-/// Query rows [rows, dim] against the tokens [begin, end) of one KV head.
+/// Tokens that lie one after the other in memory.
+struct Range {
+  int begin, end, kv_len;                 // kv_len: the token before which memory ends
+  int shift;                              // token t is row t + shift of the buffers
+  int first[kTileRows], last[kTileRows];  // tokens of the range that each row may see: [first, last)
+};
+constexpr int kMaxRanges = 3;
+
+/// Query rows [rows, dim] against ranges of tokens of one KV head.
 struct Tile {
-  int dim, rows;
-  int begin, end, kv_len;  // kv_len: rows that exist in memory
+  int dim, rows, ranges;
+  Range range[kMaxRanges];
   Rows keys, values;
   float scale;  // of the scores
   Dtype q_dtype;
-  const void* q[kTileRows];               // of each row, dim numbers
-  const float* signs;                     // [dim] +-1
-  int first[kTileRows], last[kTileRows];  // tokens each row may see: [first, last)
+  const void* q[kTileRows];  // of each row, dim numbers
+  const float* signs;        // [dim] +-1
   /// Adds the mask of `row` to scores [t, t + n) (base-2 logarithms); null: no mask.
   void (*add_mask)(const void* context, int row, int t, int n, float* scores);
   const void* context;

@@ -34,6 +34,7 @@ const Case kShapes[] = {
     {.query_heads = 16, .kv_heads = 4, .kv_len = 3000},
     {.head_dim = 96, .batch = 2, .query_heads = 6, .kv_heads = 2, .query_len = 5, .kv_len = 1111, .causal = true},
     {.head_dim = 64, .query_heads = 8, .kv_heads = 1, .query_len = 70, .kv_len = 700, .causal = true, .sinks = true},
+    {.query_heads = 16, .kv_heads = 4, .kv_len = 3000, .recent = 128, .first = 4, .ring = 384},
 };
 
 TEST_P(Attend, ResultsDoNotDependOnTheNumberOfThreads) {
@@ -251,6 +252,86 @@ TEST_P(Attend, AnyStridesOfQueriesOutputAndMask) {
   }
 }
 
+// Other vectors as copies, of the codes' own width: then a query reads what a plain history reads that has the copies'
+// rows where the rule says so.  Nothing but that history is computed here by the rule.
+TEST(ExactTier, TheOracleReadsTheCopiesWhereTheRuleSaysSo) {
+  const Case c{.head_dim = 64,
+               .batch = 2,
+               .query_heads = 2,
+               .kv_heads = 1,
+               .query_len = 40,
+               .kv_len = 100,
+               .causal = true,
+               .ragged = true,
+               .recent = 9,
+               .first = 3,
+               .ring = 32,
+               .exact_bits = 3};
+  Case other = c;
+  other.seed = 7;
+  Inputs inputs(c), strange(other);
+  const int words = words_per_vector(3, 64), slots = 35;
+  inputs.exact_keys.codes = strange.exact_keys.codes, inputs.exact_values.codes = strange.exact_values.codes;
+  inputs.exact_keys.scales = strange.exact_keys.scales, inputs.exact_values.scales = strange.exact_values.scales;
+  AttendParams p = inputs.params();
+  p.exact.keys = inputs.exact_keys.packed(), p.exact.values = inputs.exact_values.packed();
+  attend(p, Backend::reference);
+  const auto got = inputs.out;
+  int from_ring = 0, from_first = 0;
+  for (int i = 0; i < c.query_len; ++i) {
+    Inputs mixed(c);
+    const int position = c.kv_len - c.query_len + i;
+    for (int b = 0; b < c.batch; ++b) {
+      for (int t = 0; t <= position; ++t) {
+        const int start = inputs.starts[b];
+        const bool recent = t > position - 9 && t >= 100 - 32, first = t < start + 3 && t >= start;
+        if (!recent && !first) continue;
+        ++(recent ? from_ring : from_first);
+        const int slot = b * slots + (recent ? t % 32 : 32 + t - start), row = b * (c.kv_len + 7) + t;
+        for (auto [to, from] : {std::pair{&mixed.keys, &inputs.exact_keys}, {&mixed.values, &inputs.exact_values}}) {
+          std::copy_n(&from->codes[size_t(slot) * words], words, &to->codes[size_t(row) * words]);
+          to->scales[row] = from->scales[slot];
+        }
+      }
+    }
+    AttendParams plain = mixed.params();
+    plain.exact = {};
+    attend(plain, Backend::reference);
+    for (int h = 0; h < c.batch * c.query_heads; ++h) {
+      for (int d = 0; d < 64; ++d) {
+        const size_t at = (size_t(h) * c.query_len + i) * 64 + d;
+        ASSERT_EQ(got.get(at), mixed.out.get(at)) << "query " << i << " head " << h;
+      }
+    }
+  }
+  EXPECT_GT(from_ring, 0);
+  EXPECT_GT(from_first, 0);
+}
+
+// The copies' buffer ends where its memory may end, and so does the ring before the first tokens.
+TEST_P(Attend, NothingIsReadBeyondTheCopies) {
+  for (int dim : {32, 96, 256}) {
+    for (int n : {1, 40, 95, 96, 131, 200}) {
+      Inputs inputs({.head_dim = dim, .query_heads = 2, .kv_len = n, .recent = 32, .first = 3, .ring = 96});
+      run_cpu(inputs.params());
+      const auto want = inputs.out.bytes;
+      const size_t code_bytes = inputs.exact_keys.codes.size() * 4, scale_bytes = inputs.exact_keys.scales.size() * 2;
+      GuardedBytes codes[2] = {GuardedBytes(code_bytes), GuardedBytes(code_bytes)};
+      GuardedBytes scales[2] = {GuardedBytes(scale_bytes), GuardedBytes(scale_bytes)};
+      AttendParams p = inputs.params();
+      for (int i = 0; i < 2; ++i) {
+        Packed& packed = i ? p.exact.values : p.exact.keys;
+        std::memcpy(codes[i].data, packed.codes, code_bytes);
+        std::memcpy(scales[i].data, packed.scales, scale_bytes);
+        packed.codes = reinterpret_cast<const uint32_t*>(codes[i].data);
+        packed.scales = reinterpret_cast<const uint16_t*>(scales[i].data);
+      }
+      run_cpu(p);
+      EXPECT_EQ(inputs.out.bytes, want);
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Isa, Attend, testing::ValuesIn(available_isas()), [](const auto& info) { return info.param; });
 
 /// The message of what `call` throws.
@@ -285,6 +366,17 @@ TEST(Arguments, ErrorsNameOperationRuleAndValue) {
   EXPECT_EQ(attend_with([](P& p) { p.scale = INFINITY; }), "[attend] scale must be finite; got inf");
   EXPECT_EQ(attend_with([](P& p) { p.mask_kind = MaskKind::boolean; }), "[attend] mask must not be null");
   EXPECT_EQ(attend_with([](P& p) { p.q.data = nullptr; }), "[attend] q and out must not be null");
+  const auto exact_with = [&](int ring, int recent, int first) {
+    return attend_with([&](P& p) { p.exact = {p.keys, p.values, ring, recent, first}; });
+  };
+  EXPECT_EQ(exact_with(32, -1, 0), "[attend] exact.recent must be at least 0; got -1");
+  EXPECT_EQ(exact_with(32, 1, -2), "[attend] exact.first must be at least 0; got -2");
+  EXPECT_EQ(exact_with(32, 33, 0), "[attend] exact.ring must be at least 33; got 32");
+  EXPECT_EQ(exact_with(33, 1, 0), "[attend] exact.ring must be a multiple of 32; got 33");
+  EXPECT_EQ(attend_with([](P& p) {
+              p.exact = {{}, {}, 32, 1, 0};
+            }),
+            "[attend] codes and scales of the exact copies must not be null");
   EncodeParams e;
   e.batch = e.heads = e.tokens = 1, e.head_dim = 100;
   EXPECT_EQ(error_of([&] { encode(e); }), "[encode] head_dim must be a multiple of 32 from 32 to 256; got 100");

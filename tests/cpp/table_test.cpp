@@ -46,6 +46,7 @@ std::string name_of(const testing::TestParamInfo<cases::Case>& info) {
 INSTANTIATE_TEST_SUITE_P(Cases, Table, testing::ValuesIn(cases::table(true)), name_of);
 INSTANTIATE_TEST_SUITE_P(Trellis, Table, testing::ValuesIn(cases::table_trellis()), name_of);
 INSTANTIATE_TEST_SUITE_P(EightBits, Table, testing::ValuesIn(cases::table_8bits()), name_of);
+INSTANTIATE_TEST_SUITE_P(Exact, Table, testing::ValuesIn(cases::table_exact()), name_of);
 
 }  // namespace
 }  // namespace turboquant

@@ -25,6 +25,8 @@ struct Case {
   Dtype dtype = Dtype::float32;  // of q and out, and of an additive mask
   uint64_t seed = 1;
   Code key_code = Code::scalar, value_code = Code::scalar;
+  int recent = 0, first = 0, ring = 0;  // exact copies (ExactTier), of exact_bits
+  int exact_bits = 8;
   bool saturated = false;  // every key's scale and every second value's is the largest; queries are small accordingly
 
   std::string name() const {
@@ -39,6 +41,8 @@ struct Case {
     if (centred) s << "_centred";
     if (mask == MaskKind::boolean) s << "_boolean";
     if (mask == MaskKind::additive) s << "_additive";
+    if (recent) s << "_recent" << recent << "of" << ring;
+    if (first) s << "_first" << first;
     if (saturated) s << "_saturated";
     if (dtype != Dtype::float32) s << (dtype == Dtype::float16 ? "_f16" : "_bf16");
     return s.str();
@@ -102,7 +106,7 @@ BasicTensor<Pointer> contiguous(Pointer data, Dtype dtype, int heads, int tokens
 struct Inputs {
   Case c;
   Buffer q, mask, out;
-  PackedBuffer keys, values;
+  PackedBuffer keys, values, exact_keys, exact_values;
   std::vector<float> key_centre, value_centre, sinks;
   std::vector<int32_t> starts;
 
@@ -112,7 +116,9 @@ struct Inputs {
         mask(c.dtype, c.mask == MaskKind::additive ? size_t(c.batch) * c.query_len * c.kv_len : 0),
         out(c.dtype, q.size()),
         keys(c.batch, c.kv_heads, c.kv_len + 7, c.head_dim, c.key_bits, c.key_code),
-        values(c.batch, c.kv_heads, c.kv_len + 7, c.head_dim, c.value_bits, c.value_code) {
+        values(c.batch, c.kv_heads, c.kv_len + 7, c.head_dim, c.value_bits, c.value_code),
+        exact_keys(c.batch, c.kv_heads, c.ring + c.first, c.head_dim, c.exact_bits),
+        exact_values(c.batch, c.kv_heads, c.ring + c.first, c.head_dim, c.exact_bits) {
     std::mt19937_64 rng(c.seed);
     std::normal_distribution<float> normal;
     for (size_t i = 0; i < q.size(); ++i) q.set(i, normal(rng));
@@ -139,6 +145,8 @@ struct Inputs {
     if (c.ragged) {
       for (int b = 0; b < c.batch; ++b) starts.push_back(b * c.kv_len / (c.batch + 1));
     }
+    copy_exactly(k, key_centre, exact_keys);
+    copy_exactly(v, value_centre, exact_values);
     if (c.mask == MaskKind::boolean) mask.bytes.resize(size_t(c.batch) * c.query_len * c.kv_len);
     for (size_t i = 0; i < size_t(c.batch) * c.query_len * c.kv_len && c.mask != MaskKind::none; ++i) {
       const bool hidden = rng() % 3 == 0;
@@ -166,6 +174,7 @@ struct Inputs {
     p.window = c.window;
     if (c.ragged) p.starts = starts.data();
     if (c.sinks) p.sinks = sinks.data();
+    if (c.recent || c.first) p.exact = {exact_keys.packed(), exact_values.packed(), c.ring, c.recent, c.first};
     p.mask_kind = c.mask;
     p.mask_dtype = c.dtype;
     if (c.mask != MaskKind::none) p.mask = mask.bytes.data();
@@ -188,6 +197,24 @@ struct Inputs {
     if (!centre.empty()) p.centre = centre.data();
     p.out = into.view;
     encode(p, Backend::reference);
+  }
+
+  /// The copies of the newest and the first tokens.  What is no copy stays as it was: NaN.
+  void copy_exactly(const std::vector<float>& x, const std::vector<float>& centre, PackedBuffer& into) {
+    if (c.recent == 0 && c.first == 0) return;
+    PackedBuffer all(c.batch, c.kv_heads, c.kv_len, c.head_dim, c.exact_bits);
+    pack(x, centre, all);
+    const int words = words_per_vector(c.exact_bits, c.head_dim), slots = c.ring + c.first;
+    for (int row = 0; row < c.batch * c.kv_heads; ++row) {
+      const auto copy = [&](int t, int slot) {
+        const auto from = all.codes.begin() + (int64_t(row) * c.kv_len + t) * words;
+        std::copy(from, from + words, into.codes.begin() + (int64_t(row) * slots + slot) * words);
+        into.scales[size_t(row) * slots + slot] = all.scales[size_t(row) * c.kv_len + t];
+      };
+      const int start = c.ragged ? starts[row / c.kv_heads] : 0;
+      for (int t = std::max(0, c.kv_len - c.ring); t < c.kv_len; ++t) copy(t, t % c.ring);
+      for (int i = 0; i < c.first && start + i < c.kv_len; ++i) copy(start + i, c.ring + i);
+    }
   }
 };
 
@@ -417,6 +444,102 @@ inline std::vector<Case> table_8bits() {
     rows.push_back({.key_bits = 8, .value_bits = other, .kv_len = 130, .value_code = Code::trellis});
     rows.push_back({.key_bits = other, .value_bits = 8, .kv_len = 130, .key_code = Code::trellis});
   }
+  return rows;
+}
+
+/// Rows with exact copies: where the ring begins and ends, what of it each query may read, all the other rules beside
+/// it.
+inline std::vector<Case> table_exact() {
+  std::vector<Case> rows;
+  for (int dim : {32, 64, 96, 128, 256}) {
+    for (int n : {1, 5, 31, 32, 33, 129, 300}) {  // shorter than both kinds, between, and longer than the ring
+      rows.push_back({.head_dim = dim, .kv_len = n, .recent = 32, .first = 4, .ring = 96});
+    }
+  }
+  for (int bits : {2, 3, 4}) {  // one kind alone
+    rows.push_back({.key_bits = bits, .value_bits = bits, .kv_len = 500, .recent = 128, .ring = 384});
+    rows.push_back({.key_bits = bits, .value_bits = bits, .kv_len = 500, .first = 4});
+    rows.push_back(
+        {.key_bits = 4, .value_bits = bits, .head_dim = 128, .kv_len = 130, .recent = 1, .first = 1, .ring = 32});
+  }
+  for (Code code : {Code::scalar, Code::trellis}) {
+    rows.push_back({.kv_len = 700, .key_code = code, .value_code = code, .recent = 128, .first = 4, .ring = 384});
+  }
+  for (int n : {1023, 1024, 1100, 2049, 4100}) {  // what a cache hands over while it decodes
+    rows.push_back({.query_heads = 16, .kv_heads = 4, .kv_len = n, .recent = 128, .first = 4, .ring = 384});
+  }
+  for (int len : {2, 3, 5, 9, 17, 70}) {  // several queries, each with a boundary of its own
+    for (int dim : {64, 256}) {
+      rows.push_back({.head_dim = dim,
+                      .query_heads = 8,
+                      .kv_heads = 2,
+                      .query_len = len,
+                      .kv_len = 190,
+                      .causal = true,
+                      .recent = 40,
+                      .first = 4,
+                      .ring = 128});
+    }
+    rows.push_back({.key_bits = 4,
+                    .value_bits = 2,
+                    .head_dim = 128,
+                    .query_len = len,
+                    .kv_len = len,
+                    .causal = true,
+                    .recent = 8,
+                    .first = 2,
+                    .ring = 96});
+    // A window that begins within the copies; rows that begin behind them; fewer tokens in the ring than are meant.
+    rows.push_back({.batch = 3,
+                    .query_heads = 4,
+                    .kv_heads = 2,
+                    .query_len = len,
+                    .kv_len = 150,
+                    .causal = true,
+                    .ragged = true,
+                    .window = 40,
+                    .recent = 24,
+                    .first = 50,
+                    .ring = 32});
+    rows.push_back({.head_dim = 64,
+                    .batch = 3,
+                    .query_heads = 8,
+                    .kv_heads = 1,
+                    .query_len = len,
+                    .kv_len = 345,
+                    .causal = true,
+                    .ragged = true,
+                    .sinks = true,
+                    .centred = true,
+                    .dtype = Dtype::bfloat16,
+                    .recent = 128,
+                    .first = 4,
+                    .ring = 256});
+  }
+  for (int len : {1, 4, 40}) {
+    for (MaskKind mask : {MaskKind::boolean, MaskKind::additive}) {
+      rows.push_back({.head_dim = 128,
+                      .batch = 2,
+                      .query_heads = 4,
+                      .kv_heads = 2,
+                      .query_len = len,
+                      .kv_len = 111,
+                      .mask = mask,
+                      .dtype = Dtype::float16,
+                      .recent = 20,
+                      .first = 3,
+                      .ring = 64});
+    }
+  }
+  // A chunk of a prompt, in a ring that holds it.
+  rows.push_back({.query_heads = 8,
+                  .kv_heads = 2,
+                  .query_len = 300,
+                  .kv_len = 700,
+                  .causal = true,
+                  .recent = 128,
+                  .first = 4,
+                  .ring = 512});
   return rows;
 }
 

@@ -285,42 +285,57 @@ auto weigher(bool bytes, bool fed, Kind next) {
   return bytes ? weigh_block<S, true, none, false> : weigh_block<S, false, none, false>;
 }
 
-/// The tokens [begin, end) against all rows, with queries prepared and accumulators at 0.
+/// What a tile's ranges share.
 template <class S>
-void attend_blocks(const Tile& tile, const Workspace<S>& w, int begin, int end) {
-  const int rows = tile.rows;
-  const bool fed = S::interleaves && w.key.bytes == w.value.bytes;  // as many pieces on both sides
+struct Reading {
+  bool fed;  // as many pieces on both sides
+  Tables<S> key_tables, value_tables;
+  Pieces<S> key_pieces, value_pieces;
+
+  Reading(const Tile& tile, const Workspace<S>& w)
+      : fed(S::interleaves && w.key.bytes == w.value.bytes),
+        key_tables(tile.keys.kind),
+        value_tables(tile.values.kind),
+        key_pieces(tile.keys.kind, tile.dim),
+        value_pieces(tile.values.kind, tile.dim) {}
+};
+
+/// The tokens [begin, end) of a range against all rows, with queries prepared.
+template <class S>
+void attend_blocks(const Tile& tile, const Range& range, const Reading<S>& reading, const Workspace<S>& w, int begin,
+                   int end) {
+  const int rows = tile.rows, shift = range.shift, kv_len = range.kv_len;
+  const bool fed = reading.fed;
   const auto score_keys = scorer<S>(w.key.bytes, fed, tile.values.kind);
   const auto weigh_values = weigher<S>(w.value.bytes, fed, tile.keys.kind);
   const auto weigh_last = weigher<S>(w.value.bytes, false, tile.keys.kind);
-  const Tables<S> key_tables(tile.keys.kind), value_tables(tile.values.kind);
-  const Pieces<S> key_pieces(tile.keys.kind, tile.dim), value_pieces(tile.values.kind, tile.dim);
   alignas(64) float key_scales[kBlock], value_scales[kBlock];
   for (int t = begin; t < end; t += kBlock) {
-    const int n = end - t < kBlock ? end - t : kBlock, quads = (n + 3) / 4;
+    const int n = end - t < kBlock ? end - t : kBlock, quads = (n + 3) / 4, at = t + shift;
     if (t == begin || !fed) {
-      Feed<S, uint32_t>(key_pieces, tile.keys, tile.dim, t, n, tile.kv_len, 1, w.padded, w.keys).unpack();
+      Feed<S, uint32_t>(reading.key_pieces, tile.keys, tile.dim, at, n, kv_len + shift, 1, w.padded, w.keys).unpack();
     }
     const int scorings = (quads + 3) / 4 * (rows / S::score_rows + rows % S::score_rows);
-    Feed<S, uint8_t> values(value_pieces, tile.values, tile.dim, t, n, tile.kv_len, scorings, w.padded, w.values);
-    score_keys(w, rows, quads, key_tables.at, values);
+    Feed<S, uint8_t> values(reading.value_pieces, tile.values, tile.dim, at, n, kv_len + shift, scorings, w.padded,
+                            w.values);
+    score_keys(w, rows, quads, reading.key_tables.at, values);
     if (!fed) values.unpack();
-    load_scales<S>(tile.keys.scales, t, n, key_scales);
-    load_scales<S>(tile.values.scales, t, n, value_scales);
+    load_scales<S>(tile.keys.scales, at, n, key_scales);
+    load_scales<S>(tile.values.scales, at, n, value_scales);
     // In three rounds over the rows, so that the reductions of one overlap with the work of others.
     const auto within = [](int x, int most) { return x < 0 ? 0 : x > most ? most : x; };
     float largest[kTileRows];
     for (int r = 0; r < rows; ++r) {
       largest[r] =
-          finish_scores<S>(w, r, key_scales, within(tile.first[r] - t, kBlock), within(tile.last[r] - t, n), tile, t);
+          finish_scores<S>(w, r, key_scales, within(range.first[r] - t, kBlock), within(range.last[r] - t, n), tile, t);
     }
     for (int r = 0; r < rows; ++r) soften<S>(w, r, largest[r], value_scales, tile);
     for (int r = 0; r < rows; ++r) round_weights<S>(w, r, tile.values.kind);
     const int next = end - t - kBlock < kBlock ? end - t - kBlock : kBlock;
     const bool more = next > 0;
-    Feed<S, uint32_t> keys(key_pieces, tile.keys, tile.dim, more ? t + kBlock : t, next, tile.kv_len,
+    Feed<S, uint32_t> keys(reading.key_pieces, tile.keys, tile.dim, more ? at + kBlock : at, next, kv_len + shift,
                            (rows / 4 + rows % 4) * w.value.positions / 2, w.padded, w.keys);
-    (more ? weigh_values : weigh_last)(w, rows, quads, value_tables.at, keys);
+    (more ? weigh_values : weigh_last)(w, rows, quads, reading.value_tables.at, keys);
   }
 }
 
@@ -352,25 +367,39 @@ void gather_row(const Tile& tile, const Workspace<S>& w, int row) {
   }
 }
 
+/// The part of a range that some row sees, from the beginning of a block on.
+struct Seen {
+  int begin, end;
+};
+inline Seen seen_of(const Tile& tile, const Range& range) {
+  int begin = range.end, end = range.begin;
+  for (int r = 0; r < tile.rows; ++r) {
+    if (range.first[r] >= range.last[r]) continue;
+    if (range.first[r] < begin) begin = range.first[r];
+    if (range.last[r] > end) end = range.last[r];
+  }
+  if (begin < range.begin) begin = range.begin;
+  if (end > range.end) end = range.end;
+  return {range.begin + (begin - range.begin) / kBlock * kBlock, end};
+}
+
 template <class S>
 void attend_tile(const Tile& tile) {
   const Workspace<S> w(tile.workspace, tile);
   const int rows = tile.rows;
   __builtin_memset(w.acc, 0, size_t(rows) * w.value.positions * S::bytes);
-  int begin = tile.end, end = tile.begin;
   for (int r = 0; r < rows; ++r) {
     tile.max[r] = kHidden;
     tile.sum[r] = 0;
-    if (tile.first[r] >= tile.last[r]) continue;
-    if (tile.first[r] < begin) begin = tile.first[r];
-    if (tile.last[r] > end) end = tile.last[r];
   }
-  if (begin < tile.begin) begin = tile.begin;
-  if (end > tile.end) end = tile.end;
-  begin = tile.begin + (begin - tile.begin) / kBlock * kBlock;
-  if (begin < end) {
-    for (int r = 0; r < rows; ++r) prepare_query<S>(tile, r, w);
-    attend_blocks<S>(tile, w, begin, end);
+  const Reading<S> reading(tile, w);
+  bool prepared = false;
+  for (int i = 0; i < tile.ranges; ++i) {
+    const Seen seen = seen_of(tile, tile.range[i]);
+    if (seen.begin >= seen.end) continue;
+    for (int r = 0; r < rows && !prepared; ++r) prepare_query<S>(tile, r, w);
+    prepared = true;
+    attend_blocks<S>(tile, tile.range[i], reading, w, seen.begin, seen.end);
   }
   for (int r = 0; r < rows; ++r) gather_row<S>(tile, w, r);
 }
