@@ -6,9 +6,11 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <list>
 #include <mutex>
 #include <stdexcept>
+#include <system_error>
 #include <thread>
 
 #include "turboquant/turboquant.h"
@@ -39,6 +41,17 @@ struct Job {
   const int count;
   std::atomic<int> next{0};
   std::atomic<int> helpers{0};  // grows under the pool's mutex, while the job is listed
+  std::atomic<bool> failed{false};
+  std::exception_ptr error{};  // of the first task that failed; written once, before its thread lets go of the job
+
+  void run(int i) {
+    try {
+      task(i);
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+      next = count;  // the rest is not begun
+    }
+  }
 };
 
 class Pool {
@@ -50,12 +63,15 @@ class Pool {
     const int helpers = std::min(job.count, limit.load()) - 1;
     if (helpers > 0) {
       const std::lock_guard lock(mutex_);
-      while (threads_ < limit - 1) spawn();
+      try {
+        while (threads_ < limit - 1) spawn();
+      } catch (const std::system_error&) {  // no more threads are to be had; those there are suffice
+      }
       jobs_.push_back(&job);
       ++posted_;
     }
     for (int i = 0; i < helpers; ++i) wake_.notify_one();
-    for (int i; (i = job.next++) < job.count;) job.task(i);
+    for (int i; (i = job.next++) < job.count;) job.run(i);
     if (helpers > 0) {
       {
         const std::lock_guard lock(mutex_);
@@ -69,6 +85,7 @@ class Pool {
       }
     }
     --active_;
+    if (job.error) std::rethrow_exception(job.error);
   }
 
  private:
@@ -112,7 +129,7 @@ class Pool {
       while (active_ <= limit) {  // another caller may have come: make room for it
         const int i = job->next++;
         if (i >= job->count) break;
-        job->task(i);
+        job->run(i);
       }
       lock.lock();
       --active_;
