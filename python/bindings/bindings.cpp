@@ -2,8 +2,8 @@
 // turboquant_mlx/*.py and in the stubs; this file only translates.
 #include "mlx_ops/cuda.h"
 #include "mlx_ops/gpu.h"
-#include "turboquant/mlx/ops.h"
 #include "python/bindings/convert.h"
+#include "turboquant/mlx/ops.h"
 #include "turboquant/rotation.h"
 #include "turboquant/turboquant.h"
 

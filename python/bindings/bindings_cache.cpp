@@ -1,8 +1,8 @@
 // The caches for Python.  Docstrings live in turboquant_mlx/*.py; this file only translates.
+#include "python/bindings/convert.h"
 #include "turboquant/mlx/batch_kv_cache.h"
 #include "turboquant/mlx/kv_cache.h"
 #include "turboquant/mlx/rotating_kv_cache.h"
-#include "python/bindings/convert.h"
 
 namespace nb = nanobind;
 namespace ops = turboquant::ops;

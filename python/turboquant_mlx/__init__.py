@@ -16,7 +16,7 @@ from . import _checks
 
 _checks.before_loading()
 
-from . import _core  # noqa: E402
+from . import _core as _core  # noqa: E402
 
 _kernels = Path(_core.__file__).parent / "kernels"
 if _kernels.is_dir():

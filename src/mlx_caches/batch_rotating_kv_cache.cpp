@@ -1,8 +1,8 @@
 #include <algorithm>
 
-#include "turboquant/mlx/batch_kv_cache.h"
-#include "mlx_ops/checks.h"
 #include "mlx_caches/ring.h"
+#include "mlx_ops/checks.h"
+#include "turboquant/mlx/batch_kv_cache.h"
 #include "turboquant/mlx/rotating_kv_cache.h"
 
 namespace turboquant::ops {

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "mlx_ops/checks.h"
 #include "mlx_caches/ring.h"
+#include "mlx_ops/checks.h"
 
 namespace turboquant::ops {
 

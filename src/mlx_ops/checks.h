@@ -4,8 +4,8 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "turboquant/mlx/ops.h"
 #include "turboquant/format.h"
+#include "turboquant/mlx/ops.h"
 #include "turboquant/rotation.h"
 
 namespace turboquant::ops {

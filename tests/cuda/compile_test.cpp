@@ -4,8 +4,8 @@
 
 #include <cstring>
 
-#include "support/cuda_attend.h"
 #include "support/cases.h"
+#include "support/cuda_attend.h"
 
 namespace turboquant {
 namespace {

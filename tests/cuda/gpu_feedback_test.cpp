@@ -1,7 +1,8 @@
-// Encoding with error feedback on a GPU, held to targets computed from its own earlier codes (tests/support/feedback.h).
+// Encoding with error feedback on a GPU, held to targets computed from its own earlier codes
+// (tests/support/feedback.h).
+#include "gpu.h"
 #include "support/cuda_attend.h"
 #include "support/feedback.h"
-#include "gpu.h"
 
 namespace turboquant {
 namespace {

@@ -9,8 +9,8 @@
 #include <functional>
 #include <thread>
 
-#include "support/cuda_attend.h"
 #include "support/cases.h"
+#include "support/cuda_attend.h"
 
 namespace turboquant {
 namespace {
@@ -252,7 +252,8 @@ TEST_F(Gpu, EncodeKeepsZeroAndSpoilsNothingButBadVectors) {
       v.x.set(128 + 5, NAN);
       v.x.set(2 * 128 + 9, INFINITY);
       const bool wide = dtype != Dtype::float16;
-      for (int i = 0; i < 128; ++i) v.x.set(3 * 128 + i, wide ? 1e30f : 60000.f);  // beyond a fp16 scale (float16: at 2 bits)
+      for (int i = 0; i < 128; ++i)
+        v.x.set(3 * 128 + i, wide ? 1e30f : 60000.f);  // beyond a fp16 scale (float16: at 2 bits)
       for (int i = 0; i < 128; ++i) v.x.set(4 * 128 + i, wide ? 1e-30f : 6e-8f);
       Vectors want = v;
       want.packed.view.codes = want.packed.codes.data(), want.packed.view.scales = want.packed.scales.data();

@@ -12,6 +12,8 @@ from needles import ANSWER, question, read_page
 from small_models import FAMILIES, greedy, prompt, small_llama, sure
 from turboquant_mlx import BatchTurboQuantKVCache, disable, enable
 
+pytestmark = pytest.mark.quick
+
 NO_END = SimpleNamespace(eos_token_ids=[], decode=str)
 LENGTHS = (5, 70, 33, 1, 100)
 

@@ -16,6 +16,8 @@ from turboquant_mlx import (
     _core,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def kv(tokens, batch=1, heads=4, dim=256, dtype=mx.float16):
     return [mx.random.normal((batch, heads, tokens, dim)).astype(dtype) for _ in range(2)]

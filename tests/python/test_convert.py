@@ -22,6 +22,8 @@ from turboquant_mlx import (
 )
 from turboquant_mlx.commands.report import table
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(autouse=True)
 def everywhere(patched):

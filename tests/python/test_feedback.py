@@ -13,6 +13,8 @@ from turboquant_mlx import TurboQuantKVCache, calibration, decode, disable, enab
 from turboquant_mlx.calibration import feedback
 from turboquant_mlx.overlay.saving import load_prompt_cache, save_prompt_cache
 
+pytestmark = pytest.mark.quick
+
 
 def random_feedback(heads, dim, seed=0):
     return (0.06 * mx.random.normal((heads, dim, dim), key=mx.random.key(seed))).astype(mx.float16)

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from turboquant_mlx import attention, decode, encode
 
+pytestmark = pytest.mark.quick
+
 # q and the softmax weights are kept to 15 bits on the CPU; see tests/cpp/table_test.cpp.
 TOLERANCE = 5e-4
 ROUNDING = {mx.float32: 0, mx.float16: 2**-11, mx.bfloat16: 2**-8}

@@ -27,6 +27,8 @@ from turboquant_mlx import (
 from turboquant_mlx.caches.identity import Identity
 from turboquant_mlx.overlay.saving import check_fits
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(autouse=True)
 def everywhere(patched):

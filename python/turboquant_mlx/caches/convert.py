@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, RotatingKVCache
@@ -33,11 +34,17 @@ def to_turboquant(
     """
     if type(cache) not in (KVCache, RotatingKVCache):
         raise ValueError(f"[to_turboquant] cache must be a KVCache or a RotatingKVCache; got {type(cache).__name__}")
-    settings = {"key_bits": key_bits, "value_bits": value_bits, "seed": seed, "centres": centres, "feedback": feedback}
+    settings: dict[str, Any] = {
+        "key_bits": key_bits,
+        "value_bits": value_bits,
+        "seed": seed,
+        "centres": centres,
+        "feedback": feedback,
+    }
     packed = TurboQuantKVCache(bits, **settings)
     if not cache.empty() and cache.offset > 0:
         packed.update_and_fetch(*cache.keys_and_values())
-    if type(cache) is KVCache:
+    if not isinstance(cache, RotatingKVCache):
         return packed
     window = TurboQuantRotatingKVCache(cache.max_size, cache.keep, bits, **settings)
     if not packed.empty():

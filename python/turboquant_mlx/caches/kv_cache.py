@@ -45,11 +45,11 @@ class TurboQuantKVCache(PackedCache):
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
         """As for PackedCache: None, "causal", or a bool array (N, tokens held after appending)."""
-        return create_attention_mask(N, offset=self.offset, return_array=return_array, window_size=window_size)
+        return create_attention_mask(N, offset=self.size(), return_array=return_array, window_size=window_size)
 
     def size(self) -> int:
         """Tokens held."""
-        return self.offset
+        return self._core.offset
 
     def _position(self):
         return {"offset": self.offset}

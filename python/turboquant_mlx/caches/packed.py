@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList, _BaseCache
@@ -31,6 +32,7 @@ class PackedCache(_BaseCache):
     step = 256  # tokens that buffers grow by
     group_size = None  # mlx-lm passes it on to the attention hook, which has no use for it
     fingerprint = ""  # of the model that fills the cache; enable() sets it
+    _core: Any  # the C++ cache of this kind
 
     @classmethod
     def _wrap(cls, core, fingerprint=""):

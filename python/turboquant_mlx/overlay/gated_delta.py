@@ -107,7 +107,8 @@ def chunked_gated_delta(
     ys = []
     for start in range(0, tokens, MAX_TOKENS):
         part = slice(start, start + MAX_TOKENS)
-        y, state = _chunks(*(x[:, part] for x in (q, k, v, g, beta)), state, None if mask is None else mask[:, part])
+        seen = None if mask is None else mask[:, part]
+        y, state = _chunks(q[:, part], k[:, part], v[:, part], g[:, part], beta[:, part], state, seen)
         ys.append(y)
     y = ys[0] if len(ys) == 1 else mx.concatenate(ys, axis=1)
     return y.astype(q.dtype), state

@@ -5,6 +5,7 @@ These wrappers of mlx-lm's two functions, which apply_patch() installs, add a su
 caches, and compare before anything is built.  Files without packed caches pass through as they are."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,8 +17,8 @@ from ..caches.identity import checksum
 
 KEY = "turboquant_other_slots"  # of the metadata: JSON {"slots": {slot: class and checksum}, "metadata": checksum}
 _AGAIN = "the file was altered or truncated; make it again"
-save_original = mlx_lm_cache.save_prompt_cache
-load_original = mlx_lm_cache.load_prompt_cache
+save_original: Callable = mlx_lm_cache.save_prompt_cache
+load_original: Callable = mlx_lm_cache.load_prompt_cache
 
 
 def _as_saved(leaf):

@@ -1,7 +1,7 @@
 // CUDA C++ as far as the kernels use it, for a C++ compiler: threads are fibers of the tests' emulator, the functions
-// of a warp gather what all lanes bring, and instructions (src/cuda/device/ptx.cu.h) are written out.  Copies into shared
-// memory happen when they are waited for, and shared memory holds garbage at first, so that a missing wait or barrier
-// shows.
+// of a warp gather what all lanes bring, and instructions (src/cuda/device/ptx.cu.h) are written out.  Copies into
+// shared memory happen when they are waited for, and shared memory holds garbage at first, so that a missing wait or
+// barrier shows.
 #pragma once
 
 #define TURBOQUANT_EMULATED

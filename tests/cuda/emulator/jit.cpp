@@ -1,6 +1,4 @@
 // The interface of ../jit.h without a GPU: a kernel's text is compiled as C++ and run by the emulator.
-#include "support/cuda_jit.h"
-
 #include <dlfcn.h>
 #include <unistd.h>
 
@@ -17,6 +15,7 @@
 #include <stdexcept>
 
 #include "runtime.h"
+#include "support/cuda_jit.h"
 
 // The few functions of CUDA's runtime that the tests call; device memory is the host's.
 extern "C" {

@@ -1,4 +1,5 @@
-// Numbers that count what is done to them, in place of types.h's, for the cost model (benchmarks/kernels/metal_cost.cpp).
+// Numbers that count what is done to them, in place of types.h's, for the cost model
+// (benchmarks/kernels/metal_cost.cpp).
 //
 // Counted: arithmetic on float and uint, conversions, special functions, and accesses to device and threadgroup memory,
 // told apart by address.  Not counted: arithmetic on int (indices; most of it is constant after unrolling) and selects
