@@ -1,4 +1,4 @@
-// What a backend is: a table of functions over checked parameters.
+// A backend is a table of three functions: encode, decode, attend.  Their parameters have been checked before.
 #pragma once
 
 #include "turboquant/turboquant.h"

@@ -1,4 +1,4 @@
-// Reading and writing numbers of any storage type, one at a time.
+// Reads and writes single numbers of any storage type, and finds the place of a vector, a scale, a mask element.
 #pragma once
 
 #include "turboquant/half.h"

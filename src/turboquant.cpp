@@ -1,4 +1,6 @@
-// The public edge: every argument is checked here, once, and nowhere else does the core throw.
+// The core's public edge: checks every argument of encode, decode and attend, then calls a backend.  The backends check
+// nothing.  (Only force_isa and set_num_threads check their own argument elsewhere, and parallel_for passes on what a
+// task throws.)
 #include "turboquant/turboquant.h"
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// The packed format, version 2: the one truth about how codes lie in memory.
+// This header defines the packed format, version 2: where each bit of a vector's codes lies, and what the codes mean.
 //
 // This header is compiled as C++, as CUDA (NVRTC included) and as Metal, so it holds only constexpr
 // functions of plain integers: no standard headers, no arrays, no templates.  docs/format.md explains it.

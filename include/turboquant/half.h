@@ -1,4 +1,4 @@
-// Conversions between float and the 16-bit storage types, for hosts without native support.
+// Converts float to float16 and bfloat16 and back, on hosts whose compiler has no such types.
 #pragma once
 
 #include <bit>

@@ -1,5 +1,6 @@
 // Softmax as a value: scores are pushed one at a time, partial results of split ranges merge, and `finish` gives the
-// weighted mean.  Every loop of the library that computes attention is built on it (Milakov & Gimelshein, 1805.02867).
+// weighted mean (Milakov & Gimelshein, arXiv 1805.02867).  The reference and the tests use it; the kernels have forms
+// of their own.
 #pragma once
 
 #include <cmath>

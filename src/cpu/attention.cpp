@@ -1,4 +1,5 @@
-// The driver of attend: tiles of query rows times chunks of tokens, each a task; chunks of a tile merge in order.
+// attend on the CPU: divides the work into tasks, each a tile of query rows over a chunk of tokens, and merges the
+// chunks of a tile in order.
 #include <algorithm>
 #include <atomic>
 #include <cmath>

@@ -1,4 +1,4 @@
-// The drivers of encode and decode: runs of rows, each a task.
+// encode and decode on the CPU: divide the vectors into tasks.
 #include <algorithm>
 
 #include "cpu/driver.h"

@@ -1,4 +1,4 @@
-// Which instruction set runs: the best that this processor has, unless one is forced.
+// Chooses the instruction set: the best one that this processor has, unless the caller forces another.
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>

@@ -1,4 +1,4 @@
-// What the drivers of attend and of the codec share.
+// Shared by attention.cpp and codec.cpp, which divide the CPU's work into tasks.
 #pragma once
 
 #include "cpu/kernels.h"

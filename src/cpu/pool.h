@@ -1,4 +1,4 @@
-// The fixed pool of threads of the CPU backend.
+// The CPU backend's threads: parallel_for divides a call's tasks among them.
 #pragma once
 
 #include <functional>

@@ -1,4 +1,5 @@
-// The kernels as text: what MLX's cuda_kernel (and the tests, which imitate it) need to compile and launch one.
+// The CUDA kernels as text, with names of arguments and sizes of launches: all that MLX's cuda_kernel needs to compile
+// and launch one.  The tests compile and launch the same.
 #pragma once
 
 #include <array>

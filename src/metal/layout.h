@@ -1,4 +1,4 @@
-// What host and kernels agree on beside the packed format: the small integers in a kernel's `params`.
+// The `params` argument of the Metal kernels: small integers that the host writes and the kernels read.
 // Compiled by C++ and by Metal.
 #pragma once
 

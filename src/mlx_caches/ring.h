@@ -1,4 +1,4 @@
-// What the two rotating caches do to a store: make room for one token, drop the oldest.
+// Shared by the two caches of a sliding window: make room for a token, drop the oldest.
 #pragma once
 
 #include <optional>

@@ -1,4 +1,4 @@
-// The checks of operations' arguments, and their words.
+// Checks of the operations' arguments.  Each throws std::invalid_argument that names the rule and the value found.
 #pragma once
 
 #include <sstream>

@@ -1,4 +1,4 @@
-// The operations on NVIDIA GPUs.  As gpu.h, for the CUDA backend alone.
+// The operations on NVIDIA GPUs; gpu.h says what each does.
 #pragma once
 
 #include "turboquant/mlx/ops.h"

@@ -1,4 +1,4 @@
-// Which GPU backend serves the operations.
+// Chooses the GPU backend, CUDA or Metal, or says why there is none.
 #include "mlx_ops/gpu.h"
 
 #include <mlx/backend/cuda/cuda.h>

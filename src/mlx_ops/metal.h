@@ -1,4 +1,4 @@
-// The operations on Apple GPUs.  As gpu.h, for the Metal backend alone.
+// The operations on Apple GPUs; gpu.h says what each does.
 #pragma once
 
 #include "turboquant/mlx/ops.h"

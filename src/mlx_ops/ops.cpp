@@ -1,4 +1,4 @@
-// Building the graph: checks, shapes, and the choice between a primitive and GPU kernels.
+// Builds the graph of an operation: checks its arguments, then chooses the CPU primitive or GPU kernels.
 #include "turboquant/mlx/ops.h"
 
 #include <algorithm>

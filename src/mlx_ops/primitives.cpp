@@ -1,4 +1,4 @@
-// Evaluation on the CPU: MLX arrays become the core's views, and the core's call becomes a task of the stream.
+// Evaluates the operations on the CPU: describes MLX arrays to the core, and queues the core's call on the stream.
 #include "mlx_ops/primitives.h"
 
 #include <mlx/allocator.h>

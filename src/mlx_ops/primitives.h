@@ -1,4 +1,4 @@
-// The MLX primitives behind the operations: CPU only, see gpu.h for the other way.
+// The MLX primitives of the operations on the CPU.  GPUs use MLX's custom kernels instead (gpu.h).
 #pragma once
 
 #include <mlx/primitives.h>

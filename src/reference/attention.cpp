@@ -1,4 +1,4 @@
-// The oracle of attend: keys and values are decoded to double and plain attention follows.
+// The oracle of attend: decodes keys and values to double, then computes attention by its definition.
 #include <vector>
 
 #include "backend.h"

@@ -1,4 +1,4 @@
-// The oracle of encode and decode: double, scalar, in the paper's order.
+// The oracle of encode and decode: scalar code in double, step by step as in the paper (section 3).
 #include "reference/codec.h"
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// One vector at a time, in double: what the reference attention reads its keys and values with.
+// Decodes one vector in double; the reference attention reads keys and values with it.
 #pragma once
 
 #include "turboquant/turboquant.h"

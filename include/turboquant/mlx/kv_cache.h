@@ -1,4 +1,5 @@
-// The key-value cache of one attention layer, packed.  A value type: a copy shares no later write.
+// KVCache holds the packed keys and values of one attention layer.  It is a value: writing to a copy does not change
+// the original.
 //
 // A program in C++ uses it directly (examples/cpp); Python's TurboQuantKVCache is a thin wrapper.
 #pragma once

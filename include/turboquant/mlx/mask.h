@@ -1,4 +1,4 @@
-// The masks that a cache's own rule needs: causal, within a window, behind a row's padding.
+// Attention masks that follow from a cache's own rules: causal, a sliding window, the padding of a batch row.
 #pragma once
 
 #include <optional>

@@ -1,4 +1,4 @@
-// TurboQuant as lazy MLX operations.  Only this folder knows MLX.
+// The codec and attention as lazy operations over MLX arrays.
 //
 // On the CPU each operation is an MLX primitive over the core library; on a GPU it is a graph of MLX custom kernels
 // (gpu.h).  All are evaluated on the stream given, and can stand inside mx.compile; vmap and gradients are refused.

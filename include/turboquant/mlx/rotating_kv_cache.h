@@ -1,4 +1,4 @@
-// Packed caches that hold a window of the latest tokens: the rule of mlx-lm's RotatingKVCache, on codes.
+// Packed caches of a sliding window.  They keep and drop the same tokens as mlx-lm's RotatingKVCache.
 #pragma once
 
 #include <optional>

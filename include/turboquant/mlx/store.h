@@ -1,4 +1,5 @@
-// Packed keys and values side by side, and what every cache does to them.
+// Store holds the packed keys and values of a cache as MLX arrays.  All caches are built from its operations: append,
+// grow, slice, pad, gather.
 #pragma once
 
 #include <functional>
@@ -36,7 +37,8 @@ struct Store {
   int head_dim(const Coding& coding) const { return keys.codes.shape(3) / coding.key_bits * 32; }
   /// Bytes of all four arrays.
   size_t nbytes() const;
-  /// The same with nothing to wait for: evaluates `written`.  All below but `pad` with nothing to do settle first.
+  /// This store after its pending in-place writes: evaluates `written`.  The operations below call it first, but for
+  /// `pad` when there is nothing to pad.
   Store settled() const;
   /// Whether nobody else holds the arrays, pending operations and the GPU included.
   bool unshared() const;

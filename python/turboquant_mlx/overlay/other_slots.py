@@ -1,8 +1,8 @@
-"""Saved prompt caches, the slots that are not packed: sums of them in the file's metadata.
+"""Checksums of the slots that are not packed, in files of prompt caches.
 
-A packed cache checks itself (identity.py); the recurrent states and float caches beside it are mlx-lm's and do not.
-These wrappers of mlx-lm's two functions, which apply_patch() installs, add a sum for each when a file holds packed
-caches, and compare before anything is built.  Files without packed caches pass through as they are."""
+A packed cache holds its own checksum (identity.py).  The recurrent states and float caches beside it are mlx-lm's and
+hold none.  These two functions replace mlx-lm's (apply_patch() installs them).  When a file holds packed caches, saving
+adds a checksum for every other slot, and loading compares it first.  Files without packed caches are left alone."""
 
 import json
 from collections.abc import Callable

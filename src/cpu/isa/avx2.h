@@ -1,4 +1,4 @@
-// What the 256-bit instruction sets share.
+// Vector operations that all 256-bit instruction sets share.
 #pragma once
 
 #include <immintrin.h>

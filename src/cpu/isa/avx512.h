@@ -1,4 +1,4 @@
-// What the 512-bit instruction sets share.
+// Vector operations that all 512-bit instruction sets share.
 #pragma once
 
 #include <immintrin.h>

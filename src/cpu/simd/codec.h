@@ -1,4 +1,4 @@
-// Encode and decode kernels: a row at a time, rotation and quantisation and packing fused.
+// The kernels of encode and decode.  One pass over a vector rotates, quantises and packs it.
 #pragma once
 
 #include "cpu/simd/hadamard.h"
@@ -133,8 +133,8 @@ inline float sum_of_squares(const float* x, int dim) {
   return reduce(sum[0], [](F a, F b) { return a + b; });
 }
 
-/// Brings the largest number of x near 1 by a power of two, so that no square over- or underflows, and returns what
-/// undoes it: 0 for a zero vector, NaN when a number is not finite.
+/// Multiplies x by a power of two that brings its largest number near 1, so that no square over- or underflows.
+/// Returns the inverse of that factor: 0 for a zero vector, NaN when a number is not finite.
 template <class F>
 float normalize_range(float* x, int dim) {
   constexpr int lanes = sizeof(F) / 4;

@@ -1,4 +1,5 @@
-// Encoding with error feedback: block after block of 32 coordinates, a few rows at a time that share each load of G.
+// The kernel of encode with error feedback.  It codes a vector block by block, 32 coordinates each; a few vectors at a
+// time share each load of the matrix G.
 //
 // A row's arithmetic is the same however many rows are coded together, so its codes do not depend on its neighbours.
 #pragma once

@@ -1,4 +1,4 @@
-// The kernels of one instruction set as a table.
+// Fills the table of kernels (kernels.h) of one instruction set.
 #pragma once
 
 #include "cpu/simd/attention.h"

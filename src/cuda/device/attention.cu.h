@@ -1,4 +1,4 @@
-// What the attention kernels share: their parameters, which keys a query sees, masks, and fast functions.
+// Shared by the attention kernels: their parameters, the keys that a query sees, masks, fast exponentials.
 #pragma once
 
 #include "cuda/device/codec.cu.h"

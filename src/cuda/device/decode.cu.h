@@ -1,4 +1,4 @@
-// Decoding: attention of few query rows over a long packed cache, on int8 tensor cores.
+// Attention of a few query rows over a long packed cache, on int8 tensor cores: the kernel of token generation.
 //
 // A block handles four query rows of a KV head at a time; its warps are independent until the end of a segment, each
 // with its own ring of 32-token tiles.  Queries and softmax weights are split into high and low int8 parts, which fill

@@ -1,4 +1,4 @@
-// `encode` and `decode` on CUDA: a group of lanes a vector (codec.cu.h).
+// The kernels of encode and decode: a group of lanes of a warp works on one vector (codec.cu.h).
 #pragma once
 
 #include "cuda/device/codec.cu.h"

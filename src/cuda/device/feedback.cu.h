@@ -1,4 +1,5 @@
-// `encode` with error feedback: errors of coordinates coded earlier move those coded later (turboquant.h).
+// The kernel of encode with error feedback: the errors of a vector's earlier blocks move the targets of later ones
+// (EncodeParams in turboquant.h).
 //
 // A block takes vectors of one head, eight at a time.  Each warp rotates one; then, 32 coordinates after another, all
 // threads multiply the errors so far by G, a thread a row and every eighth four columns, and each warp codes its

@@ -1,4 +1,4 @@
-// The end of an attention: partial results become output rows.
+// Merges the partial results of blocks into output rows: the last kernel of an attention that was divided.
 #pragma once
 
 #include "cuda/device/schedule.cu.h"

@@ -1,11 +1,11 @@
-// How the blocks of a launch divide the packed cache.
+// Divides the packed cache among the blocks of a launch.
 //
 // A segment is one KV head of one batch row, read for one block of ROWS query rows.  In an even launch every segment
 // has as many tiles as the others and a column of the grid to itself: block x of column y takes the x-th part of
 // segment y. Otherwise (ragged batches, or many segments) the tiles of all segments, in order, are dealt to the blocks
-// in equal contiguous runs, in which every segment has some tiles more at its beginning: what starting on a segment
-// costs a block.  A block leaves one partial result for each segment of whose own tiles it has any (in an even launch
-// for its one segment, be it empty).
+// in equal contiguous runs.  Starting on a segment costs a block some time; the dealing counts it as some more tiles at
+// the segment's beginning.  A block leaves one partial result for each segment that it has tiles of; in an even launch
+// it leaves one for its segment, even without tiles.
 #pragma once
 
 #include "cuda/device/attention.cu.h"
