@@ -51,6 +51,7 @@ nb::class_<Cache> bind_cache(nb::module_& m, const char* name) {
           },
           "keys"_a, "values"_a, "last_kernel"_a)
       .def("trim", &Cache::trim, "n"_a)
+      .def("tie", &Cache::tie, "to"_a)
       .def_prop_ro("empty", &Cache::empty)
       .def_prop_ro("nbytes", &Cache::nbytes)
       .def_prop_ro("key_bits", [](const Cache& c) { return c.coding().key_bits; })
@@ -94,6 +95,8 @@ void bind_caches(nb::module_& m) {
                  "[TurboQuantKVCache] these keys and values are packed codes, and mlx-lm's own attention cannot read "
                  "them: call turboquant_mlx.apply_patch() once before the model runs (enable(model) does it)");
            })
+      .def(
+          "astype", [](nb::object view, nb::handle, nb::handle) { return view; }, "dtype"_a, "stream"_a = nb::none())
       .def_prop_ro("arrays", [](const ops::View& v) { return arrays(v.store.tokens(0, v.length)); })
       .def(
           "attend",
@@ -157,6 +160,7 @@ void bind_caches(nb::module_& m) {
           [](ops::RotatingKVCache& c, const Arrays& a, int offset, int index) { c.restore(store(a), offset, index); },
           "arrays"_a, "offset"_a, "index"_a)
       .def_prop_ro("can_trim", &ops::RotatingKVCache::can_trim)
+      .def_prop_ro("undoable", &ops::RotatingKVCache::undoable)
       .def_prop_ro("offset", &ops::RotatingKVCache::offset)
       .def_prop_ro("index", &ops::RotatingKVCache::index)
       .def_prop_ro("size", &ops::RotatingKVCache::size)

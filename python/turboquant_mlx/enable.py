@@ -5,24 +5,25 @@ import os
 from collections.abc import Mapping
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.cache import RotatingKVCache
 
-from .caches import DelayedTurboQuantKVCache, TurboQuantKVCache, TurboQuantRotatingKVCache
+from .caches import TurboQuantKVCache
 from .caches.arguments import whole
-from .caches.identity import fingerprint
+from .caches.maker import CacheMaker, packed_like
 from .caches.slots import (
     REPLACED,
     kv_slots,
     layer_name,
+    leaves,
     own_caches,
-    own_make_cache,
     replace_kv_caches,
     replace_slots,
     slot_name,
 )
-from .calibration import NO_CALIBRATION, as_calibration, load_beside
+from .calibration import as_calibration, check_weights, load_beside
+from .overlay import sharding
 from .overlay.gated_delta import enable_chunked_recurrence
-from .overlay.patch import apply_patch, record_reads
+from .overlay.patch import apply_patch, reach_own_code, record_reads
 
 __all__ = [
     "REPLACED",
@@ -37,25 +38,16 @@ __all__ = [
 ]
 
 
-def _packed(original, start, coding):
-    """The packed cache that stands in for `original`; None for kinds that stay."""
-    if type(original) not in REPLACED:
-        return None
-    if type(original) is RotatingKVCache:
-        return TurboQuantRotatingKVCache(original.max_size, original.keep, **coding)
-    return DelayedTurboQuantKVCache(start, **coding) if start else TurboQuantKVCache(**coding)
-
-
 class _Probe:
     """Notes what a layer puts into a packed cache and what it is handed."""
 
     def __init__(self, cache):
-        self.handed_out = None
-        self.failure = None
-        update = cache.update_and_fetch
+        self.handed_out = self.failure = self.heads = None
+        self.cache, update = cache, cache.update_and_fetch
 
         def noted(keys, values):
             try:
+                self.heads = keys.shape[1]
                 views = update(keys, values)
             except ValueError as error:
                 self.failure = str(error)
@@ -65,14 +57,28 @@ class _Probe:
 
         cache.update_and_fetch = noted
 
+    def release(self):
+        """Undoes the circle of cache and function, which would hold the graph, and so the weights."""
+        del self.cache.update_and_fetch, self.cache
 
-def _probe_once(model, original, coding, left):
+
+def _bare(error):
+    """The exception without the frames that it passed through, whose variables hold the model."""
+    link = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
+
+
+def _probe_once(model, make_cache, left):
     """Builds, without evaluating it, the graph of two tokens with packed caches in all slots but those of `left`.
-    Returns what keeps a slot from being packed, and the exception that ended the attempt, if one did."""
+    Returns what keeps a slot from being packed, the heads of each slot, and the exception that ended the attempt, if
+    one did."""
     probes = {}
 
     def make(path, c):
-        cache = None if path in left else _packed(c, None, coding(path))
+        cache = None if path in left else make_cache(path, c)
         if cache is not None:
             probes[path] = _Probe(cache)
         return cache
@@ -80,32 +86,53 @@ def _probe_once(model, original, coding, left):
     error = None
     with record_reads() as seen:
         try:
-            model(mx.zeros((1, 2), mx.int32), cache=replace_slots(original(), make))
+            model(mx.zeros((1, 2), mx.int32), cache=replace_slots(own_caches(model), make))
         except Exception as raised:  # whatever a model does with keys that are not arrays
-            error = raised
+            error = _bare(raised)
     problems = {}
     for path, probe in probes.items():
+        probe.release()
         if probe.failure:
             problems[path] = probe.failure
         elif probe.handed_out is not None and id(probe.handed_out) not in seen:
             problems[path] = "its attention does not go through mlx_lm.models.base.scaled_dot_product_attention" + (
                 f" ({type(error).__name__}: {str(error).splitlines()[0]})" if str(error or "") else ""
             )
-    return problems, error
+    return problems, {path: probe.heads for path, probe in probes.items()}, error
 
 
-def _probe(model, original, coding):
-    """What keeps each slot from being packed.  One slot may end an attempt, so attempts go on without it."""
-    problems = {}
+def _probe(model, make_cache):
+    """(What keeps each slot from being packed, the KV heads of each slot or None).  One slot may end an attempt, so
+    attempts go on without it."""
+    problems, heads = {}, {}
     while True:
-        more, error = _probe_once(model, original, coding, problems)
+        more, seen, error = _probe_once(model, make_cache, problems)
+        heads |= {path: n for path, n in seen.items() if n is not None}
         if not more:
             if error and not problems:
                 raise ValueError(
                     f"[enable] the model cannot run on packed caches: {type(error).__name__}: {error}"
                 ) from error
-            return problems
+            return problems, heads
         problems |= more
+
+
+def _checked_calibration(model, calibration, seed):
+    """{slot of the whole model: Calibration} of what `enable` takes."""
+    if isinstance(calibration, str | os.PathLike):
+        calibration = load_beside(calibration)
+    if calibration is not None and not isinstance(calibration, Mapping):
+        raise ValueError(
+            "[enable] calibration must be {slot: Calibration}, a file of `calibrate` or a folder that holds one; "
+            f"got {type(calibration).__name__}"
+        )
+    check_weights(calibration, model)
+    calibration = {slot: as_calibration(found) for slot, found in (calibration or {}).items()}
+    seeds = {c.seed for c in calibration.values() if c.feedback}
+    if seeds - {seed}:
+        raise ValueError(f"[enable] the feedback of `calibration` was made for seed {min(seeds - {seed})}; got {seed}")
+    mx.eval([x for c in calibration.values() for x in c if isinstance(x, mx.array)])  # this thread may end
+    return calibration
 
 
 def packing(model, bits=3, *, key_bits=None, value_bits=None, seed=0, calibration=None, start=None):
@@ -120,26 +147,17 @@ def packing(model, bits=3, *, key_bits=None, value_bits=None, seed=0, calibratio
     TurboQuantKVCache(bits, key_bits=key_bits, value_bits=value_bits, seed=seed)  # refuses wrong widths first
     if start is not None:
         whole("enable", "start", start)
-    own = own_make_cache(model)
-    layers = len(model.layers)
-    original = own or (lambda: [KVCache() for _ in range(layers)])
-
-    slots = kv_slots(original(), "enable")
+    shard = sharding.of(model)
+    if shard.pipelined and not any(type(c) in REPLACED for _, c in leaves(own_caches(model))):
+        slots = {}  # this rank has none; sharding.agree() sees to it that another has
+    else:
+        slots = kv_slots(own_caches(model), "enable")
     names = [slot_name(path) for path in slots]
-    if isinstance(calibration, str | os.PathLike):
-        calibration = load_beside(calibration)
-    if calibration is not None and not isinstance(calibration, Mapping):
-        raise ValueError(
-            "[enable] calibration must be {slot: Calibration}, a file of `calibrate` or a folder that holds one; "
-            f"got {type(calibration).__name__}"
-        )
-    calibration = {slot: as_calibration(found) for slot, found in (calibration or {}).items()}
+    settings = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits, "seed": seed}
+    calibration = shard.own_slots(_checked_calibration(model, calibration, seed))
     unknown = [slot for slot in calibration if slot not in names]
     if unknown:
         raise ValueError(f"[enable] calibration must belong to slots that are packed, {names}; got {unknown}")
-    seeds = {c.seed for c in calibration.values() if c.feedback}
-    if seeds - {seed}:
-        raise ValueError(f"[enable] the feedback of `calibration` was made for seed {min(seeds - {seed})}; got {seed}")
     windows = [layer_name(path) for path, kind in slots.items() if start and kind is RotatingKVCache]
     if windows:
         raise ValueError(
@@ -147,41 +165,19 @@ def packing(model, bits=3, *, key_bits=None, value_bits=None, seed=0, calibratio
             + ", ".join(windows)
         )
 
-    def coding(path):
-        found = calibration.get(slot_name(path), NO_CALIBRATION)
-        return {
-            "bits": bits,
-            "key_bits": key_bits,
-            "value_bits": value_bits,
-            "seed": seed,
-            "centres": found.centres,
-            "feedback": found.feedback,
-        }
-
     apply_patch()
-    problems = _probe(model, original, coding)
+    reach_own_code(model)
+    if shard.tensor and calibration:
+        _, heads = _probe(model, lambda path, c: packed_like(c, None, settings))
+        calibration = shard.own_heads(calibration, {slot_name(path): n for path, n in heads.items()})
+    extras = {slot: {"centres": found.centres, "feedback": found.feedback} for slot, found in calibration.items()}
+    maker = CacheMaker(model, settings, extras, start)
+    problems, _ = _probe(model, lambda path, c: packed_like(c, None, maker.coding(path)))
     if problems:
         lines = "\n".join(f"  {layer_name(path)}: {why}" for path, why in problems.items())
         raise ValueError(f"[enable] {len(problems)} of {len(slots)} KVCache slots cannot be packed:\n{lines}")
-    name = fingerprint(model)
-
-    def packed(path, c):
-        cache = _packed(c, start, coding(path))
-        if cache is not None:
-            cache.fingerprint = name
-        return cache
-
-    def make_cache():
-        return replace_slots(original(), packed)
-
-    def sized(max_kv_size):
-        if start:
-            raise ValueError(f"[enable] start = {start} and max_kv_size = {max_kv_size} exclude each other")
-        return replace_slots([RotatingKVCache(max_size=max_kv_size, keep=4) for _ in range(layers)], packed)
-
-    if own is None:  # mlx-lm gives max_kv_size to such models only
-        make_cache.sized = sized
-    return make_cache, slots
+    maker.names.current(fresh=True)
+    return maker, slots
 
 
 def enable(
@@ -214,12 +210,18 @@ def enable(
             feedback made for another seed.  The model is left as it was, with the caches of an earlier enable() if
             there was one.
         FileNotFoundError: there is no such calibration file.
+
+    Of a model that is sharded over ranks (mlx-lm's `shard` or `pipeline`), every rank calls this, and takes its own
+    heads and slots of a calibration; when one rank refuses, all raise its reason.
     """
-    make_cache, slots = packing(
-        model, bits, key_bits=key_bits, value_bits=value_bits, seed=seed, calibration=calibration, start=start
+    make_cache, slots = sharding.agreed(
+        model,
+        lambda: packing(
+            model, bits, key_bits=key_bits, value_bits=value_bits, seed=seed, calibration=calibration, start=start
+        ),
     )
     before = vars(model).get("make_cache")
-    make_cache.replaced = getattr(before, "replaced", before)
+    make_cache.replaced = before.replaced if isinstance(before, CacheMaker) else before
     model.make_cache = make_cache
     if chunked_recurrence:
         enable_chunked_recurrence()
@@ -230,7 +232,7 @@ def disable(model):
     """Gives the model its own caches back.  The patch stays, which float caches do not notice, and so does the chunked
     recurrence, which belongs to the process."""
     ours = vars(model).get("make_cache")
-    if not hasattr(ours, "replaced"):
+    if not isinstance(ours, CacheMaker):
         return
     del model.make_cache
     if ours.replaced is not None:

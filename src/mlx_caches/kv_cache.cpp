@@ -15,6 +15,7 @@ Coding checked_coding(Coding coding) {
     // Kept as it is when it can be: caches that share the array are known to agree without a comparison.
     if ((*centre)->dtype() == mx::float32 && (*centre)->is_available() && (*centre)->flags().row_contiguous) continue;
     *centre = mx::contiguous(mx::astype(**centre, mx::float32));
+    mx::eval(**centre);  // another thread than this may use the cache, and MLX's streams belong to threads
   }
   for (auto* feedback : {&coding.key_feedback, &coding.value_feedback}) {
     if (!*feedback) continue;
@@ -23,6 +24,7 @@ Coding checked_coding(Coding coding) {
             "[cache] feedback must have shape (kv_heads, head_dim, head_dim); got ", (*feedback)->shape());
     if ((*feedback)->is_available() && (*feedback)->flags().row_contiguous) continue;
     *feedback = mx::contiguous(**feedback);
+    mx::eval(**feedback);
   }
   return coding;
 }

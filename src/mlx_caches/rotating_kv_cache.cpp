@@ -25,6 +25,7 @@ void RotatingKVCache::append(const mx::array& keys, const mx::array& values, mx:
     store_ = store_ ? concatenate({drop_oldest(*ordered(s), max_size_ - 1, keep_, s), rows}, 2, s) : rows;
     index_ = store_->capacity();
   }
+  undoable_ = added == 0 ? undoable_ : added - 1;
   offset_ += added;
 }
 
@@ -34,7 +35,10 @@ View RotatingKVCache::view() const {
 }
 
 int RotatingKVCache::trim(int n) {
-  n = can_trim() ? std::clamp(n, 0, offset_) : 0;
+  const bool whole = can_trim();
+  n = std::clamp(n, 0, whole ? offset_ : undoable_);
+  if (!whole && n > 0) store_ = store_->tokens(0, store_->capacity() - n);
+  undoable_ = std::max(0, undoable_ - n);
   offset_ -= n;
   index_ -= n;
   return n;
@@ -70,6 +74,7 @@ void RotatingKVCache::restore(const Store& store, int offset, int index) {
   store_ = store;
   offset_ = offset;
   index_ = index;
+  undoable_ = 0;
 }
 
 }  // namespace turboquant::ops

@@ -42,6 +42,18 @@ Store Store::settled() const {
   return {keys, values};
 }
 
+Store Store::tied(const mx::array& to) const {
+  Store out = *this;
+  if (written) {
+    out.written = mx::depends({*written}, {to})[0];
+    return out;
+  }
+  const auto x = mx::depends({keys.codes, keys.scales, values.codes, values.scales}, {to});
+  out.keys = {x[0], x[1]};
+  out.values = {x[2], x[3]};
+  return out;
+}
+
 bool Store::unshared() const {
   return keys.codes.is_donatable() && keys.scales.is_donatable() && values.codes.is_donatable() &&
          values.scales.is_donatable();

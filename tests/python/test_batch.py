@@ -7,10 +7,18 @@ import mlx.core as mx
 import pytest
 from mlx_lm import batch_generate
 from mlx_lm.generate import BatchGenerator
-from mlx_lm.models.cache import ArraysCache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache, trim_prompt_cache
 from needles import ANSWER, question, read_page
+from packed_caches import fill
 from small_models import FAMILIES, greedy, prompt, small_llama, sure
-from turboquant_mlx import BatchTurboQuantKVCache, disable, enable
+from turboquant_mlx import (
+    BatchTurboQuantKVCache,
+    DelayedTurboQuantKVCache,
+    TurboQuantKVCache,
+    TurboQuantRotatingKVCache,
+    disable,
+    enable,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -142,3 +150,29 @@ def test_rows_of_the_bundled_model_go_on_alone_after_a_step_together(bundled):
             assert len(want) > 8 and got == want
     finally:
         disable(model)
+
+
+def test_batches_of_several_kinds_are_refused_by_name(patched):
+    """Float caches beside packed ones, in either order, filled or empty, and batches that are extended with the other
+    kind."""
+    for n in (5, 0):
+        packed, floats = fill(TurboQuantKVCache(), *[n] * (n > 0)), fill(KVCache(), *[n] * (n > 0))
+        window, float_window = TurboQuantRotatingKVCache(16), RotatingKVCache(16)
+        later = fill(DelayedTurboQuantKVCache(9), *[n] * (n > 0))
+        for a, b in ((packed, floats), (floats, packed), (packed, window), (window, floats), (floats, later)):
+            with pytest.raises(ValueError, match=rf"\[merge\].*got {kinds(a, b)}.*to_turboquant"):
+                a.merge([a, b])
+        with pytest.raises(ValueError, match="to_turboquant"):
+            float_window.merge([float_window, window])
+        with pytest.raises(ValueError, match="DelayedTurboQuantKVCache"):
+            packed.merge([packed, later])
+        batches = [packed.merge([packed]), floats.merge([floats]), window.merge([window])]
+        for a in batches:
+            for b in batches:
+                if type(a) is not type(b):
+                    with pytest.raises(ValueError, match=rf"\[extend\].*got {kinds(a, b)}.*to_turboquant"):
+                        a.extend(b)
+
+
+def kinds(*caches):
+    return ", ".join(sorted(type(c).__name__ for c in caches))

@@ -51,6 +51,10 @@ class BatchKVCache {
   const std::vector<int>& left_padding() const { return left_padding_; }
   /// Next position of each row: length() less its padding.
   std::vector<int> offsets() const;
+  /// Makes whatever reads the history wait for `to`: a model under pipeline parallelism ties what it sends to its cache.
+  void tie(const mx::array& to) {
+    if (store_) store_ = store_->tied(to);
+  }
   bool empty() const { return !store_; }
   size_t nbytes() const { return store_ ? store_->nbytes() : 0; }
   const Coding& coding() const { return coding_; }

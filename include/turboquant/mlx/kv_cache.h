@@ -26,6 +26,10 @@ class KVCache {
   int trim(int n);
 
   int offset() const { return length_; }
+  /// Makes whatever reads the history wait for `to`: a model under pipeline parallelism ties what it sends to its cache.
+  void tie(const mx::array& to) {
+    if (store_) store_ = store_->tied(to);
+  }
   bool empty() const { return !store_; }
   /// Resident bytes: the buffers, spare room included.
   size_t nbytes() const { return store_ ? store_->nbytes() : 0; }

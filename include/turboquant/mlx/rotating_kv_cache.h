@@ -20,7 +20,10 @@ class RotatingKVCache {
   void append(const mx::array& keys, const mx::array& values, mx::StreamOrDevice s = {});
   View view() const;
   bool can_trim() const { return offset_ < max_size_; }
-  /// Forgets the last n tokens; 0 once older tokens were overwritten.
+  /// Tokens that can be forgotten although older ones were dropped: all but one of those appended at once last, for each
+  /// of them still sees max_size tokens.
+  int undoable() const { return undoable_; }
+  /// Forgets the last n tokens; at most undoable() once older tokens were dropped.
   int trim(int n);
   /// The mask for `queries` coming tokens; window 0 means max_size.
   Mask mask(int queries, int window, bool as_array, mx::StreamOrDevice s = {}) const;
@@ -36,6 +39,10 @@ class RotatingKVCache {
   int size() const { return offset_ < max_size_ ? offset_ : max_size_; }
   int max_size() const { return max_size_; }
   int keep() const { return keep_; }
+  /// Makes whatever reads the history wait for `to`: a model under pipeline parallelism ties what it sends to its cache.
+  void tie(const mx::array& to) {
+    if (store_) store_ = store_->tied(to);
+  }
   bool empty() const { return !store_; }
   size_t nbytes() const { return store_ ? store_->nbytes() : 0; }
   const Coding& coding() const { return coding_; }
@@ -44,7 +51,7 @@ class RotatingKVCache {
  private:
   Coding coding_;
   std::optional<Store> store_;
-  int max_size_, keep_, offset_ = 0, index_ = 0;
+  int max_size_, keep_, offset_ = 0, index_ = 0, undoable_ = 0;
 };
 
 /// The same for a batch of sequences of different lengths, right-justified as in BatchKVCache; keeps no first tokens.
@@ -80,6 +87,10 @@ class BatchRotatingKVCache {
   int max_size() const { return max_size_; }
   const std::vector<int>& left_padding() const { return left_padding_; }
   const std::vector<int>& offsets() const { return offsets_; }
+  /// Makes whatever reads the history wait for `to`: a model under pipeline parallelism ties what it sends to its cache.
+  void tie(const mx::array& to) {
+    if (store_) store_ = store_->tied(to);
+  }
   bool empty() const { return !store_; }
   size_t nbytes() const { return store_ ? store_->nbytes() : 0; }
   const Coding& coding() const { return coding_; }

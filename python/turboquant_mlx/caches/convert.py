@@ -10,6 +10,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from .arguments import Centres, Feedback, whole
 from .kv_cache import TurboQuantKVCache
+from .packed import PackedCache
 from .rotating import TurboQuantRotatingKVCache
 
 
@@ -93,14 +94,29 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
 
     def update_and_fetch(self, keys, values):
         """As for TurboQuantKVCache; returns arrays (B, H_kv, tokens, D) until the cache packs itself."""
+        return super().update_and_fetch(keys, values)
+
+    def _update(self, keys, values):
         if self.packed:
-            return super().update_and_fetch(keys, values)
+            return super()._update(keys, values)
         if self._floats.offset + keys.shape[2] <= self.start:
             return self._floats.update_and_fetch(keys, values)
         if self._floats.offset:
             self._core.append(*self._floats.keys_and_values())
         self._floats = None
-        return super().update_and_fetch(keys, values)
+        return super()._update(keys, values)
+
+    @property
+    def keys(self) -> mx.array | None:
+        """As for TurboQuantKVCache; the keys themselves while the cache holds floats."""
+        return super().keys if self.packed else self._floats.keys
+
+    @keys.setter
+    def keys(self, array):
+        if self.packed:
+            PackedCache.keys.fset(self, array)
+        else:
+            self._floats.keys = array
 
     def keys_and_values(self):
         """What update_and_fetch returned last."""

@@ -74,6 +74,15 @@ class TurboQuantKVCache(PackedCache):
         return cache
 
 
+def one_kind(operation, caches, kind="of one kind that can be batched"):
+    """Why these caches make no batch, as words."""
+    kinds = sorted({type(c).__name__ for c in caches})
+    return (
+        f"[{operation}] the rows of a batch must be caches {kind}; got {', '.join(kinds)}: to_turboquant(cache) packs a "
+        "float cache, and to_float() of a packed one goes back"
+    )
+
+
 class PackedBatch(PackedCache):
     """What packed batches share: rows that come, go and are padded."""
 
@@ -95,11 +104,29 @@ class PackedBatch(PackedCache):
     def extend(self, other: PackedBatch) -> None:
         """Appends the rows of another batch of this kind; ValueError when bits, seeds, centres, feedback or shapes
         differ, or windows' sizes."""
+        if type(other) is not type(self):
+            raise ValueError(one_kind("extend", [self, other]))
         self._core.extend(other._core)
+        self._name_rows(other)
+
+    def _name_rows(self, other):
+        if other.fingerprint != self.fingerprint:
+            both = {*self.fingerprint.split("+"), *other.fingerprint.split("+")}
+            self.fingerprint = "+".join(sorted(both - {""}))
 
     def extract(self, idx: int) -> PackedCache:
         """Row `idx` as a cache of its own: a TurboQuantKVCache, of a window a TurboQuantRotatingKVCache."""
-        return self._row._wrap(self._core.extract(idx), self.fingerprint)
+        return self._row._wrap(self._core.extract(idx), self)
+
+    @classmethod
+    def _merged(cls, core, caches):
+        """The batch of caches of the kind `_row`; ValueError names other kinds."""
+        if any(type(c) is not cls._row for c in caches):
+            raise ValueError(one_kind("merge", caches, f"of the kind {cls._row.__name__}"))
+        batch = cls._wrap(core.merge([c._core for c in caches]), caches[0])
+        for c in caches[1:]:
+            batch._name_rows(c)
+        return batch
 
 
 class BatchTurboQuantKVCache(PackedBatch):
@@ -131,10 +158,7 @@ class BatchTurboQuantKVCache(PackedBatch):
     def merge(cls, caches: list[TurboQuantKVCache]) -> BatchTurboQuantKVCache:
         """The batch of these TurboQuantKVCaches; ValueError when their bits, seeds, centres, feedback or
         shapes differ."""
-        strange = {type(c).__name__ for c in caches if not isinstance(c, TurboQuantKVCache)}
-        if strange:
-            raise ValueError(f"[merge] a packed batch is made of TurboQuantKVCache; got {sorted(strange)}")
-        return cls._wrap(_core.BatchKVCache.merge([c._core for c in caches]), caches[0].fingerprint)
+        return cls._merged(_core.BatchKVCache, caches)
 
     def size(self) -> int:
         """Tokens held of each row, its pads included."""

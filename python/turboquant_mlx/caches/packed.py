@@ -31,16 +31,23 @@ class PackedCache(_BaseCache):
 
     step = 256  # tokens that buffers grow by
     group_size = None  # mlx-lm passes it on to the attention hook, which has no use for it
-    fingerprint = ""  # of the model that fills the cache; enable() sets it
+    fingerprint = ""  # of the model that fills the cache: of several models, joined by +
+    _names = None  # the Names of the model that enable() was called for; tells a fingerprint that has changed
+    _leads = False  # the first packed slot of its model looks whether it has; the others read what that found
     _core: Any  # the C++ cache of this kind
 
     @classmethod
-    def _wrap(cls, core, fingerprint=""):
+    def _wrap(cls, core, like=None):
+        """A cache around `core`, of the model that fills `like`."""
         self = cls.__new__(cls)
         self._core = core
         self._last_kernel = _core.LastKernel()
-        self.fingerprint = fingerprint
+        if like is not None:
+            self._named_like(like)
         return self
+
+    def _named_like(self, other):
+        self.fingerprint, self._names, self._leads = other.fingerprint, other._names, other._leads
 
     def __copy__(self):
         """A copy that shares no later write; the buffers are shared until one of the two writes."""
@@ -52,6 +59,40 @@ class PackedCache(_BaseCache):
 
     def __deepcopy__(self, memo):
         return copy.copy(self)
+
+    def __reduce__(self):
+        """As mlx-lm saves it: a pickle holds the codes, and its cache is filled by whichever model comes next."""
+        *arrays, identity = self.state
+        return _unpickled, (type(self), arrays, str(identity))
+
+    def _note_model(self, first, tokens):
+        """After an append of `tokens` tokens, the `first` ones or not: notes whose they are.  Single tokens continue an
+        answer, for which nobody waits to change the weights."""
+        if self._names is None or (tokens == 1 and not first):
+            return
+        name = self._names.current() if self._leads else self._names.latest
+        if first:
+            self.fingerprint = name
+        elif name not in self.fingerprint:
+            self.fingerprint += f"+{name}"
+
+    @property
+    def keys(self) -> mx.array | None:
+        """The codes of the keys, spare room included; None when nothing was appended.
+
+        Models under pipeline parallelism assign mx.depends(cache.keys, sent) to it, so that whatever reads the cache
+        waits for what they send.  Nothing else can be assigned."""
+        return None if self._core.empty else self._core.arrays[0]
+
+    @keys.setter
+    def keys(self, array):
+        held = self.keys
+        if held is None or not isinstance(array, mx.array) or (array.shape, array.dtype) != (held.shape, held.dtype):
+            raise ValueError(
+                f"[{type(self).__name__}] keys takes mx.depends(cache.keys, ...) alone: packed keys are appended by "
+                f"update_and_fetch; got {type(array).__name__}"
+            )
+        self._core.tie(array)
 
     @property
     def bits(self) -> int:
@@ -113,6 +154,12 @@ class PackedCache(_BaseCache):
         Raises:
             ValueError: a wrong dtype or shape, or B, H_kv or D other than before.  The cache stays as it was.
         """
+        first = self.empty()
+        views = self._update(keys, values)
+        self._note_model(first, keys.shape[2])
+        return views
+
+    def _update(self, keys, values):
         view = self._core.update(keys, values, self._last_kernel)
         return view, view
 
@@ -217,3 +264,7 @@ class PackedCache(_BaseCache):
             "float16_bytes": 0 if shape is None else 2 * 2 * shape[0] * shape[1] * shape[2] * shape[3],
             "kernel": self.route,
         }
+
+
+def _unpickled(cls, arrays, identity):
+    return cls.from_state((*arrays, identity))

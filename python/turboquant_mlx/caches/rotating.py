@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from contextvars import ContextVar
+
 import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
 
@@ -9,6 +12,8 @@ from .. import _core
 from .arguments import Centres, Feedback, as_list, coding, padding, whole
 from .kv_cache import PackedBatch
 from .packed import PackedCache
+
+drafting = ContextVar("drafting", default=False)  # while this thread decodes speculatively (drafts.py)
 
 
 class PackedWindow(PackedCache):
@@ -54,6 +59,33 @@ class TurboQuantRotatingKVCache(PackedWindow):
         self._core = _core.RotatingKVCache(*sizes, *coding(owner, bits, key_bits, value_bits, seed, centres, feedback))
         self._last_kernel = _core.LastKernel()
 
+    _before = ()  # while drafting: this cache before each of the latest appends of a full window
+
+    def is_trimmable(self) -> bool:
+        """Whether the latest tokens can be taken back: only until the window has moved on, or while drafts are checked."""
+        return super().is_trimmable() or drafting.get()
+
+    def _update(self, keys, values):
+        tokens = keys.shape[2] if keys.ndim == 4 else 0
+        if drafting.get() and tokens in (1, 2) and self.offset + tokens >= self.max_size:
+            self._before = (*self._before, copy.deepcopy(self._core))  # a single token overwrites the oldest
+        return super()._update(keys, values)
+
+    def trim(self, n: int) -> int:
+        """Drops the latest `n` tokens, or all there are, and returns how many that were: none once the window has moved
+        on, and while drafts are checked those of the latest round."""
+        before, self._before = self._before, ()
+        if not self.is_trimmable():
+            return 0
+        if n > 0 and not self._core.can_trim:
+            to = self.offset - n
+            for core in before:
+                if core.offset == to or (core.offset > to and core.can_trim):
+                    core.trim(core.offset - to)
+                    self._core = core
+                    return n
+        return super().trim(n)
+
     @property
     def keep(self) -> int:
         """First tokens that are never dropped."""
@@ -62,11 +94,7 @@ class TurboQuantRotatingKVCache(PackedWindow):
     @classmethod
     def merge(cls, caches):
         """A BatchTurboQuantRotatingKVCache of these sequences; ValueError with keep > 0, which batches do not have."""
-        strange = {type(c).__name__ for c in caches if not isinstance(c, TurboQuantRotatingKVCache)}
-        if strange:
-            raise ValueError(f"[merge] a packed window is made of TurboQuantRotatingKVCache; got {sorted(strange)}")
-        core = _core.BatchRotatingKVCache.merge([c._core for c in caches])
-        return BatchTurboQuantRotatingKVCache._wrap(core, caches[0].fingerprint)
+        return BatchTurboQuantRotatingKVCache._merged(_core.BatchRotatingKVCache, caches)
 
     def to_float(self, dtype: mx.Dtype = mx.float16) -> RotatingKVCache:
         """A `RotatingKVCache` with the decoded window in `dtype`."""

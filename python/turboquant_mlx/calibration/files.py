@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
+
+from ..caches.identity import weight_names
+from ..overlay import sharding
 
 FILE_NAME = "turboquant_calibration.safetensors"
 FORMAT = "turboquant calibration 2"
@@ -39,6 +43,26 @@ class Calibration(NamedTuple):
 NO_CALIBRATION = Calibration()
 
 
+class Calibrations(dict):
+    """{slot: Calibration}, and the names of the weights that they were made with (identity.weight_names); none where
+    that is not known."""
+
+    weights = frozenset()
+
+
+def check_weights(calibration, model):
+    """ValueError when `calibration` says that it was made with other weights than the model's."""
+    made_with = getattr(calibration, "weights", None)
+    if not made_with or sharding.of(model).group is not None:  # a rank has a part of the weights
+        return
+    found = weight_names(model)
+    if not made_with & found:
+        raise ValueError(
+            f"[enable] the calibration was made with other weights ({sorted(made_with)[0]}; these are "
+            f"{sorted(found)[0]}): make it again, or take it all the same as dict(load_calibration(...))"
+        )
+
+
 def as_calibration(found):
     """A Calibration of one, of a tuple in its order, or of None."""
     try:
@@ -59,6 +83,24 @@ def fingerprint(directory):
             length = int.from_bytes(file.read(8), "little")
             digest.update(f"{path.name} {path.stat().st_size} {length}".encode())
             digest.update(file.read(min(length, 1 << 24)))
+    return digest.hexdigest()[:32]
+
+
+def content(directory):
+    """A hash of parts of every tensor in a model directory's weights: what tells one fine-tune from another."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(directory).glob("model*.safetensors")):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            try:
+                tensors = json.loads(file.read(length))
+                spans = sorted(x["data_offsets"] for name, x in tensors.items() if name != "__metadata__")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"[calibration] {path} is no safetensors file") from error
+            for start, end in spans:
+                for at in (start, (start + end) // 2):
+                    file.seek(8 + length + at)
+                    digest.update(file.read(min(end - at, 512)))
     return digest.hexdigest()[:32]
 
 
@@ -91,7 +133,10 @@ def save_calibration(calibration, where, *, directory=None, source=""):
     seeds = sorted({found.seed for found in entries.values()})
     if len(seeds) > 1:
         raise ValueError(f"[save_calibration] all slots must be calibrated for one seed; got {seeds}")
-    metadata = {"format": FORMAT, "model": fingerprint(directory or path.parent), "source": source}
+    directory = directory or path.parent
+    metadata = {"format": FORMAT, "model": fingerprint(directory), "content": content(directory), "source": source}
+    if names := getattr(calibration, "weights", None):
+        metadata["weights"] = " ".join(sorted(names))
     mx.save_safetensors(str(path), tensors, metadata | {"seed": str(seeds[0] if seeds else 0)})
     return path
 
@@ -120,11 +165,18 @@ def load_calibration(where, *, directory=None):
             raise ValueError(
                 f"[load_calibration] {path} was made for the model {metadata.get('model')}, this one is {expected}"
             )
+        if metadata.get("content") and metadata["content"] != content(directory or path.parent):
+            raise ValueError(
+                f"[load_calibration] {path} was made for a model of the same shape with other weights: {again}"
+            )
+    mx.eval(list(tensors.values()))  # a thread that loads lazily may end before another one reads
     found = {}
     for name, x in tensors.items():
         slot, field = name.rsplit(".", 1)
         found.setdefault(int(slot), {"seed": int(metadata["seed"])})[field] = x
-    return {slot: Calibration(**found[slot]) for slot in sorted(found)}
+    result = Calibrations((slot, Calibration(**found[slot])) for slot in sorted(found))
+    result.weights = frozenset(metadata.get("weights", "").split())
+    return result
 
 
 def load_beside(where):

@@ -8,10 +8,12 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache
 
+from ..caches.identity import weight_names
 from ..caches.slots import leaves, own_caches, replace_kv_caches, slot_name
-from ..overlay.patch import watch_queries
+from ..overlay import sharding
+from ..overlay.patch import reach_own_code, watch_queries
 from . import feedback as fed
-from .files import Calibration
+from .files import Calibration, Calibrations
 
 
 class _Summing(KVCache):
@@ -77,6 +79,7 @@ def calibrate(model, tokens, *, step=512, seed=0, feedback=True):
     if not made:
         kinds = sorted({type(c).__name__ for _, c in leaves(original)})
         raise ValueError(f"[calibrate] the model has no KVCache slot, so there is nothing to centre; it has {kinds}")
+    reach_own_code(model)
     outputs = _outputs(model, caches, made) if feedback else {}
     with contextlib.ExitStack() as stack:
         if feedback:
@@ -85,7 +88,8 @@ def calibrate(model, tokens, *, step=512, seed=0, feedback=True):
             stack.enter_context(output)
         for start in range(0, tokens.shape[1], step):
             mx.eval(model(tokens[:, start : start + step], cache=caches), [c.state for c in caches])
-    found = {}
+    found = Calibrations()
+    found.weights = frozenset(weight_names(model)) if sharding.of(model).group is None else frozenset()
     for path, cache in made.items():
         if cache.sums is None:
             continue  # a slot that this model shares with another layer

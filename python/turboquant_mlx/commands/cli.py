@@ -71,16 +71,27 @@ def _tokens(least):
     return read
 
 
-def _calibration(args, where):
-    """The calibration to use for the model loaded from `where`, or None."""
-    from ..calibration import FILE_NAME, load_calibration
+def _calibration(args, model, where, main):
+    """The calibration to use for the model loaded from `where`, or None.  A file that was named is the main model's."""
+    from ..calibration import FILE_NAME, check_weights, load_calibration
 
-    directory = Path(where)
+    directory, named = Path(where), main and args.tq_calibration != "auto"
     if args.tq_calibration == "none":
         return None
-    if args.tq_calibration != "auto":
-        return load_calibration(args.tq_calibration, directory=directory if directory.is_dir() else False)
-    return load_calibration(directory) if (directory / FILE_NAME).is_file() else None
+    if named:
+        found = load_calibration(args.tq_calibration, directory=directory if directory.is_dir() else False)
+    elif (directory / FILE_NAME).is_file():
+        found = load_calibration(directory)
+    else:
+        return None
+    try:
+        check_weights(found, model)
+    except ValueError as error:  # an adapter, say: the folder is the right one, or was not there to be compared
+        if named and not directory.is_dir():
+            raise
+        print(f"[tq] {'used all the same' if named else 'not used'}: {error}", file=sys.stderr)
+        return dict(found) if named else None
+    return dict(found)
 
 
 def _describe(calibration):
@@ -93,32 +104,38 @@ def _describe(calibration):
     return ", centred" + (f", feedback of {' and '.join(fed)}" if fed else "")
 
 
-def prepare(model, args, where, max_kv_size=None):
-    """The model loaded from `where`, ready to run with packed caches; says on stderr what its slots became."""
+def prepare(model, args, where, max_kv_size=None, main=True):
+    """The model loaded from `where`, ready to run with packed caches; says on stderr what its slots became.  `main` is
+    False of a draft model, and of one that only a server's request names."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import dequantize_model
 
     from ..enable import enable
+    from ..overlay import sharding
     from .report import summary
+
+    def calibrated():
+        calibration = _calibration(args, model, where, main)
+        enable(
+            model,
+            args.tq_bits,
+            key_bits=args.tq_key_bits,
+            value_bits=args.tq_value_bits,
+            seed=args.tq_seed,
+            calibration=calibration,
+            start=args.tq_start,
+            chunked_recurrence=True,
+        )
+        return calibration
 
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     if args.tq_dtype == "float32" or (args.tq_dtype == "auto" and on_cpu):
         if sum(v.size for _, v in tree_flatten(model.parameters())) < 200e6:  # small enough to hold as float32
             model = dequantize_model(model)
         model.set_dtype(mx.float32)
-    calibration = _calibration(args, where)
-    enable(
-        model,
-        args.tq_bits,
-        key_bits=args.tq_key_bits,
-        value_bits=args.tq_value_bits,
-        seed=args.tq_seed,
-        calibration=calibration,
-        start=args.tq_start,
-        chunked_recurrence=True,
-    )
+    calibration = sharding.agreed_in(sharding.of(model).group, calibrated)
     sized = hasattr(model.make_cache, "sized")
     if max_kv_size is not None and sized and args.tq_start:
         raise ValueError("--tq-start and --max-kv-size exclude each other: a cache that packs later drops no tokens")
@@ -137,6 +154,7 @@ def _peek(command, rest):
     """Those of mlx-lm's options that concern us."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--max-kv-size", type=int)
+    parser.add_argument("--model")
     parser.add_argument("--draft-model")
     parser.add_argument("--prompt-cache-file")
     parser.add_argument("--host", default="127.0.0.1")
@@ -196,10 +214,13 @@ def _run_program(command, argv):
         @functools.wraps(original)
         def load(where, *positional, **named):
             model, *others = original(where, *positional, **named)
-            model = prepare(model, args, where, seen.max_kv_size)
-            for file_name, caches in loaded:
-                saving.check_fits(caches, model, file_name)
-            loaded.clear()
+            draft = where == seen.draft_model and not named  # mlx-lm gives a main model's load() keywords
+            main = not draft and (command != "server" or seen.model in (None, where))
+            model = prepare(model, args, where, seen.max_kv_size, main)
+            if not draft:
+                for file_name, caches in loaded:
+                    saving.check_fits(caches, model, file_name)
+                loaded.clear()
             return (model, *others)
 
         return load

@@ -14,6 +14,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from ..caches import PackedCache, leaves
 from ..caches.identity import checksum
+from ..caches.slots import layer_name
 
 KEY = "turboquant_other_slots"  # of the metadata: JSON {"slots": {slot: class and checksum}, "metadata": checksum}
 _AGAIN = "the file was altered or truncated; make it again"
@@ -44,8 +45,23 @@ def _is_packed(name):
     return isinstance(cls, type) and issubclass(cls, PackedCache)
 
 
+def check_one_model(caches):
+    """ValueError when the weights changed while one of the packed caches was filled."""
+    for path, c in leaves(caches):
+        if isinstance(c, PackedCache) and "+" in c.fingerprint:
+            raise ValueError(
+                f"[save_prompt_cache] {layer_name(path)} was filled by models of different weights ({c.fingerprint}): "
+                "make the caches again after weights change"
+            )
+
+
 def save_prompt_cache(file_name, cache, metadata=None):
-    """mlx-lm's `save_prompt_cache`; beside packed caches, the other slots are summed."""
+    """mlx-lm's `save_prompt_cache`; beside packed caches, the other slots are summed.
+
+    Raises:
+        ValueError: the model's weights changed while a packed cache was filled.
+    """
+    check_one_model(cache)
     if any(isinstance(c, PackedCache) for _, c in leaves(cache)):
         own = {key: value for key, value in (metadata or {}).items() if key != KEY}
         slots = {}
@@ -140,5 +156,6 @@ def load_prompt_cache(file_name, return_metadata=False):
         raise ValueError(
             f"[load_prompt_cache] {file_name} cannot be taken apart ({type(error).__name__}: {error}): {_AGAIN}"
         ) from error
+    mx.eval([c.state for c in caches])  # a thread that loads lazily may end before another one reads
     metadata.pop(KEY, None)
     return (caches, metadata) if return_metadata else caches

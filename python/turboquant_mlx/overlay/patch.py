@@ -5,9 +5,15 @@ mlx-lm's `scaled_dot_product_attention` hands every cache that has `.bits` to
 refuses attention sinks before it gets there, so the outer function is replaced too, in `base` and in the modules that
 imported it by name.  `make_prompt_cache` is replaced likewise: with a `make_cache` on the model, mlx-lm would ignore
 `max_kv_size` without a word; `maybe_quantize_kv_cache`, so that `kv_bits` is refused with the first tokens rather than
-after 5,000; `save_prompt_cache` and `load_prompt_cache`, to check the slots beside packed ones.
+after 5,000; `save_prompt_cache` and `load_prompt_cache`, to check the slots beside packed ones;
+`speculative_generate_step`, which windows and caches that pack later need to know of (drafts.py); and, so that a batch
+of float and packed caches is refused by name, `merge` and `extend` of mlx-lm's caches.
+
+A model with code of its own (`model_file`) lies in no module of sys.modules: `enable` and `calibrate` reach it through
+the model (reach_own_code).
 """
 
+import functools
 import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,11 +28,14 @@ from ..caches import (
     BatchTurboQuantKVCache,
     BatchTurboQuantRotatingKVCache,
     DelayedTurboQuantKVCache,
+    PackedCache,
     TurboQuantKVCache,
     TurboQuantRotatingKVCache,
     leaves,
 )
-from . import other_slots
+from ..caches.kv_cache import one_kind
+from ..caches.maker import CacheMaker
+from . import drafts, other_slots
 
 _OURS = __name__.partition(".")[0]  # the package, whose own modules keep mlx-lm's functions
 CACHE_CLASSES = (
@@ -70,8 +79,11 @@ def _patched_outer(queries, keys, values, cache, scale, mask, sinks=None):
 
 
 def _patched_make_prompt_cache(model, max_kv_size=None):
-    sized = getattr(vars(model).get("make_cache"), "sized", None)
-    return sized(max_kv_size) if sized and max_kv_size is not None else _make_prompt_cache(model, max_kv_size)
+    maker = vars(model).get("make_cache")
+    if isinstance(maker, CacheMaker):
+        maker = maker.of(model)
+        return maker.sized(max_kv_size) if max_kv_size is not None and hasattr(maker, "sized") else maker()
+    return _make_prompt_cache(model, max_kv_size)
 
 
 def _patched_maybe_quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits):
@@ -88,6 +100,61 @@ _REPLACED = {  # name: (mlx-lm's, ours)
     "maybe_quantize_kv_cache": (_maybe_quantize, _patched_maybe_quantize),
     "save_prompt_cache": (other_slots.save_original, other_slots.save_prompt_cache),
     "load_prompt_cache": (other_slots.load_original, other_slots.load_prompt_cache),
+    "speculative_generate_step": (drafts.original, drafts.speculative_generate_step),
+}
+_own_code = []  # globals of models' own code that were changed, for remove_patch
+
+
+def reach_own_code(model):
+    """Replaces mlx-lm's functions where the code of this very model's classes has imported them."""
+    for found in _globals_of(model):
+        changed = False
+        for old, new in _REPLACED.values():
+            for name in [name for name, value in found.items() if value is old]:
+                found[name], changed = new, True
+        if changed and not any(known is found for known in _own_code):
+            _own_code.append(found)
+
+
+def _globals_of(model):
+    """The globals of the functions of the classes of a model's modules."""
+    seen = {}
+    for cls in {cls for module in model.modules() for cls in type(module).__mro__}:
+        for value in vars(cls).values():
+            function = getattr(value, "__func__", value)
+            found = getattr(function, "__globals__", None)
+            if found is not None and found.get("__name__", "").partition(".")[0] not in ("mlx", _OURS):
+                seen[id(found)] = found
+    return list(seen.values())
+
+
+def _refusing(operation, original):
+    """mlx-lm's `merge` or `extend`, which refuses packed caches by name."""
+    if operation == "merge":
+
+        @functools.wraps(original.__func__)
+        def merge(cls, caches):
+            if any(isinstance(c, PackedCache) for c in caches):
+                raise ValueError(one_kind(operation, caches))
+            return original.__func__(cls, caches)
+
+        return classmethod(merge)
+
+    @functools.wraps(original)
+    def extend(self, other):
+        if isinstance(other, PackedCache):
+            raise ValueError(one_kind(operation, [self, other]))
+        return original(self, other)
+
+    return extend
+
+
+_BATCHING = {  # (class, name): (mlx-lm's, ours)
+    (cls, name): (vars(cls)[name], _refusing(name, vars(cls)[name]))
+    for cls in vars(mlx_lm_cache).values()
+    if isinstance(cls, type) and cls.__module__ == mlx_lm_cache.__name__ and cls is not mlx_lm_cache.CacheList
+    for name in ("merge", "extend")
+    if name in vars(cls)
 }
 
 
@@ -102,6 +169,8 @@ def apply_patch():
     base.quantized_scaled_dot_product_attention = _patched_quantized
     for name, (original, ours) in _REPLACED.items():
         _rebind(name, original, ours)
+    for (cls, name), (_, ours) in _BATCHING.items():
+        setattr(cls, name, ours)
     for cls in CACHE_CLASSES:  # load_prompt_cache looks classes up there
         setattr(mlx_lm_cache, cls.__name__, cls)
 
@@ -111,6 +180,12 @@ def remove_patch():
     base.quantized_scaled_dot_product_attention = original_quantized_attention
     for name, (original, ours) in _REPLACED.items():
         _rebind(name, ours, original)
+    for (cls, name), (original, _) in _BATCHING.items():
+        setattr(cls, name, original)
+    while _own_code:
+        found = _own_code.pop()
+        for old, new in _REPLACED.values():
+            found.update({name: old for name, value in found.items() if value is new})
     for cls in CACHE_CLASSES:
         if getattr(mlx_lm_cache, cls.__name__, None) is cls:
             delattr(mlx_lm_cache, cls.__name__)

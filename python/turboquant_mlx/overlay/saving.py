@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
 from ..caches import PackedCache, layer_name, leaves
+from ..caches.maker import CacheMaker
 from .other_slots import save_prompt_cache
 from .patch import apply_patch
 
@@ -64,6 +65,9 @@ def _difference(saved, wanted):
 
 def check_fits(caches, model, source="the cache"):
     """ValueError unless `caches` are of the kinds, settings and model of `model.make_cache()`; says what differs."""
+    maker = vars(model).get("make_cache")
+    if isinstance(maker, CacheMaker):
+        maker.of(model).names.current(fresh=True)
     saved, wanted = dict(leaves(caches)), dict(leaves(mlx_lm_cache.make_prompt_cache(model)))
     if saved.keys() != wanted.keys():
         raise ValueError(f"[load_prompt_cache] {source} has {len(saved)} slots; the model has {len(wanted)}")
@@ -71,6 +75,9 @@ def check_fits(caches, model, source="the cache"):
     lines = [f"  {layer_name(path)} {why}" for path, why in found.items() if why]
     if lines:
         raise ValueError(f"[load_prompt_cache] {source} does not fit:\n" + "\n".join(lines))
+    for path, cache in saved.items():
+        if isinstance(cache, PackedCache):
+            cache._named_like(wanted[path])
 
 
 def load_prompt_cache(file_name, model=None, return_metadata=False):

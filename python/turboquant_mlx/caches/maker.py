@@ -1,0 +1,102 @@
+"""What `enable` puts in the place of a model's make_cache."""
+
+import copy
+import weakref
+
+from mlx_lm.models.cache import RotatingKVCache
+
+from .convert import DelayedTurboQuantKVCache
+from .identity import Names
+from .kv_cache import TurboQuantKVCache
+from .rotating import TurboQuantRotatingKVCache
+from .slots import REPLACED, leaves, own_caches, replace_slots, slot_name
+
+
+def packed_like(original, start, coding):
+    """The packed cache that stands in for `original`; None for kinds that stay."""
+    if type(original) not in REPLACED:
+        return None
+    if type(original) is RotatingKVCache:
+        return TurboQuantRotatingKVCache(original.max_size, original.keep, **coding)
+    return DelayedTurboQuantKVCache(start, **coding) if start else TurboQuantKVCache(**coding)
+
+
+class CacheMaker:
+    """Makes a model's caches, packed ones in their places: `model.make_cache` of an enabled model.
+
+    It holds the model weakly, for the model holds it: a dropped model is gone with its last reference.  A deep copy or
+    a pickle of the model has a maker of its own.
+
+    Args:
+        model: whose caches it makes.
+        settings (dict): bits, key_bits, value_bits and seed, as TurboQuantKVCache takes them.
+        extras: {slot of this process: its centres and feedback, as keywords}.
+        start (int): tokens held as floats first, or None.
+    """
+
+    def __init__(self, model, settings, extras, start):
+        self._model = weakref.ref(model)
+        self.settings, self.extras, self.start = settings, extras, start
+        self.names = Names(model)
+        self.replaced = None  # a make_cache that somebody had set on this very model
+
+    @property
+    def model(self):
+        """The model; RuntimeError when it is gone."""
+        model = self._model()
+        if model is None:
+            raise RuntimeError(
+                "[make_cache] the model that enable() was called for is gone; call enable() for this one"
+            )
+        return model
+
+    def of(self, model):
+        """This maker, or its like for a shallow copy of its model."""
+        if self._model() is model:
+            return self
+        other = CacheMaker(model, self.settings, self.extras, self.start)
+        other.replaced = self.replaced
+        return other
+
+    def coding(self, path):
+        """What a packed cache at `path` is made with, as keywords."""
+        return self.settings | self.extras.get(slot_name(path), {})
+
+    def _packed(self, caches):
+        name = self.names.current()
+
+        def make(path, original):
+            cache = packed_like(original, self.start, self.coding(path))
+            if cache is not None:
+                cache.fingerprint, cache._names = name, self.names
+            return cache
+
+        caches = replace_slots(caches, make)
+        first = next((c for _, c in leaves(caches) if getattr(c, "_names", None) is self.names), None)
+        if first is not None:
+            first._leads = True
+        return caches
+
+    def __call__(self):
+        return self._packed(own_caches(self.model))
+
+    @property
+    def sized(self):
+        """sized(max_kv_size) makes windows; mlx-lm gives max_kv_size only to models without a make_cache."""
+        if self.replaced is not None or hasattr(type(self.model), "make_cache"):
+            raise AttributeError("[make_cache] this model sizes its own caches")
+        return self._windows
+
+    def _windows(self, max_kv_size):
+        if self.start:
+            raise ValueError(f"[enable] start = {self.start} and max_kv_size = {max_kv_size} exclude each other")
+        return self._packed([RotatingKVCache(max_size=max_kv_size, keep=4) for _ in self.model.layers])
+
+    def __deepcopy__(self, memo):
+        model = self._model()
+        other = CacheMaker(memo.get(id(model), model), self.settings, self.extras, self.start)
+        other.replaced = copy.deepcopy(self.replaced, memo)
+        return other
+
+    def __reduce__(self):
+        return CacheMaker, (self.model, self.settings, self.extras, self.start), {"replaced": self.replaced}
