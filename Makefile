@@ -16,7 +16,7 @@ DEBIAN := g++ make python3-venv python3-dev libopenblas0-pthread libgtest-dev li
 # For the tests alone, and not needed: without Clang's sanitizers ctest skips metal_sanitized and says so.
 DEBIAN_TESTS := clang libclang-rt-dev
 
-.PHONY: demo test quick check test-cpp test-python install system system-tests clean format
+.PHONY: demo test quick check test-cpp test-python install system system-tests clean format api
 
 demo: install
 	$(WITH_BLAS) $(BIN)/python examples/run_qwen35_tq3.py
@@ -77,6 +77,11 @@ check: install
 format:
 	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cu.h')
 	$(BIN)/python -m ruff format . && $(BIN)/python -m ruff check --fix .
+
+# The pages of the Python API, from the docstrings, in build/api.
+api: install
+	$(BIN)/python -m pip install -q pdoc
+	$(BIN)/python -m pdoc --docformat google -o build/api turboquant_mlx turboquant_mlx.calibration turboquant_mlx.eval
 
 clean:
 	rm -rf build $(VENV)

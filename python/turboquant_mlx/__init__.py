@@ -16,6 +16,7 @@ from . import _checks
 
 _checks.before_loading()
 
+from . import _build_info  # noqa: E402
 from . import _core as _core  # noqa: E402
 
 _kernels = Path(_core.__file__).parent / "kernels"
@@ -55,4 +56,4 @@ __all__ = [
     "save_prompt_cache",
     "to_turboquant",
 ]
-__version__ = "0.1.0"
+__version__ = _build_info.VERSION

@@ -86,7 +86,7 @@ def one_kind(operation, caches, kind="of one kind that can be batched"):
 class PackedBatch(PackedCache):
     """What packed batches share: rows that come, go and are padded."""
 
-    _row = TurboQuantKVCache  # the kind of cache that a row is
+    _row: type[PackedCache] = TurboQuantKVCache  # the kind of cache that a row is
 
     @property
     def left_padding(self) -> mx.array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextvars import ContextVar
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
@@ -59,7 +60,7 @@ class TurboQuantRotatingKVCache(PackedWindow):
         self._core = _core.RotatingKVCache(*sizes, *coding(owner, bits, key_bits, value_bits, seed, centres, feedback))
         self._last_kernel = _core.LastKernel()
 
-    _before = ()  # while drafting: this cache before each of the latest appends of a full window
+    _before: tuple[Any, ...] = ()  # while drafting: this cache before each of the latest appends of a full window
 
     def is_trimmable(self) -> bool:
         """Whether the latest tokens can be taken back: only until the window has moved on, or while drafts are checked."""

@@ -47,7 +47,7 @@ class Calibrations(dict):
     """{slot: Calibration}, and the names of the weights that they were made with (identity.weight_names); none where
     that is not known."""
 
-    weights = frozenset()
+    weights: frozenset = frozenset()
 
 
 def check_weights(calibration, model):

@@ -102,7 +102,7 @@ _REPLACED = {  # name: (mlx-lm's, ours)
     "load_prompt_cache": (other_slots.load_original, other_slots.load_prompt_cache),
     "speculative_generate_step": (drafts.original, drafts.speculative_generate_step),
 }
-_own_code = []  # globals of models' own code that were changed, for remove_patch
+_own_code: list = []  # globals of models' own code that were changed, for remove_patch
 
 
 def reach_own_code(model):
