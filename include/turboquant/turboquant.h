@@ -132,8 +132,8 @@ struct AttendParams {
 /// instruction set of the processor.
 enum class Backend : uint8_t { reference, cpu };
 
-/// Sizes: head_dim a multiple of 32 from 32 to 256, bits 2, 3, 4 or 8 (2 or 3 with a trellis), the rest >= 0
-/// (heads >= 1).
+/// Sizes: head_dim a multiple of 32 from 32 to 256 (to 512 for the reference), bits 2, 3, 4 or 8 (2 or 3 with a
+/// trellis), the rest >= 0 (heads >= 1).
 void encode(const EncodeParams& params, Backend backend = Backend::cpu);
 void decode(const DecodeParams& params, Backend backend = Backend::cpu);
 /// Also: query_heads a multiple of kv_heads, a finite scale; of exact copies: 0 <= recent <= ring.

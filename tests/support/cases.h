@@ -434,6 +434,48 @@ inline std::vector<Case> table_trellis() {
   return rows;
 }
 
+/// Rows of head dimensions beyond 256, for backends that have them: every one, and at 512 every feature.
+inline std::vector<Case> table_wide() {
+  std::vector<Case> rows;
+  for (int dim : {288, 320, 352, 384, 416, 448, 480, 512}) {
+    for (int n : {1, 33, 300})
+      rows.push_back({.head_dim = dim, .query_heads = 2, .kv_len = n, .key_code = Code::trellis});
+    rows.push_back({.head_dim = dim, .query_heads = 4, .kv_heads = 2, .query_len = 19, .kv_len = 90, .causal = true});
+  }
+  for (auto [bits, code] : {std::pair{2, Code::scalar}, {4, Code::scalar}, {8, Code::scalar}, {2, Code::trellis}}) {
+    for (auto [hq, hkv] : {std::pair{1, 1}, {8, 4}, {8, 1}}) {
+      rows.push_back({.key_bits = bits,
+                      .value_bits = bits,
+                      .head_dim = 512,
+                      .query_heads = hq,
+                      .kv_heads = hkv,
+                      .kv_len = 290,
+                      .key_code = code,
+                      .value_code = code});
+    }
+  }
+  for (int len : {2, 5, 17, 70}) {
+    rows.push_back({.head_dim = 512,
+                    .batch = 2,
+                    .query_heads = 4,
+                    .kv_heads = 2,
+                    .query_len = len,
+                    .kv_len = 150,
+                    .causal = true,
+                    .ragged = true,
+                    .sinks = true,
+                    .centred = true,
+                    .window = 40,
+                    .dtype = len % 2 ? Dtype::bfloat16 : Dtype::float16,
+                    .key_code = Code::trellis,
+                    .value_code = Code::trellis});
+  }
+  rows.push_back(
+      {.head_dim = 512, .query_len = 4, .kv_len = 111, .mask = MaskKind::additive, .value_code = Code::trellis});
+  rows.push_back({.head_dim = 512, .query_heads = 8, .kv_heads = 4, .kv_len = 2049});
+  return rows;
+}
+
 /// Rows with codes of 8 bits on both sides, and on one side beside every other kind.
 inline std::vector<Case> table_8bits() {
   auto rows = table_of_codes(8, Code::scalar, 8, Code::scalar);

@@ -26,7 +26,8 @@ inline std::vector<Case> attention_cases(bool long_contexts) {
   return {};
 #else
   auto rows = turboquant::cases::table_trellis();
-  for (const auto& more : {turboquant::cases::table_8bits(), turboquant::cases::table(long_contexts)}) {
+  for (const auto& more :
+       {turboquant::cases::table_8bits(), turboquant::cases::table_wide(), turboquant::cases::table(long_contexts)}) {
     rows.insert(rows.end(), more.begin(), more.end());
   }
   std::erase_if(rows, [](const Case& c) { return c.kv_len > 10000 && c.key_bits == 3; });
@@ -171,7 +172,7 @@ inline std::vector<CodecCase> codec_cases() {
   // All pairs of dimension, width and dtype; the kernel for two sides calls the same function twice.
   constexpr Dtype dtypes[] = {Dtype::float32, Dtype::float16, Dtype::bfloat16};
   for (const auto& coding : all_codings()) {
-    for (int dim = 32; dim <= 256; dim += 32) {
+    for (int dim = 32; dim <= 512; dim += 32) {
       const int i = dim / 32 + coding.bits;
       cases.push_back({dim, {coding}, dtypes[i % 3], i % 2 == 0});
     }
@@ -212,6 +213,7 @@ inline std::vector<FeedbackCase> feedback_cases() {
     }
   }
   const metal::Coding three{3, Code::trellis};
+  for (int dim : {288, 512}) cases.push_back({dim, Dtype::float16, true, {{three, true}, {3, true}}});
   cases.push_back({256, Dtype::float16, false, {{3, true}, {2, true}}});
   cases.push_back({256, Dtype::float16, false, {{three, true}, {three, true}}});
   for (const auto& coding : all_codings()) cases.push_back({128, Dtype(coding.bits % 3), true, {{coding, true}}});
