@@ -11,8 +11,10 @@
 // and integer work side by side, which is not counted on; nor is index arithmetic (docs/metal.md).
 #include <algorithm>
 #include <cstdio>
+#include <string>
 
 #include "emulator/counts.h"
+#include "support/feedback.h"
 #include "support/metal_launches.h"
 
 namespace {
@@ -30,12 +32,16 @@ constexpr Chip kChips[] = {
 
 const char* met(bool yes) { return yes ? "met" : "MISSED"; }
 
-/// One KV head of the flagship's four, in the splits that the plan takes for all four.
-void report(const metal::Coding& coding, int kv_len) {
-  Case c = cost_case(coding);
+std::string name_of(const metal::Coding& coding) {
+  return "TQ" + std::to_string(coding.bits) + (coding.code == turboquant::Code::trellis ? " trellis" : "");
+}
+
+/// One KV head of four, in the splits that the plan takes for all four.
+void report(const metal::Coding& coding, int kv_len, int head_dim) {
+  Case c = cost_case(coding, head_dim);
   c.kv_len = kv_len;
   const int splits = turboquant::metal::plan_attention({.batch = 1,
-                                                        .query_heads = 16,
+                                                        .query_heads = 4 * c.query_heads,
                                                         .kv_heads = 4,
                                                         .query_len = 1,
                                                         .kv_len = kv_len,
@@ -55,8 +61,7 @@ void report(const metal::Coding& coding, int kv_len) {
   const double all = per_code(Kind::simple) + slow + per_code(Kind::shuffle) + memory;
   const auto device = device_bytes();
   const double ratio = double(device.read + device.written) / packed;
-  std::printf("TQ%d%s, %d tokens in %d splits\n", coding.bits,
-              coding.code == turboquant::Code::trellis ? " trellis" : "", kv_len, splits);
+  std::printf("%s, D = %d, %d tokens in %d splits\n", name_of(coding).c_str(), c.head_dim, kv_len, splits);
   std::printf(
       "  instructions of a lane per code: simple %.2f, shift %.2f, convert %.3f, special %.3f, shuffle %.3f, device "
       "%.3f, threadgroup %.2f (%.2f bytes); all %.2f\n",
@@ -75,16 +80,44 @@ void report(const metal::Coding& coding, int kv_len) {
     const double alu = std::max(issue_ns, slow_ns) / memory_ns;
     std::printf(
         "  %-7s ns per 1000 codes: bandwidth %.3f, issue %.3f, slow pipeline %.3f, threadgroup %.3f, all serial %.3f; "
-        "ALU / bandwidth %.2f (serial %.2f)%s%s\n",
+        "ALU / bandwidth %.2f (serial %.2f), fp16's bytes alone take %.1f times as long%s%s\n",
         chip.name, 1000 * memory_ns, 1000 * issue_ns, 1000 * slow_ns, 1000 * threadgroup_ns, 1000 * serial_ns, alu,
-        serial_ns / memory_ns, &chip == &kChips[1] ? "; goal below 1 " : "", &chip == &kChips[1] ? met(alu < 1) : "");
+        serial_ns / memory_ns, 2e12 / chip.bytes_per_second / (1000 * memory_ns * std::max(1.0, alu)),
+        &chip == &kChips[1] ? "; goal below 1 " : "", &chip == &kChips[1] ? met(alu < 1) : "");
   }
+}
+
+/// Encoding of Gaussian vectors of 256.
+void report_encode(const metal::Coding& coding, bool feedback) {
+  constexpr int tokens = 8, dim = 256;
+  const auto x = turboquant::cases::gaussian(tokens * dim, turboquant::Dtype::float16);
+  const auto g = turboquant::cases::random_feedback(1, dim);
+  turboquant::cases::Encoded out(1, tokens, dim, coding.bits, coding.code);
+  auto p = cost_encode(coding, tokens, feedback);
+  p.x = turboquant::cases::contiguous<const void*>(x.bytes.data(), x.dtype, 1, tokens, dim);
+  p.out = out.view();
+  if (feedback) p.feedback = g.data();
+  reset_counts();
+  emulator::encode({p});
+  double all = 0;
+  for (const uint64_t n : counts.of) all += double(n) / (32 * tokens);
+  const auto of_lane = [&](Kind k) { return double(counts.of[int(k)]) / (32 * tokens); };
+  std::printf(
+      "encode %s%s: instructions of a lane per vector of 256: simple %.0f, slow %.0f, shuffle %.0f, memory %.0f; all "
+      "%.0f\n",
+      name_of(coding).c_str(), feedback ? " with feedback" : "", of_lane(Kind::simple),
+      of_lane(Kind::shift) + of_lane(Kind::convert) + of_lane(Kind::special), of_lane(Kind::shuffle),
+      of_lane(Kind::device_access) + of_lane(Kind::threadgroup_access), all);
 }
 
 }  // namespace
 
 int main() {
   for (int kv_len : {4096, 16384, 40960}) {
-    for (const auto& coding : all_codings()) report(coding, kv_len);
+    for (const auto& coding : all_codings()) report(coding, kv_len, 256);
+  }
+  for (const auto& coding : all_codings()) report(coding, 16384, 512);
+  for (const auto& coding : all_codings()) {
+    for (bool feedback : {false, true}) report_encode(coding, feedback);
   }
 }

@@ -63,12 +63,12 @@ constexpr char kIndex[] = R"(
 /// Encodes the side `NAME`.
 constexpr char kEncodeSide[] = R"(
     encode_vector<CODING, D>(&shared, side(strided(NAME, NAME_strides), NAME_centre, flags & metal_layout::CENTRE),
-                             encoded(NAME_codes, NAME_scales), params, uint(index), place);
+                             encoded(NAME_codes, NAME_scales), params, index, place);
 )";
 constexpr char kEncodeSideWithFeedback[] = R"(
     encode_with_feedback<CODING, D>(
         &shared, side(strided(NAME, NAME_strides), NAME_centre, flags & metal_layout::CENTRE), NAME_feedback,
-        flags & metal_layout::FEEDBACK, encoded(NAME_codes, NAME_scales), params, uint(index), place);
+        flags & metal_layout::FEEDBACK, encoded(NAME_codes, NAME_scales), params, index, place);
 )";
 constexpr char kEncodeOne[] = R"(
   threadgroup EncodeShared<XC> shared;
@@ -97,7 +97,7 @@ std::string encode_body(bool two, bool feedback) {
 }
 
 constexpr char kDecode[] = R"(
-  decode_vector<T, Coding<B, C>, D>(codes, scales, centre, out, params, uint(index), place.lane);
+  decode_vector<T, Coding<B, C>, D>(codes, scales, centre, out, params, index, place.lane);
 )";
 
 /// Arguments of both kinds of attention.

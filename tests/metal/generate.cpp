@@ -1,6 +1,6 @@
 // Writes the kernels that the tests launch as C++ files: the text MLX would hand to Metal, with a line before it that
 // includes the emulator and lines after it that call the kernel.     generate OUTPUT_DIRECTORY FILES
-// With `cost` after that: those that the cost model counts, in one file.
+// With `cost` after that: those that the cost model counts, in two files.
 #include <fstream>
 #include <iostream>
 #include <set>
@@ -54,7 +54,7 @@ int main(int argc, char** argv) {
     const int source = int(r.kernel.header);
     const int first = source == 0 ? 0 : source == 1 ? 2 : 2 + (files - 2) / 2;
     const int last = source == 0 ? 2 : source == 1 ? 2 + (files - 2) / 2 : files;
-    std::string& text = texts[cost ? 0 : first + next[source]++ % (last - first)];
+    std::string& text = texts[cost ? source == 0 : first + next[source]++ % (last - first)];
     if (text.empty())
       text = "#include <metal_stdlib>\n" + std::string(metal::source_text(r.kernel.header)) + "namespace {\n";
     text += kernel_text(r.kernel, r.inputs, r.outputs) + call(r);

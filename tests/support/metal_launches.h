@@ -306,18 +306,32 @@ inline void record_launches() {
   }
 }
 
-/// The flagship's decode: 4 query heads to a KV head of 256, one token.
-inline Case cost_case(const metal::Coding& coding) {
+/// One token's decode: the flagship's 4 query heads to a KV head of 256, or 2 to one of 512.
+inline Case cost_case(const metal::Coding& coding, int head_dim = 256) {
   return {.key_bits = coding.bits,
           .value_bits = coding.bits,
-          .query_heads = 4,
+          .head_dim = head_dim,
+          .query_heads = head_dim > 256 ? 2 : 4,
           .kv_len = 4096,
           .dtype = Dtype::float16,
           .key_code = coding.code,
           .value_code = coding.code};
 }
+/// Vectors of 256 to encode.
+inline turboquant::EncodeParams cost_encode(const metal::Coding& coding, int tokens, bool feedback) {
+  static const uint16_t there = 0;
+  turboquant::EncodeParams p;
+  p.batch = p.heads = 1, p.tokens = tokens, p.head_dim = 256;
+  p.x.dtype = Dtype::float16;
+  p.out.bits = coding.bits, p.out.code = coding.code;
+  if (feedback) p.feedback = &there;
+  return p;
+}
 inline void record_cost_launches() {
-  for (const auto& coding : all_codings()) emulator::attend(shape_of(cost_case(coding)));
+  for (const auto& coding : all_codings()) {
+    for (int head_dim : {256, 512}) emulator::attend(shape_of(cost_case(coding, head_dim)));
+    for (bool feedback : {false, true}) emulator::encode({cost_encode(coding, 1, feedback)});
+  }
 }
 
 }  // namespace emulator

@@ -42,10 +42,10 @@ struct Rotated {
 
 /// Vector `v` of one side.
 template <int D, class Side, class Params>
-Rotated<D> load_rotated(Side side, Params params, uint v, ushort lane) {
+Rotated<D> load_rotated(Side side, Params params, int v, ushort lane) {
   constexpr int registers = D / 32;
   const int tokens = params[metal_layout::kTokens], heads = params[metal_layout::kHeads];
-  const int t = int(v) % tokens, h = int(v) / tokens % heads, b = int(v) / tokens / heads;
+  const int t = v % tokens, h = v / tokens % heads, b = v / tokens / heads;
   const auto strides = side.x.strides;
   const long row = b * strides[0] + h * strides[1] + t * strides[2];
   Rotated<D> of;
@@ -164,7 +164,7 @@ void write_group(Words words, uint code, ushort lane) {
 
 /// Writes vector `v`.  A scale beyond the largest finite half is that.
 template <class K, int D, class Out>
-void write_vector(const thread Rotated<D>& of, const thread uint* code, int level_square, Out out, uint v,
+void write_vector(const thread Rotated<D>& of, const thread uint* code, int level_square, Out out, int v,
                   ushort lane) {
   constexpr int registers = D / 32;
   TQ_UNROLL
@@ -178,7 +178,7 @@ void write_vector(const thread Rotated<D>& of, const thread uint* code, int leve
 
 /// Encodes vector `v` of one side.
 template <class K, int D, class Shared, class Side, class Out, class Params>
-void encode_vector(Shared shared, Side side, Out out, Params params, uint v, Place place) {
+void encode_vector(Shared shared, Side side, Out out, Params params, int v, Place place) {
   const Rotated<D> of = load_rotated<D>(side, params, v, place.lane);
   uint code[D / 32];
   const int level_square = nearest_codes<K, D>(shared, of, code, place.lane, place.simdgroup);
@@ -224,7 +224,7 @@ int codes_with_feedback(Shared shared, const thread float* u, Feedback feedback,
 
 /// encode_vector with feedback [heads, D, D], if it is `given`; D > 32.
 template <class K, int D, class Shared, class Side, class Feedback, class Out, class Params>
-void encode_with_feedback(Shared shared, Side side, Feedback feedback, bool given, Out out, Params params, uint v,
+void encode_with_feedback(Shared shared, Side side, Feedback feedback, bool given, Out out, Params params, int v,
                           Place place) {
   const ushort lane = place.lane;
   const Rotated<D> of = load_rotated<D>(side, params, v, lane);
@@ -239,7 +239,7 @@ void encode_with_feedback(Shared shared, Side side, Feedback feedback, bool give
     float u[D / 32];
     TQ_UNROLL
     for (int r = 0; r < D / 32; ++r) u[r] = of.y[r] * factor;
-    const int h = int(v) / params[metal_layout::kTokens] % params[metal_layout::kHeads];
+    const int h = v / params[metal_layout::kTokens] % params[metal_layout::kHeads];
     level_square =
         codes_with_feedback<K, D>(shared, u, feedback + h * (D * D), code, lane, place.simdgroup);
   }
@@ -262,10 +262,10 @@ int read_level(Words words, ushort lane) {
 
 /// Decodes vector `v`; everything dense.
 template <class T, class K, int D, class Codes, class Scales, class Centre, class Out, class Params>
-void decode_vector(Codes codes, Scales scales, Centre centre, Out out, Params params, uint v, ushort lane) {
+void decode_vector(Codes codes, Scales scales, Centre centre, Out out, Params params, int v, ushort lane) {
   constexpr int registers = D / 32;
   const int tokens = params[metal_layout::kTokens], heads = params[metal_layout::kHeads];
-  const int h = int(v) / tokens % heads;
+  const int h = v / tokens % heads;
   const bool centred = params[metal_layout::kFlags] & metal_layout::kCentre;
   const float step = float(scales[v]) * level_step(K::kBits, K::kTrellis);
   float y[registers];

@@ -71,7 +71,8 @@ uint best_path(Costs costs, ushort lane) {
       const float near = cost[s >> 1] + (differ && back ? its[z ^ 3] : its[z]);
       const float far = cost[s >> 1 | 4] + (differ && back ? its[z ^ 1] : its[z ^ 2]);
       next[s] = fmin(near, far);
-      next_path[s] = select(path[s >> 1], path[s >> 1 | 4], far < near) | (s & 1 ? bit : 0u);
+      next_path[s] = select(path[s >> 1], path[s >> 1 | 4], far < near);
+      if (s & 1) next_path[s] |= bit;
     }
     TQ_UNROLL
     for (int s = 0; s < 8; ++s) {
