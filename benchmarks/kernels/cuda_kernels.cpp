@@ -19,6 +19,8 @@ using namespace turboquant;
 namespace {
 
 constexpr size_t kFootprint = size_t(256) << 20;
+constexpr std::pair<int, Code> kCodes[] = {
+    {3, Code::trellis}, {2, Code::trellis}, {3, Code::scalar}, {4, Code::scalar}, {2, Code::scalar}};
 
 /// Median microseconds of one of `calls` calls.
 double time_graph(int calls, const std::function<void(int, cudaStream_t)>& enqueue) {
@@ -72,6 +74,7 @@ struct Shape {
   int batch = 1, query_heads = 16, kv_heads = 4, query_len = 1, kv_len = 1024, head_dim = 256, bits = 3;
   bool causal = false;
   std::vector<int> starts = {};
+  Code code = Code::scalar;
 };
 
 /// Numbers in fp16 between 0.25 and 1, of either sign.
@@ -112,7 +115,8 @@ double time_attention(const Shape& s, double* bytes) {
                  s.kv_heads * row,
                  row,
                  int64_t(s.kv_heads) * s.kv_len,
-                 s.kv_len};
+                 s.kv_len,
+                 s.code};
     }
     kept.push_back(jit::attention_call(p, jit::current_device()));
     auto& launches = calls.emplace_back();
@@ -131,15 +135,16 @@ double time_attention(const Shape& s, double* bytes) {
 double report(const char* what, const Shape& s) {
   double bytes;
   const double us = time_attention(s, &bytes);
-  std::printf("%-26s TQ%d batch %d, %d queries x %d heads of %d, %6d tokens: %9.2f us  %6.3f TB/s\n", what, s.bits,
-              s.batch, s.query_len, s.query_heads, s.head_dim, s.kv_len, us, bytes / us * 1e-6);
+  std::printf("%-26s TQ%d%s batch %d, %d queries x %d heads of %d, %6d tokens: %9.2f us  %6.3f TB/s\n", what, s.bits,
+              s.code == Code::trellis ? " trellis" : "", s.batch, s.query_len, s.query_heads, s.head_dim, s.kv_len, us,
+              bytes / us * 1e-6);
   std::fflush(stdout);
   return us;
 }
 
 void decode() {
-  for (int bits : {3, 4, 2}) {
-    for (int n : {1024, 4096, 16384, 32768, 131072}) report("decode", {.kv_len = n, .bits = bits});
+  for (auto [bits, code] : kCodes) {
+    for (int n : {1024, 4096, 16384, 32768, 131072}) report("decode", {.kv_len = n, .bits = bits, .code = code});
   }
   report("decode", {.query_heads = 32, .kv_heads = 8, .kv_len = 32768, .head_dim = 128});
 }
@@ -162,7 +167,7 @@ void ragged() {
 }
 
 /// Microseconds of encoding keys and values of 4 heads, on fresh memory each time.
-double time_encode(int tokens, int bits, bool feedback) {
+double time_encode(int tokens, int bits, Code code, bool feedback) {
   const int heads = 4, dim = 256, words = words_per_vector(bits, dim);
   const int copies = int(std::max<int64_t>(8, int64_t(kFootprint) / (int64_t(4) * heads * tokens * dim)));
   std::mt19937_64 rng(1);
@@ -186,18 +191,18 @@ double time_encode(int tokens, int bits, bool feedback) {
       outputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{1, heads, tokens});
     }
     launches.emplace_back(
-        cuda::encode_kernel({{bits, false, feedback}, {bits, false, feedback}}, dim, 1, heads, tokens), inputs,
-        outputs);
+        cuda::encode_kernel({{bits, false, feedback, code}, {bits, false, feedback, code}}, dim, 1, heads, tokens),
+        inputs, outputs);
   }
   return time_graph(100, [&](int i, cudaStream_t s) { launches[i % launches.size()](s); });
 }
 
 void encode() {
   for (int tokens : {1, 2048}) {
-    for (int bits : {3, 4}) {
-      const double us = time_encode(tokens, bits, false), with = time_encode(tokens, bits, true);
-      std::printf("encode TQ%d, %d tokens x 4 heads, keys and values: %.2f us, with feedback %.2f us\n", bits, tokens,
-                  us, with);
+    for (auto [bits, code] : kCodes) {
+      const double us = time_encode(tokens, bits, code, false), with = time_encode(tokens, bits, code, true);
+      std::printf("encode TQ%d%s, %d tokens x 4 heads, keys and values: %.2f us, with feedback %.2f us\n", bits,
+                  code == Code::trellis ? " trellis" : "", tokens, us, with);
     }
   }
   const size_t bytes = size_t(2) * 4 * 2048 * 256 * 2;

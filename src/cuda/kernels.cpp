@@ -43,16 +43,40 @@ std::string optional(bool given, const char* type, const std::string& name) {
   return given ? "reinterpret_cast<const " + std::string(type) + "*>(" + name + ")" : "nullptr";
 }
 
+/// A side's codes as the kernels' templates take them (codes.cu.h), and in a kernel's name.
+std::string coding(int bits, Code code) {
+  const std::string digits = std::to_string(bits);
+  return code == Code::trellis ? "turboquant::cuda::trellis(" + digits + ")" : digits;
+}
+std::string coding_name(int bits, Code code) { return std::to_string(bits) + (code == Code::trellis ? "t" : ""); }
+
 constexpr int kCodecWarps = 8, kFeedbackTokens = 32;  // of a block of the encoder (feedback.cu.h)
 
-/// A call of F<D, BITS, T>(args, blockIdx.x) with T from the pointer `typed_by`; with feedback it is told the tokens of
-/// a block too.
-std::string codec_call(const char* function, int head_dim, int bits, const std::string& typed_by,
-                       bool feedback = false) {
+bool any_trellis(const std::vector<EncodeSide>& sides) {
+  return std::any_of(sides.begin(), sides.end(), [](const EncodeSide& s) { return s.code == Code::trellis; });
+}
+
+/// A call of F<D, CODING, T>(args, blockIdx.x) with T from the pointer `typed_by`.
+std::string decode_call(int head_dim, const EncodeSide& side, const std::string& typed_by) {
   Text s;
-  s << "  turboquant::cuda::" << function << "<" << head_dim << ", " << bits;
-  if (feedback) s << ", " << kFeedbackTokens;
-  s << ">(a, " << typed_by << ", blockIdx.x);\n";
+  s << "  turboquant::cuda::decode_as<" << head_dim << ", " << coding(side.bits, side.code) << ">(a, " << typed_by
+    << ", blockIdx.x);\n";
+  return s.str();
+}
+
+/// The same of the encoder; with feedback it is told the tokens of a block too.
+std::string encode_call(int head_dim, const EncodeSide& side, const std::string& typed_by, bool beside_trellis) {
+  const char* function = beside_trellis  ? "encode_beside_trellis_as"
+                         : side.feedback ? "encode_feedback_as"
+                                         : "encode_as";
+  Text s;
+  s << "  turboquant::cuda::" << function << "<" << head_dim << ", " << coding(side.bits, side.code);
+  if (beside_trellis) {
+    s << ", " << (side.feedback ? kFeedbackTokens : 0) << ", " << kTrellisSharedBytes;
+  } else if (side.feedback) {
+    s << ", " << kFeedbackTokens;
+  }
+  s << ">(a, " << typed_by << ", blockIdx.x" << (beside_trellis ? ", tq_shared" : "") << ");\n";
   return s.str();
 }
 
@@ -137,8 +161,17 @@ namespace {
 
 void set_extent(Kernel& k, const Extent& extent) { k.grid = extent.grid, k.block = extent.block; }
 
+/// Gives a kernel that searches a trellis its memory.
+void share_memory(Kernel& k, const std::vector<EncodeSide>& sides) {
+  if (!any_trellis(sides)) return;
+  k.shared_bytes = kTrellisSharedBytes;
+  k.source = "  extern __shared__ __align__(16) unsigned char tq_shared[];\n";
+}
+
 /// Body of a side's encoding; `place` fills where it writes.
-std::string encode_side(const EncodeSide& side, int i, int head_dim, uint64_t seed, const std::string& place) {
+std::string encode_side(const std::vector<EncodeSide>& sides, int i, int head_dim, uint64_t seed,
+                        const std::string& place) {
+  const EncodeSide& side = sides[size_t(i)];
   const std::string n = std::to_string(i);
   Text o;
   o << (i ? "  else {\n" : "  if (blockIdx.y == 0) {\n") << "  turboquant::cuda::EncodeArgs a = {};\n"
@@ -147,9 +180,7 @@ std::string encode_side(const EncodeSide& side, int i, int head_dim, uint64_t se
     << "  for (int i = 0; i < 4; ++i) a.x_strides[i] = x" << i << "_strides[i];\n"
     << "  a.centre = " << optional(side.centred, "float", "centre" + n) << ";\n"
     << "  a.feedback = " << optional(side.feedback, "__half", "feedback" + n) << ";\n"
-    << place
-    << codec_call(side.feedback ? "encode_feedback_as" : "encode_as", head_dim, side.bits, "x" + n, side.feedback)
-    << "  }\n";
+    << place << encode_call(head_dim, side, "x" + n, any_trellis(sides)) << "  }\n";
   return o.str();
 }
 
@@ -173,17 +204,18 @@ Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_
   Kernel k;
   k.name = "tq_encode";
   k.header = Source::encode;
+  share_memory(k, sides);
   for (size_t i = 0; i < sides.size(); ++i) {
     const std::string n = std::to_string(i);
     k.inputs.insert(k.inputs.end(), {"x" + n, "centre" + n, "feedback" + n});
     k.outputs.insert(k.outputs.end(), {"codes" + n, "scales" + n});
-    k.name += "_" + std::to_string(sides[i].bits) + (sides[i].feedback ? "f" : "");
+    k.name += "_" + coding_name(sides[i].bits, sides[i].code) + (sides[i].feedback ? "f" : "");
     Text place;
     place << "  a.codes = codes" << i << ", a.scales = scales" << i << ";\n"
           << "  a.scale_strides[1] = a.tokens, a.scale_strides[0] = (long long)a.heads * a.tokens;\n"
           << "  for (int i = 0; i < 2; ++i) a.code_strides[i] = " << words_per_vector(sides[i].bits, head_dim)
           << " * a.scale_strides[i];\n";
-    k.source += encode_side(sides[i], int(i), head_dim, seed, place.str());
+    k.source += encode_side(sides, int(i), head_dim, seed, place.str());
   }
   set_extent(k, encode_extent(sides, head_dim, rows, tokens));
   return k;
@@ -194,10 +226,11 @@ Kernel append_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_
   k.name = "tq_append";
   k.header = Source::encode;
   k.outputs = {"written"};
+  share_memory(k, sides);
   for (size_t i = 0; i < sides.size(); ++i) {
     const std::string n = std::to_string(i);
     k.inputs.insert(k.inputs.end(), {"x" + n, "centre" + n, "feedback" + n, "codes" + n, "scales" + n});
-    k.name += "_" + std::to_string(sides[i].bits) + (sides[i].feedback ? "f" : "");
+    k.name += "_" + coding_name(sides[i].bits, sides[i].code) + (sides[i].feedback ? "f" : "");
     Text place;
     place << "  const long long at = before_shape[0] - 1;\n"
           << "  a.codes = const_cast<unsigned*>(codes" << i << ") + at * " << words_per_vector(sides[i].bits, head_dim)
@@ -205,16 +238,16 @@ Kernel append_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_
           << "  for (int i = 0; i < 2; ++i)\n"
           << "    a.code_strides[i] = codes" << i << "_strides[i], a.scale_strides[i] = scales" << i
           << "_strides[i];\n";
-    k.source += encode_side(sides[i], int(i), head_dim, seed, place.str());
+    k.source += encode_side(sides, int(i), head_dim, seed, place.str());
   }
   k.inputs.push_back("before");
   set_extent(k, encode_extent(sides, head_dim, rows, tokens));
   return k;
 }
 
-Kernel decode_kernel(int bits, bool centred, int head_dim, uint64_t seed, int64_t vectors) {
+Kernel decode_kernel(const EncodeSide& side, int head_dim, uint64_t seed, int64_t vectors) {
   Kernel k;
-  k.name = "tq_expand_" + std::to_string(bits);
+  k.name = "tq_expand_" + coding_name(side.bits, side.code);
   k.header = Source::encode;
   k.inputs = {"codes", "scales", "centre"};
   k.outputs = {"x"};
@@ -227,10 +260,10 @@ Kernel decode_kernel(int bits, bool centred, int head_dim, uint64_t seed, int64_
       "  a.codes = codes, a.scales = scales;\n"
       "  for (int i = 0; i < 2; ++i) a.code_strides[i] = codes_strides[i], a.scale_strides[i] = scales_strides[i];\n"
       "  a.centre = " +
-      optional(centred, "float", "centre") +
+      optional(side.centred, "float", "centre") +
       ";\n"
       "  a.out = x;\n" +
-      codec_call("decode_as", head_dim, bits, "x");
+      decode_call(head_dim, side, "x");
   set_extent(k, decode_extent(head_dim, vectors));
   return k;
 }
@@ -244,8 +277,9 @@ std::string attention_call(const AttentionShape& shape, const AttentionSettings&
                          : plan.method == AttentionPlan::many ? "run_rows"
                                                               : "run_prefill";
   o << "  extern __shared__ __align__(16) unsigned char tq_shared[];\n"
-    << "  turboquant::cuda::" << function << "<" << shape.head_dim << ", " << shape.key_bits << ", " << shape.value_bits
-    << ", " << mask_name(settings.mask) << ", " << plan.shared_bytes << ", ";
+    << "  turboquant::cuda::" << function << "<" << shape.head_dim << ", " << coding(shape.key_bits, shape.key_code)
+    << ", " << coding(shape.value_bits, shape.value_code) << ", " << mask_name(settings.mask) << ", "
+    << plan.shared_bytes << ", ";
   if (plan.method == AttentionPlan::decode) {
     o << plan.warps << ", " << plan.stages;
   } else if (plan.method == AttentionPlan::many) {
@@ -260,7 +294,7 @@ std::string attention_call(const AttentionShape& shape, const AttentionSettings&
 /// What `partial` and `whole` have in common.
 Kernel scanning_kernel(const char* name, const AttentionShape& shape, const AttentionPlan& plan) {
   Kernel k;
-  k.name = name + std::to_string(shape.key_bits) + std::to_string(shape.value_bits);
+  k.name = name + coding_name(shape.key_bits, shape.key_code) + coding_name(shape.value_bits, shape.value_code);
   k.header = plan.method == AttentionPlan::decode ? Source::decode
              : plan.method == AttentionPlan::many ? Source::rows
                                                   : Source::prefill;

@@ -45,6 +45,7 @@ Extent merge_extent(const AttentionShape& shape);
 struct EncodeSide {
   int bits;
   bool centred, feedback = false;
+  Code code = Code::scalar;
   auto operator<=>(const EncodeSide&) const = default;
 };
 /// One or two sides of `rows` = batch * heads rows of `tokens` vectors each.
@@ -53,7 +54,7 @@ Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_
 /// The same into the buffers of a cache, in place (plan.h).
 Kernel append_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t rows, int tokens);
 Extent decode_extent(int head_dim, int64_t vectors);
-Kernel decode_kernel(int bits, bool centred, int head_dim, uint64_t seed, int64_t vectors);
+Kernel decode_kernel(const EncodeSide& side, int head_dim, uint64_t seed, int64_t vectors);
 
 /// What an attention kernel is compiled for, beside its shape.
 struct AttentionSettings {

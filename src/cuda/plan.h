@@ -28,6 +28,7 @@
 #include <cstdint>
 
 #include "turboquant/format.h"
+#include "turboquant/turboquant.h"
 
 namespace turboquant::cuda {
 
@@ -40,6 +41,7 @@ struct Device {
 struct AttentionShape {
   int batch, query_heads, kv_heads, query_len, kv_len, head_dim, key_bits, value_bits;
   bool ragged;  // has `starts`
+  Code key_code = Code::scalar, value_code = Code::scalar;
 
   int rows() const { return query_heads / kv_heads * query_len; }  // query rows that read one KV head
 };
@@ -73,20 +75,30 @@ struct AttentionPlan {
   }
 };
 
+/// sizeof(SearchMemory<64>) and, at most, of TrellisFeedbackMemory.
+constexpr int kTrellisSharedBytes = 46400;
+
+/// Bytes of LevelTables::Stored, at most.
+inline int level_table_bytes(const AttentionShape& s) {
+  const auto of = [](int bits, Code code) { return 8 * (bits == 3 && code == Code::trellis ? 10 : 1); };
+  return of(s.key_bits, s.key_code) + of(s.value_bits, s.value_code);
+}
+
 /// sizeof(Decode::Shared).
 inline int decode_shared_bytes(const AttentionShape& s, const AttentionPlan& p) {
   const int words = 32 * (words_per_vector(s.key_bits, s.head_dim) + words_per_vector(s.value_bits, s.head_dim)) + 32;
   const int bytes = p.warps * p.stages * words * 4 + p.warps * 32 * 8 + 2 * p.rows * s.head_dim + 12 * p.rows +
-                    8 * p.warps * p.rows + 16;
+                    8 * p.warps * p.rows + level_table_bytes(s);
   return (bytes + 15) / 16 * 16;
 }
 
 /// sizeof(ManyRows::Shared).
 inline int many_shared_bytes(const AttentionShape& s, const AttentionPlan& p) {
   const int words = 16 * (words_per_vector(s.key_bits, s.head_dim) + words_per_vector(s.value_bits, s.head_dim)) + 16;
-  const int groups = s.head_dim / 32;
+  const int groups = s.head_dim / 32 * (s.value_bits == 8 ? 2 : 1);  // and planes of passed values
   const int bytes = p.warps * p.stages * words * 4 + 64 * 8 * p.rows + 2 * groups * (p.warps * 64 + 4) * 4 +
-                    2 * p.warps * 32 * p.rows + p.warps * 16 * 16 + 28 * p.rows + 8 * p.warps * p.rows + 16;
+                    2 * p.warps * 32 * p.rows + p.warps * 16 * 16 + 28 * p.rows + 8 * p.warps * p.rows +
+                    level_table_bytes(s);
   return (bytes + 15) / 16 * 16;
 }
 

@@ -180,8 +180,9 @@ mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype 
                  const std::optional<mx::array>& centre, mx::Stream stream) {
   const int dim = packed.codes.shape(-1) / bits * 32;
   const int64_t vectors = int64_t(packed.scales.size());
-  const auto& run = kernel_for(CodecKey{CodecKey::decode, {{bits, centre.has_value()}}, dim, seed},
-                               [&] { return cuda::decode_kernel(bits, centre.has_value(), dim, seed, vectors); });
+  const auto& run = kernel_for(CodecKey{CodecKey::decode, {{bits, centre.has_value()}}, dim, seed}, [&] {
+    return cuda::decode_kernel({bits, centre.has_value()}, dim, seed, vectors);
+  });
   return launch(run, cuda::decode_extent(dim, vectors), {packed.codes, packed.scales, centre.value_or(packed.scales)},
                 {with_last(packed.codes.shape(), dim)}, {dtype}, stream)[0];
 }

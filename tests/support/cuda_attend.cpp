@@ -10,8 +10,8 @@ std::vector<int64_t> strides_of(int64_t batch, int64_t head, int64_t row) { retu
 void* writable(const void* p) { return const_cast<void*>(p); }
 
 cuda::AttentionShape shape_of(const AttendParams& p) {
-  return {p.batch,    p.query_heads, p.kv_heads,    p.query_len,        p.kv_len,
-          p.head_dim, p.keys.bits,   p.values.bits, p.starts != nullptr};
+  return {p.batch,     p.query_heads, p.kv_heads,          p.query_len, p.kv_len,     p.head_dim,
+          p.keys.bits, p.values.bits, p.starts != nullptr, p.keys.code, p.values.code};
 }
 
 }  // namespace
@@ -138,7 +138,7 @@ void encode_on_gpu(const EncodeParams& keys, const EncodeParams* values) {
     outputs.emplace_back(memory.back().get(), "uint32_t", std::vector<int32_t>{p->batch, p->heads, p->tokens, words});
     memory.emplace_back(vectors * 2);
     outputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{p->batch, p->heads, p->tokens});
-    what.push_back({p->out.bits, p->centre != nullptr, p->feedback != nullptr});
+    what.push_back({p->out.bits, p->centre != nullptr, p->feedback != nullptr, p->out.code});
   }
   Launch(cuda::encode_kernel(what, keys.head_dim, keys.seed, keys.batch * keys.heads, keys.tokens), inputs, outputs)();
   check(cudaDeviceSynchronize(), "encode");
@@ -160,7 +160,7 @@ void decode_on_gpu(const DecodeParams& p) {
   const std::vector<Array> inputs{{codes.get(), "uint32_t", {p.batch, p.heads, p.tokens, words}},
                                   {scales.get(), "__half", {p.batch, p.heads, p.tokens}},
                                   {centre.get(), "float", {p.heads, p.head_dim}}};
-  Launch(cuda::decode_kernel(p.in.bits, p.centre != nullptr, p.head_dim, p.seed, vectors), inputs,
+  Launch(cuda::decode_kernel({p.in.bits, p.centre != nullptr, false, p.in.code}, p.head_dim, p.seed, vectors), inputs,
          {{out.get(), type_name(p.out.dtype), {p.batch, p.heads, p.tokens, p.head_dim}}})();
   check(cudaDeviceSynchronize(), "decode");
   out.download(p.out.data);

@@ -1,4 +1,4 @@
-// The codec's pieces on CUDA: the rotation over a warp, and byte lookups of packed codes.
+// The codec's pieces on CUDA: the rotation over a warp, and loads and stores of its coordinates.
 //
 // Compiled by nvcc (tests, benchmarks) and, inside MLX, by NVRTC: no standard headers.  A vector of D coordinates lies
 // in D/8 neighbouring lanes, eight consecutive coordinates a lane, so that a lane's codes are one nibble word.
@@ -161,84 +161,5 @@ __device__ void store8(T* p, const float (&v)[8]) {
     for (int j = 0; j < 8; ++j) p[j] = x[j];
   }
 }
-
-/// Four magnitudes as bytes, from the magnitude index m on.
-TQ_FN unsigned magnitude_bytes(int bits, int m) {
-  return unsigned(magnitude(bits, m)) | unsigned(magnitude(bits, m + 1)) << 8 |
-         (bits == 2 ? 0u : unsigned(magnitude(bits, m + 2)) << 16 | unsigned(magnitude(bits, m + 3)) << 24);
-}
-
-/// Four signed levels as bytes, from code c on.
-TQ_FN unsigned level_bytes(int bits, int c) {
-  return unsigned(level(bits, c) & 0xff) | unsigned(level(bits, c + 1) & 0xff) << 8 |
-         unsigned(level(bits, c + 2) & 0xff) << 16 | unsigned(level(bits, c + 3) & 0xff) << 24;
-}
-
-/// Half of a codebook's table, and what is looked up in both.
-///
-/// `prmt` takes one constant, so that the compiler brings half of the table into a register anew for every lookup: a
-/// tenth of the instructions of a loop over codes.  It does so wherever it can tell that the half is a constant.  Such
-/// a loop therefore keeps the half in shared memory until a barrier has passed, and then in a register.
-template <int BITS>
-struct LevelTable {
-  static constexpr unsigned kFirst = BITS == 4 ? magnitude_bytes(4, 0) : level_bytes(BITS, 0);
-  static constexpr unsigned kSecond = BITS == 4 ? magnitude_bytes(4, 4) : BITS == 3 ? level_bytes(3, 4) : kFirst;
-  unsigned first;
-
-  /// Turns the low four nibbles (codes; anything above 2- and 3-bit codes masked away) into four bytes.  Widths 2 and 3
-  /// give signed levels.  Width 4 gives 128 + level unsigned: prmt's sign mode makes the positive magnitudes of one
-  /// lookup and the negative ones of another 0, and the difference cannot borrow.
-  __device__ unsigned operator()(unsigned codes) const {
-    const unsigned found = prmt(first, kSecond, codes);
-    return BITS < 4 ? found : found - prmt(first, kSecond, codes ^ 0x8888) + 0x80808080u;
-  }
-};
-
-template <int BITS>
-__device__ unsigned lookup(unsigned codes) {
-  return LevelTable<BITS>{LevelTable<BITS>::kFirst}(codes);
-}
-
-/// The tables of a loop over keys and values, which share a register when they are the same.
-template <int KEY_BITS, int VALUE_BITS>
-struct LevelTables {
-  LevelTable<KEY_BITS> keys;
-  LevelTable<VALUE_BITS> other;
-  __device__ LevelTable<VALUE_BITS> values() const {
-    if constexpr (KEY_BITS == VALUE_BITS) return keys;
-    return other;
-  }
-  /// One thread stores, and after a barrier all load: of two copies, for the compiler would keep what all threads load
-  /// from one place in a uniform register, which prmt does not take either.
-  using Stored = unsigned[2][2];
-  static __device__ void store(Stored& to) {
-    to[0][0] = to[0][1] = LevelTable<KEY_BITS>::kFirst, to[1][0] = to[1][1] = LevelTable<VALUE_BITS>::kFirst;
-  }
-  __device__ void load(const Stored& from) {
-    keys.first = from[0][threadIdx.x & 1], other.first = from[1][threadIdx.x & 1];
-  }
-};
-
-/// The nibble words of a group (word w holds the codes of coordinates 8w .. 8w + 7), from its packed words.  Words
-/// whose unused bits may be set: `clean` masks them.
-template <int BITS>
-struct Group {
-  static constexpr unsigned mask = BITS == 4 ? ~0u : BITS == 3 ? 0x77777777u : 0x33333333u;
-  unsigned word[4];
-  __device__ explicit Group(const unsigned (&packed)[BITS]) {
-    if constexpr (BITS == 4) {
-#pragma unroll
-      for (int w = 0; w < 4; ++w) word[w] = packed[w];
-    } else if constexpr (BITS == 3) {
-#pragma unroll
-      for (int w = 0; w < 3; ++w) word[w] = packed[w];
-      word[3] = (packed[0] >> 3 & 0x11111111u) | (packed[1] >> 2 & 0x22222222u) | (packed[2] >> 1 & 0x44444444u);
-    } else {
-#pragma unroll
-      for (int w = 0; w < 2; ++w) word[w] = packed[w], word[w + 2] = packed[w] >> 2;
-    }
-  }
-  __device__ unsigned clean(int w) const { return word[w] & mask; }
-};
 
 }  // namespace turboquant::cuda

@@ -11,14 +11,19 @@
 
 namespace turboquant::cuda {
 
-template <int D, int KEY_BITS, int VALUE_BITS, class T, MaskType MASK, class MaskT, int WARPS, int STAGES>
+template <int D, int KEYS, int VALUES, class T, MaskType MASK, class MaskT, int WARPS, int STAGES>
 struct Decode {
   static constexpr int kRows = 4;
-  using Keys = Rows<KEY_BITS, D, false>;
-  using Values = Rows<VALUE_BITS, D, true>;
+  using Keys = Rows<KEYS, D, false>;
+  using Values = Rows<VALUES, D, true>;
   using Copies = TileCopies<Keys, Values, kTile, STAGES>;
   using KeyShare = Share<D, 4>;
   using ValueShare = Share<D, 8>;
+  // Lanes that take different words of a group need the same order of bits in all.
+  static constexpr int kOrders = KeyShare::parts == 1 && ValueShare::parts == 1 ? 4 : 1;
+  using Levels = LevelTables<KEYS, VALUES, kOrders>;
+  using KeyTable = LevelTable<KEYS, kOrders>;
+  using ValueTable = LevelTable<VALUES, kOrders>;
   static constexpr int kKeySteps = KeyShare::per_thread * KeyShare::words;
   static constexpr int kValueTiles = 4 * ValueShare::words;  // of 16 coordinates
   static constexpr int kStageWords = Copies::kWords;
@@ -29,9 +34,9 @@ struct Decode {
     float2 token_scales[WARPS][kTile];  // of keys; of values, times kWeightOne
     uint4 q[kRows][D / 8];  // eight coordinates: high and low parts of four, high and low parts of the other four
     float q_scale[kRows];
-    int q_offset[kRows][2];  // what the unsigned bytes of 4-bit keys add to the products
+    int q_offset[kRows][2];  // what the unsigned bytes of some keys add to the products
     float2 sums[WARPS][kRows];
-    typename LevelTables<KEY_BITS, VALUE_BITS>::Stored levels;
+    typename Levels::Stored levels;
   };
 
   /// Where a warp's result for a row and coordinate lies in its part of the ring: lanes of different t write rows two
@@ -47,14 +52,14 @@ struct Decode {
   Shared& shared;
   int lane = threadIdx.x & 31, warp = warp_index(), g = lane / 4, t = lane % 4;
 
-  LevelTables<KEY_BITS, VALUE_BITS> levels;
+  Levels levels;
 
   // Of the segment in hand.
   int b, kv_head, first_row;
   int row_query, row_head;  // of this thread's query row, g & 3
   Range row_range;
   int acc[kValueTiles][4];
-  int weight_sum;  // of this thread's column: 4-bit values are 128 too large
+  int weight_sum;  // of this thread's column, where values' bytes are unsigned
   float top, sum;  // exponent that weights are relative to, and their sum over this thread's tokens
 
   __device__ Decode(const AttentionArgs& args, Shared& memory) : a(args), shared(memory) {}
@@ -79,11 +84,11 @@ struct Decode {
     uint4 parts[1];
     float scale[1];
     int offset[1][2];
-    split_queries<D, KEY_BITS>(a, raw, parts, scale, offset);
+    split_queries<D, KEYS>(a, raw, parts, scale, offset);
     if (lane < D / 8) shared.q[row][lane] = parts[0];
     if (lane == 0) {
       shared.q_scale[row] = scale[0];
-      if constexpr (KEY_BITS == 4) shared.q_offset[row][0] = offset[0][0], shared.q_offset[row][1] = offset[0][1];
+      if constexpr (KeyTable::kBias) shared.q_offset[row][0] = offset[0][0], shared.q_offset[row][1] = offset[0][1];
     }
   }
 
@@ -119,8 +124,8 @@ struct Decode {
       q_parts[step][0] = x.x, q_parts[step][1] = x.y, q_parts[step][2] = x.z, q_parts[step][3] = x.w;
     }
     const float q_scale = shared.q_scale[g & 3];
-    const int high_offset = KEY_BITS == 4 ? shared.q_offset[g & 3][0] : 0;
-    const int low_offset = KEY_BITS == 4 ? shared.q_offset[g & 3][1] : 0;
+    const int high_offset = KeyTable::kBias ? shared.q_offset[g & 3][0] : 0;
+    const int low_offset = KeyTable::kBias ? shared.q_offset[g & 3][1] : 0;
 
 #pragma unroll
     for (auto& x : acc) x[0] = x[1] = x[2] = x[3] = 0;
@@ -151,15 +156,16 @@ struct Decode {
         const int dot = dots[i / 2][i % 2] * 256 + dots[i / 2][2 + i % 2];
         s[i] = float(dot) * (token_scale(i).x * q_scale);
       }
-      unsigned bytes[kValueTiles][4];  // before the branches of the softmax, so that they overlap its latencies
-      unpack_values(values, bytes);
+      unsigned bytes[kValueTiles][4], weights[2];
+      // Two warps a scheduler: before the branches of the softmax, so that they overlap its latencies.
+      if constexpr (WARPS <= 8) unpack_values(values, bytes);
       apply_mask(s, tile * kTile);
-      unsigned weights[2];
       softmax(s, weights);
+      if constexpr (WARPS > 8) unpack_values(values, bytes);
 #pragma unroll
       for (int i = 0; i < kValueTiles; ++i) {
-        mma_int8<VALUE_BITS == 4, true>(acc[i], bytes[i][0], bytes[i][1], bytes[i][2], bytes[i][3], weights[0],
-                                        weights[1]);
+        mma_int8<ValueTable::kBias != 0, true>(acc[i], bytes[i][0], bytes[i][1], bytes[i][2], bytes[i][3], weights[0],
+                                               weights[1]);
       }
     }
     finish(slot, min(WARPS, last_tile - first_tile));
@@ -198,19 +204,19 @@ struct Decode {
   struct KeyReader {
     static constexpr int n = KeyShare::per_thread;
     static constexpr bool whole = KeyShare::groups == 4 * n;  // then they are consecutive words
-    static constexpr int readers = whole ? 1 : n, words = n * KEY_BITS / readers;
+    static constexpr int readers = whole ? 1 : n, words = n * bits_of(KEYS) / readers;
     typename Keys::template Reader<words> of[readers];
     __device__ KeyReader(const unsigned* keys, int token, const KeyShare& share) {
 #pragma unroll
-      for (int i = 0; i < readers; ++i) of[i] = {keys, token, (whole ? share.group : share.clamped(i)) * KEY_BITS};
+      for (int i = 0; i < readers; ++i) of[i] = {keys, token, (whole ? share.group : share.clamped(i)) * bits_of(KEYS)};
     }
-    __device__ void load(int further, unsigned (&packed)[n][KEY_BITS]) const {
+    __device__ void load(int further, unsigned (&packed)[n][bits_of(KEYS)]) const {
 #pragma unroll
       for (int i = 0; i < readers; ++i) {
         unsigned x[words];
         of[i].load(further, x);
 #pragma unroll
-        for (int k = 0; k < words; ++k) packed[i + k / KEY_BITS][k % KEY_BITS] = x[k];
+        for (int k = 0; k < words; ++k) packed[i + k / bits_of(KEYS)][k % bits_of(KEYS)] = x[k];
       }
     }
   };
@@ -219,16 +225,22 @@ struct Decode {
   __device__ void multiply_keys(int (&dots)[4], const KeyReader& keys, int further, const KeyShare& share,
                                 const unsigned (&q)[kKeySteps][4]) const {
     constexpr int n = KeyShare::per_thread;
-    unsigned packed[n][KEY_BITS];
+    unsigned packed[n][bits_of(KEYS)];
     keys.load(further, packed);
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      const Group<KEY_BITS> group(packed[i]);
+      const Group<KEYS, kOrders> group(packed[i]);
 #pragma unroll
       for (int w = 0; w < KeyShare::words; ++w) {
         const unsigned x = share.pick(group.word, w) & group.mask;
         const auto& f = q[i * KeyShare::words + w];
-        mma_int8<false, KEY_BITS == 4>(dots, f[0], f[1], f[2], f[3], levels.keys(x), levels.keys(x >> 16));
+        unsigned low, high;
+        if constexpr (KEYS == 8) {
+          low = x, high = share.pick(group.more, w);
+        } else {
+          low = levels.keys(x, w), high = levels.keys(x >> 16, w);
+        }
+        mma_int8<false, KeyTable::kBias != 0>(dots, f[0], f[1], f[2], f[3], low, high);
       }
     }
   }
@@ -269,19 +281,23 @@ struct Decode {
       const unsigned second = prmt(__float_as_uint(fixed[4 * i + 2]), __float_as_uint(fixed[4 * i + 3]), pick);
       weights[i] = prmt(first, second, 0x5410);
     }
-    if constexpr (VALUE_BITS == 4) {
+    if constexpr (ValueTable::kBias) {
       weight_sum = int(__dp4a(weights[0], 0x01010101u, __dp4a(weights[1], 0x01010101u, unsigned(weight_sum))));
     }
   }
 
-  /// Takes from the sums what unsigned 4-bit values added to them.
+  /// Turns sums of unsigned bytes into sums of levels.
   __device__ void settle() {
-    if constexpr (VALUE_BITS == 4) {
+    if constexpr (ValueTable::kBias) {
+      constexpr int bias = ValueTable::kBias, step = ValueTable::kStep;
       weight_sum += __shfl_xor_sync(~0u, weight_sum, 1);
       weight_sum += __shfl_xor_sync(~0u, weight_sum, 2);
-      const int even = 128 * __shfl_sync(~0u, weight_sum, 8 * t), odd = 128 * __shfl_sync(~0u, weight_sum, 8 * t + 4);
+      const int even = bias * __shfl_sync(~0u, weight_sum, 8 * t), odd = bias * __shfl_sync(~0u, weight_sum, 8 * t + 4);
 #pragma unroll
-      for (auto& x : acc) x[0] -= even, x[1] -= odd, x[2] -= even, x[3] -= odd;
+      for (auto& x : acc) {
+        x[0] = step * x[0] - even, x[1] = step * x[1] - odd;
+        x[2] = step * x[2] - even, x[3] = step * x[3] - odd;
+      }
       weight_sum = 0;
     }
   }
@@ -289,7 +305,7 @@ struct Decode {
   /// Makes the sums relative to a larger exponent.
   __device__ void rescale(float new_top) {
     const float down = top - new_top;
-    const int bits = int(fminf(-down, 31.f));
+    const int bits = int(fminf(-down, 31.f)) + ValueTable::kStep - 1;  // sums count steps, settled ones levels
     sum *= exp2_fast(down);
     settle();
     const auto shift = [](int x, int bits) { return bits > 29 ? 0 : (x + (1 << bits >> 1)) >> bits; };
@@ -303,28 +319,42 @@ struct Decode {
 
   /// A tile's values as the products take them: of each 16 coordinates, four registers of four tokens' bytes.
   __device__ void unpack_values(const unsigned* values, unsigned (&bytes)[kValueTiles][4]) const {
+    constexpr int kBits = bits_of(VALUES);
     const ValueShare share(g);
-    const typename Values::template Reader<VALUE_BITS> readers[2] = {{values, t, share.clamped(0) * VALUE_BITS},
-                                                                     {values, 7 - t, share.clamped(0) * VALUE_BITS}};
+    const typename Values::template Reader<kBits> readers[2] = {{values, t, share.clamped(0) * kBits},
+                                                                {values, 7 - t, share.clamped(0) * kBits}};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      unsigned nibbles[ValueShare::words][4];
+      unsigned nibbles[ValueShare::words][4], more[ValueShare::words][4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        unsigned packed[VALUE_BITS];
+        unsigned packed[kBits];
         readers[i % 2].load(16 * half + 8 * (i / 2), packed);  // of token(4 * half + i)
-        const Group<VALUE_BITS> group(packed);
+        const Group<VALUES, kOrders> group(packed);
 #pragma unroll
-        for (int w = 0; w < ValueShare::words; ++w) nibbles[w][i] = share.pick(group.word, w);
+        for (int w = 0; w < ValueShare::words; ++w) {
+          nibbles[w][i] = share.pick(group.word, w);
+          if constexpr (VALUES == 8) more[w][i] = share.pick(group.more, w);
+        }
       }
 #pragma unroll
       for (int w = 0; w < ValueShare::words; ++w) {
+        if constexpr (VALUES == 8) {
+          unsigned first[4], last[4];
+          transpose_bytes(nibbles[w], first), transpose_bytes(more[w], last);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {  // in the order of transpose_codes
+            const auto& from = k % 2 ? last : first;
+            bytes[4 * w + k][2 * half] = from[k / 2], bytes[4 * w + k][2 * half + 1] = from[k / 2 + 2];
+          }
+          continue;
+        }
         unsigned selectors[4];
-        transpose_codes<VALUE_BITS>(nibbles[w], selectors);
+        transpose_codes<VALUES>(nibbles[w], selectors);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-          bytes[4 * w + k][2 * half] = levels.values()(selectors[k]);
-          bytes[4 * w + k][2 * half + 1] = levels.values()(selectors[k] >> 16);
+          bytes[4 * w + k][2 * half] = levels.values()(selectors[k], w);
+          bytes[4 * w + k][2 * half + 1] = levels.values()(selectors[k] >> 16, w);
         }
       }
     }
@@ -345,8 +375,7 @@ struct Decode {
     for (int k = 0; k < 2; ++k) {
       float most = kNothing;
       for (int w = 0; w < WARPS; ++w) most = fmaxf(most, shared.sums[w][rows[k]].x);
-      factor[k] =
-          exp2_fast(shared.sums[warp][rows[k]].x - most) * (t < 2 ? 256 : 1) * level_step(VALUE_BITS) / kWeightOne;
+      factor[k] = exp2_fast(shared.sums[warp][rows[k]].x - most) * (t < 2 ? 256 : 1) * step_of(VALUES) / kWeightOne;
     }
     const ValueShare share(g);
     if (warp < active) {
@@ -375,7 +404,16 @@ struct Decode {
         Partial<D, false>(a, (long long)slot * kRows + row).row[i] = x;
       }
     }
-    if (warp == WARPS - 1) {  // a lane for each warp and row
+    if constexpr (WARPS > 8) {
+      if (warp < kRows) {
+        const float2 s = lane < WARPS ? shared.sums[lane % WARPS][warp] : make_float2(kNothing, 0);
+        float most = s.x;
+        for (int step = 16; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+        float all = exp2_fast(s.x - most) * s.y;
+        for (int step = 16; step; step /= 2) all += __shfl_xor_sync(~0u, all, step);
+        if (lane == 0) *Partial<D, false>(a, (long long)slot * kRows + warp).sums() = make_float2(most, all);
+      }
+    } else if (warp == WARPS - 1) {  // a lane for each warp and row
       const int row = lane / WARPS;
       const float2 s = row < kRows ? shared.sums[lane % WARPS][row] : make_float2(kNothing, 0);
       float most = s.x;
@@ -391,10 +429,9 @@ struct Decode {
 };
 
 /// Entry for generated code: types from pointers, shared memory as the bytes that were planned.
-template <int D, int KEY_BITS, int VALUE_BITS, MaskType MASK, int SHARED_BYTES, int WARPS, int STAGES, class T,
-          class MaskT>
+template <int D, int KEYS, int VALUES, MaskType MASK, int SHARED_BYTES, int WARPS, int STAGES, class T, class MaskT>
 __device__ void run_decode(const AttentionArgs& a, const T*, const MaskT*, unsigned char* shared) {
-  using Kernel = Decode<D, KEY_BITS, VALUE_BITS, T, MASK, MaskT, WARPS, STAGES>;
+  using Kernel = Decode<D, KEYS, VALUES, T, MASK, MaskT, WARPS, STAGES>;
   static_assert(sizeof(typename Kernel::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
   Kernel kernel(a, *reinterpret_cast<typename Kernel::Shared*>(shared));
   kernel.run();

@@ -1,7 +1,7 @@
 // The kernels of encode and decode: a group of lanes of a warp works on one vector (codec.cu.h).
 #pragma once
 
-#include "cuda/device/codec.cu.h"
+#include "cuda/device/codes.cu.h"
 
 namespace turboquant::cuda {
 
@@ -106,6 +106,21 @@ __device__ unsigned nearest_codes(const Rotated& r, const float (&v)[8]) {
   return r.codable() ? nibbles : 0;
 }
 
+/// Where a vector's codes go.
+template <int D, int CODING>
+__device__ unsigned* codes_of(const EncodeArgs& a, const Rotated& r) {
+  return a.codes + r.b * a.code_strides[0] + r.h * a.code_strides[1] + (long long)r.t * (bits_of(CODING) * (D / 32));
+}
+
+/// Writes the scale with which levels of some length have the vector's; one lane a vector.
+template <int CODING>
+__device__ void write_scale(const EncodeArgs& a, const Rotated& r, unsigned squares) {
+  if (CODING == 8) squares = max(squares, 1u);  // only there a level is 0
+  const float scale = sqrtf(r.square) / (sqrtf(float(squares)) * step_of(CODING)) * r.unscale;
+  a.scales[r.b * a.scale_strides[0] + r.h * a.scale_strides[1] + r.t] =
+      r.finite ? __float2half_rn(fminf(scale, largest_scale())) : __ushort_as_half(0x7e00);
+}
+
 /// Packs and writes a vector's codes, eight a lane, and its scale; all lanes of a warp together.
 template <int D, int BITS>
 __device__ void write_codes(const EncodeArgs& a, const Rotated& r, bool active, int eighth, unsigned nibbles) {
@@ -121,15 +136,46 @@ __device__ void write_codes(const EncodeArgs& a, const Rotated& r, bool active, 
     word |= __shfl_sync(~0u, nibbles, lane | 2) << 2;
     writes = writes && (lane & 3) < 2;
   }
-  if (writes) {
-    unsigned* codes = a.codes + r.b * a.code_strides[0] + r.h * a.code_strides[1] + (long long)r.t * (BITS * (D / 32));
-    codes[eighth / 4 * BITS + (eighth & 3)] = word;
+  if (writes) codes_of<D, BITS>(a, r)[eighth / 4 * BITS + (eighth & 3)] = word;
+  if (active && eighth == 0) write_scale<BITS>(a, r, squares);
+}
+
+/// Codes of 8 bits: eight levels a lane.
+struct Bytes {
+  unsigned word[2] = {};
+  __device__ void set(int j, float levels) {
+    word[j / 4] |= unsigned(__float2int_rn(fminf(fmaxf(levels, -127.f), 127.f)) & 255) << (8 * (j % 4));
   }
-  if (active && eighth == 0) {
-    const float scale = sqrtf(r.square) / (sqrtf(float(squares)) * level_step(BITS)) * r.unscale;
-    a.scales[r.b * a.scale_strides[0] + r.h * a.scale_strides[1] + r.t] =
-        r.finite ? __float2half_rn(fminf(scale, largest_scale())) : __ushort_as_half(0x7e00);
+  /// |levels|^2 of the vector.
+  template <int D>
+  __device__ unsigned square() const {
+    return over_vector<D>(unsigned(__dp4a(int(word[0]), int(word[0]), __dp4a(int(word[1]), int(word[1]), 0))));
   }
+};
+
+/// The nearest of a lane's eight coordinates, where the vector's largest has level 127.
+template <int D>
+__device__ Bytes nearest_bytes(const Rotated& r, const float (&v)[8]) {
+  float most = 0;
+#pragma unroll
+  for (float x : v) most = fmaxf(most, fabsf(x));
+  most = over_vector<D, true>(most);
+  const float to_levels = r.codable() ? 127 / most : 0.f;
+  Bytes bytes;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) bytes.set(j, r.codable() ? v[j] * to_levels : 0.f);
+  return bytes;
+}
+
+/// Writes a vector's codes of 8 bits and its scale.
+template <int D>
+__device__ void write_bytes(const EncodeArgs& a, const Rotated& r, bool active, int eighth, const Bytes& bytes) {
+  const unsigned squares = bytes.square<D>();
+  if (active) {
+    unsigned* codes = codes_of<D, 8>(a, r) + 2 * eighth;
+    codes[0] = bytes.word[0], codes[1] = bytes.word[1];
+  }
+  if (active && eighth == 0) write_scale<8>(a, r, squares);
 }
 
 /// Encodes the vectors of block `block`.
@@ -143,7 +189,11 @@ __device__ void encode(const EncodeArgs& a, int block) {
   const bool active = slot < L::vectors && vector < count;
   float v[8];
   const Rotated r = load_rotated<D, T>(a, vector, active, eighth, v);
-  write_codes<D, BITS>(a, r, active, eighth, nearest_codes<D, BITS>(r, v));
+  if constexpr (BITS == 8) {
+    write_bytes<D>(a, r, active, eighth, nearest_bytes<D>(r, v));
+  } else {
+    write_codes<D, BITS>(a, r, active, eighth, nearest_codes<D, BITS>(r, v));
+  }
 }
 
 /// A `decode` launch; DecodeParams of turboquant.h on the device.
@@ -158,8 +208,9 @@ struct DecodeArgs {
 };
 
 /// Decodes the vectors of block `block`, as many as `encode` takes.
-template <int D, int BITS, class T>
+template <int D, int CODING, class T>
 __device__ void decode(const DecodeArgs& a, int block) {
+  constexpr int bits = bits_of(CODING);
   using L = Lanes<D>;
   const int lane = threadIdx.x & 31, slot = lane / L::vector, eighth = lane - slot * L::vector;
   const long long vector = ((long long)block * (blockDim.x / 32) + threadIdx.x / 32) * L::vectors + slot;
@@ -168,19 +219,19 @@ __device__ void decode(const DecodeArgs& a, int block) {
   const int t = int(row % a.tokens), h = int(row / a.tokens % a.heads), b = int(row / a.tokens / a.heads);
   float v[8] = {};
   if (active) {
-    const unsigned* codes = a.codes + b * a.code_strides[0] + h * a.code_strides[1] + (long long)t * (BITS * (D / 32));
-    unsigned packed[BITS];
+    const unsigned* codes = a.codes + b * a.code_strides[0] + h * a.code_strides[1] + (long long)t * (bits * (D / 32));
+    unsigned packed[bits];
 #pragma unroll
-    for (int i = 0; i < BITS; ++i) packed[i] = codes[eighth / 4 * BITS + i];
-    const Group<BITS> group(packed);
+    for (int i = 0; i < bits; ++i) packed[i] = codes[eighth / 4 * bits + i];
+    const Group<CODING> group(packed);
     const float scale = __half2float(a.scales[b * a.scale_strides[0] + h * a.scale_strides[1] + t]);
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       if (w != (eighth & 3)) continue;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const unsigned byte = lookup<BITS>(group.clean(w) >> (16 * (j / 4))) >> (8 * (j % 4)) & 255;
-        v[j] = scale * level_step(BITS) * float(BITS == 4 ? int(byte) - 128 : int((signed char)byte));
+        const unsigned bytes = Lookup<CODING>::bytes(group, w, j / 4);
+        v[j] = scale * step_of(CODING) * float(Lookup<CODING>::level(bytes, j % 4));
       }
     }
   }
@@ -195,13 +246,13 @@ __device__ void decode(const DecodeArgs& a, int block) {
 }
 
 /// The same with T from a pointer, for generated code.
-template <int D, int BITS, class T>
+template <int D, int CODING, class T>
 __device__ void encode_as(const EncodeArgs& a, const T*, int block) {
-  encode<D, BITS, T>(a, block);
+  encode<D, CODING, T>(a, block);
 }
-template <int D, int BITS, class T>
+template <int D, int CODING, class T>
 __device__ void decode_as(const DecodeArgs& a, const T*, int block) {
-  decode<D, BITS, T>(a, block);
+  decode<D, CODING, T>(a, block);
 }
 
 }  // namespace turboquant::cuda

@@ -7,7 +7,7 @@
 // holds.
 #pragma once
 
-#include "cuda/device/encode.cu.h"
+#include "cuda/device/trellis.cu.h"
 
 namespace turboquant::cuda {
 
@@ -19,16 +19,53 @@ struct FeedbackMemory {
   unsigned char codes[kWarps][D];
 };
 template <int D>
+struct TrellisFeedbackMemory : FeedbackMemory<D> {
+  alignas(16) SearchMemory<8> search;
+  unsigned paths[8][D / 32];
+};
+template <int D>
 __device__ FeedbackMemory<D>& feedback_memory() {
   __shared__ FeedbackMemory<D> memory;
   return memory;
 }
 
+/// Codes the targets of 32 coordinates of every warp's vector by a path through the trellis, the i-th time: a lane's
+/// index.  Two warps, by turns, look for all eight paths.
+template <int D, int BITS>
+__device__ unsigned code_by_path(TrellisFeedbackMemory<D>& memory, int warp, int i, float target) {
+  SearchMemory<8>& search = memory.search;
+  const int lane = threadIdx.x & 31, step = trellis_step(lane), searching = 2 * i & 7;
+  float cost[4];
+  Subsets<BITS>::costs(target, cost);
+  float most = less_least(cost);
+  for (int by = 16; by; by /= 2) most += __shfl_xor_sync(~0u, most, by);
+  search.costs[warp].of[StepCosts::at(step)] = whole_costs(cost, kMostCost * reciprocal_fast(most));
+  __syncthreads();
+  unsigned least[8];
+  const int group = lane / 4, pair = lane & 3;
+  if (warp == searching || warp == searching + 1) {
+    half_costs(search.costs[group], warp - searching, pair, least);
+    if (warp != searching) store_second(search.second[group], pair, least);
+  }
+  __syncthreads();
+  if (warp == searching) {
+    const unsigned ends = best_ends(search.second[group], pair, least);
+    const int walked = lane / 2 % 8;
+    const unsigned u = walk(search.costs[walked], __shfl_sync(~0u, ends, 4 * walked));
+    if (lane < 16 && lane % 2 == 0) search.u[walked] = u;
+  }
+  __syncthreads();
+  const unsigned u = search.u[warp];
+  if (lane == 0) memory.paths[warp][i] = u;
+  return Subsets<BITS>::nearest(target, (trellis_z1(u) >> step & 1) * 2 | (trellis_z0(u) >> step & 1));
+}
+
 /// Encodes the vectors of block `block`: up to TOKENS tokens of one head of one batch row.
-template <int D, int BITS, int TOKENS, class T>
-__device__ void encode_with_feedback(const EncodeArgs& a, int block) {
+template <int D, int CODING, int TOKENS, class T, class Memory>
+__device__ void encode_with_feedback(const EncodeArgs& a, int block, Memory& memory) {
+  constexpr int BITS = bits_of(CODING);
   constexpr int kWarps = FeedbackMemory<D>::kWarps, kBlocks = D / 32, kParts = kBlocks * (kBlocks - 1) / 2;
-  auto& [u, error, sums, codes] = feedback_memory<D>();
+  auto& [u, error, sums, codes] = static_cast<FeedbackMemory<D>&>(memory);
   const int lane = threadIdx.x & 31, warp = warp_index();
   const int chunks = (a.tokens + TOKENS - 1) / TOKENS;
   const int row = block / chunks, first = block % chunks * TOKENS, last = min(a.tokens, first + TOKENS);
@@ -63,12 +100,22 @@ __device__ void encode_with_feedback(const EncodeArgs& a, int block) {
 #pragma unroll
       for (float& x : v) x = 0;  // of other vectors, where a warp could hold several
     }
-    unsigned nibbles = nearest_codes<D, BITS>(r, v);
-    // In levels at the scale that the nearest codes would have.
-    const float length = sqrtf(float(level_square<D, BITS>(nibbles))), norm = sqrtf(r.square * Lanes<D>::power);
+    unsigned nibbles = 0;
+    Bytes bytes;
+    float to_levels;
+    if constexpr (is_trellis(CODING)) {
+      to_levels = (D == 32 ? unit_of(CODING) : feedback_unit(BITS)) * rsqrtf(r.mean_square<D>());
+    } else if constexpr (BITS == 8) {
+      bytes = nearest_bytes<D>(r, v);
+      to_levels = sqrtf(float(bytes.square<D>())) / sqrtf(r.square * Lanes<D>::power);
+    } else {  // the scale that the nearest codes would have
+      nibbles = nearest_codes<D, BITS>(r, v);
+      const float length = sqrtf(float(level_square<D, BITS>(nibbles))), norm = sqrtf(r.square * Lanes<D>::power);
+      to_levels = length / norm;
+    }
     if (lane < D / 8) {
 #pragma unroll
-      for (float& x : v) x = r.codable() ? x * (length / norm) : 0.f;
+      for (float& x : v) x = r.codable() ? x * to_levels : 0.f;
       store8(&u[warp][8 * lane], v);
     }
     __syncwarp();
@@ -102,20 +149,44 @@ __device__ void encode_with_feedback(const EncodeArgs& a, int block) {
         for (int w = 0; w < kWarps; ++w) moved += sums[w][warp][lane];
         target -= moved;
       }
-      const unsigned code = nearest_code<BITS>(target, 2 * fabsf(target));
-      const int size = magnitude(BITS, int(code & (magnitudes(BITS) - 1)));
-      error[warp][32 * i + lane] = float(code < magnitudes(BITS) ? size : -size) - own;
+      unsigned code;
+      int level;
+      if constexpr (is_trellis(CODING)) {
+        code = code_by_path<D, BITS>(memory, warp, i, trellis_target<BITS>(target));
+        level = Lookup<CODING>::level(Lookup<CODING>::bytes(code), 0);
+      } else if constexpr (BITS == 8) {
+        level = __float2int_rn(fminf(fmaxf(target, -127.f), 127.f));
+        code = unsigned(level) & 255;
+      } else {
+        code = nearest_code<BITS>(target, 2 * fabsf(target));
+        const int size = magnitude(BITS, int(code & (magnitudes(BITS) - 1)));
+        level = code < magnitudes(BITS) ? size : -size;
+      }
+      error[warp][32 * i + lane] = float(level) - own;
       codes[warp][32 * i + lane] = (unsigned char)code;
       __syncthreads();
     }
-    if (r.codable() && D > 32) {
-      nibbles = 0;
+    if (r.codable() && (D > 32 || is_trellis(CODING))) {
+      nibbles = 0, bytes = {};
       if (lane < D / 8) {
 #pragma unroll
-        for (int j = 0; j < 8; ++j) nibbles |= unsigned(codes[warp][8 * lane + j]) << (4 * j);
+        for (int j = 0; j < 8; ++j) {
+          const unsigned code = codes[warp][8 * lane + j];
+          if constexpr (BITS == 8) {
+            bytes.word[j / 4] |= code << (8 * (j % 4));
+          } else {
+            nibbles |= code << (4 * j);
+          }
+        }
       }
     }
-    write_codes<D, BITS>(a, r, active, lane, nibbles);
+    if constexpr (is_trellis(CODING)) {
+      write_trellis<D, BITS>(a, r, active, lane, nibbles, memory.paths[warp][lane / 4 % kBlocks]);
+    } else if constexpr (BITS == 8) {
+      write_bytes<D>(a, r, active, lane, bytes);
+    } else {
+      write_codes<D, BITS>(a, r, active, lane, nibbles);
+    }
     __syncthreads();
   }
 }
@@ -123,7 +194,22 @@ __device__ void encode_with_feedback(const EncodeArgs& a, int block) {
 /// The same with T from a pointer, for generated code.
 template <int D, int BITS, int TOKENS, class T>
 __device__ void encode_feedback_as(const EncodeArgs& a, const T*, int block) {
-  encode_with_feedback<D, BITS, TOKENS, T>(a, block);
+  encode_with_feedback<D, BITS, TOKENS, T>(a, block, feedback_memory<D>());
+}
+
+/// A side of a kernel that codes any side by trellis, with or without feedback (TOKENS is 0).  Such a kernel's sides
+/// share dynamic memory: static memory of two kinds would be too much.
+template <int D, int CODING, int TOKENS, int SHARED_BYTES, class T>
+__device__ void encode_beside_trellis_as(const EncodeArgs& a, const T*, int block, unsigned char* shared) {
+  static_assert(sizeof(SearchMemory<64>) <= SHARED_BYTES && sizeof(TrellisFeedbackMemory<D>) <= SHARED_BYTES,
+                "plan.h counts too little shared memory");
+  if constexpr (TOKENS > 0) {
+    encode_with_feedback<D, CODING, TOKENS, T>(a, block, *reinterpret_cast<TrellisFeedbackMemory<D>*>(shared));
+  } else if constexpr (is_trellis(CODING)) {
+    encode_trellis<D, bits_of(CODING), T>(a, block, *reinterpret_cast<SearchMemory<64>*>(shared));
+  } else {
+    encode<D, CODING, T>(a, block);
+  }
 }
 
 }  // namespace turboquant::cuda

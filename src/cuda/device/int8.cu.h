@@ -37,11 +37,12 @@ struct Share {
 
 /// Rotates N queries in one warp, eight coordinates a lane, and splits them into 127 * 256 steps: `parts` are the high
 /// and low bytes of four coordinates, then those of the other four.  `scale` makes products with keys' levels scores in
-/// units of log2; `offset` is what the products with 4-bit keys, 128 too large, have too much, negated.
-template <int D, int KEY_BITS, class T, int N>
+/// units of log2; `offset` is what the products with keys' unsigned bytes have too much, negated, high and low part.
+template <int D, int KEYS, class T, int N>
 __device__ void split_queries(const AttentionArgs& a, const Raw8<T> (&raw)[N], uint4 (&parts)[N], float (&scale)[N],
                               int (&offset)[N][2]) {
   const int lane = threadIdx.x & 31;
+  using Table = LevelTable<KEYS>;
   float v[N][8], largest[N], all = 0;
   bool bad[N];
 #pragma unroll
@@ -81,23 +82,44 @@ __device__ void split_queries(const AttentionArgs& a, const Raw8<T> (&raw)[N], u
       low[j / 4] |= unsigned((q - 256 * top) & 255) << (8 * (j % 4));
     }
     parts[i] = make_uint4(high[0], low[0], high[1], low[1]);
-    scale[i] = bad[i] ? __uint_as_float(0x7fc00000) : largest[i] * (level_step(KEY_BITS) * a.scale * kLog2E / limit);
-    if constexpr (KEY_BITS == 4) {
+    scale[i] =
+        bad[i] ? __uint_as_float(0x7fc00000) : largest[i] * (step_of(KEYS) * Table::kStep * a.scale * kLog2E / limit);
+    if constexpr (Table::kBias != 0) {
       offset[i][0] = __dp4a(int(high[0]), 0x01010101, __dp4a(int(high[1]), 0x01010101, 0));
       offset[i][1] = __dp4a(int(low[0]), 0x01010101, __dp4a(int(low[1]), 0x01010101, 0));
 #pragma unroll
       for (int& x : offset[i]) {
         for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-        x *= -128;
+      }
+      if constexpr (Table::kStep == 1) {
+        offset[i][0] *= -Table::kBias, offset[i][1] *= -Table::kBias;
+      } else {  // half of an odd number
+        const int all_bias = -(Table::kBias * (256 * offset[i][0] + offset[i][1])) / Table::kStep;
+        offset[i][0] = all_bias >> 8, offset[i][1] = all_bias & 255;
       }
     }
   }
 }
 
+/// Bytes of four tokens, the first or last four coordinates of each, coordinate by coordinate.
+__device__ inline void transpose_bytes(const unsigned (&x)[4], unsigned (&out)[4]) {
+  const unsigned low[2] = {prmt(x[0], x[1], 0x5140), prmt(x[2], x[3], 0x5140)};
+  const unsigned high[2] = {prmt(x[0], x[1], 0x7362), prmt(x[2], x[3], 0x7362)};
+  out[0] = prmt(low[0], low[1], 0x5410), out[1] = prmt(low[0], low[1], 0x7632);
+  out[2] = prmt(high[0], high[1], 0x5410), out[3] = prmt(high[0], high[1], 0x7632);
+}
+
 /// Selectors of four tokens' codes, two coordinates a word: nibbles (0, 2), (4, 6), (1, 3), (5, 7).
-template <int BITS>
+template <int CODING>
 __device__ void transpose_codes(const unsigned (&x)[4], unsigned (&out)[4]) {
-  constexpr unsigned low = (BITS == 4 ? 0xfu : BITS == 3 ? 7u : 3u) * 0x01010101u, high = low << 4;
+  constexpr unsigned low = (Group<CODING>::mask & 15) * 0x01010101u, high = low << 4;
+  if constexpr (low == 0x0f0f0f0fu) {
+    const unsigned even[2] = {merge_bits<low>(x[0], x[1] << 4), merge_bits<low>(x[2], x[3] << 4)};
+    const unsigned odd[2] = {merge_bits<low>(x[0] >> 4, x[1]), merge_bits<low>(x[2] >> 4, x[3])};
+    out[0] = prmt(even[0], even[1], 0x5140), out[1] = prmt(even[0], even[1], 0x7362);
+    out[2] = prmt(odd[0], odd[1], 0x5140), out[3] = prmt(odd[0], odd[1], 0x7362);
+    return;
+  }
   const unsigned even[2] = {(x[0] & low) | (x[1] << 4 & high), (x[2] & low) | (x[3] << 4 & high)};
   const unsigned odd[2] = {(x[0] >> 4 & low) | (x[1] & high), (x[2] >> 4 & low) | (x[3] & high)};
   out[0] = prmt(even[0], even[1], 0x5140), out[1] = prmt(even[0], even[1], 0x7362);

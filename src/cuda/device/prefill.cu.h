@@ -18,11 +18,11 @@ __device__ inline unsigned pack_halves(float low, float high) {
   return reinterpret_cast<const unsigned&>(h);
 }
 
-/// The levels of the low four nibbles (masked codes) as fp16.
-template <int BITS>
-__device__ void levels_as_halves(unsigned codes, unsigned (&out)[2]) {
-  unsigned bytes = lookup<BITS>(codes);  // 128 + level, as integers between 1024 and 2048 are spaced by 1 in fp16
-  if constexpr (BITS < 4) bytes ^= 0x80808080u;
+/// Four levels as fp16, from what Lookup gives.
+template <int CODING>
+__device__ void levels_as_halves(unsigned bytes, unsigned (&out)[2]) {
+  // 128 + level, as integers between 1024 and 2048 are spaced by 1 in fp16
+  if constexpr (!Lookup<CODING>::kUnsigned) bytes ^= 0x80808080u;
   const __half2 bias = __float2half2_rn(1024 + 128);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -32,13 +32,13 @@ __device__ void levels_as_halves(unsigned codes, unsigned (&out)[2]) {
   }
 }
 
-template <int D, int KEY_BITS, int VALUE_BITS, class T, MaskType MASK, class MaskT, int WM, int WN>
+template <int D, int KEYS, int VALUES, class T, MaskType MASK, class MaskT, int WM, int WN>
 struct Prefill {
   static constexpr int kRows = 16 * WM, kWarps = WM * WN, kThreads = 32 * kWarps;
   static constexpr int kTokens = kPrefillTile / WN;  // of a tile that a warp multiplies
   static constexpr int kStride = D + 8;              // of rows in shared memory: eight rows of a matrix use all banks
-  using Keys = Rows<KEY_BITS, D, false>;
-  using Values = Rows<VALUE_BITS, D, false>;
+  using Keys = Rows<KEYS, D, false>;
+  using Values = Rows<VALUES, D, false>;
   static constexpr int kPart = Keys::size + Values::size + 32;  // words of 32 packed tokens
 
   struct Shared {
@@ -152,7 +152,7 @@ struct Prefill {
         if (lane < D / 8) store8(&shared.q[warp * each + i + k][8 * lane], v);
         if (lane == 0) {
           shared.q_scale[warp * each + i + k] =
-              bad ? __uint_as_float(0x7fc00000) : largest * level_step(KEY_BITS) * a.scale * kLog2E;
+              bad ? __uint_as_float(0x7fc00000) : largest * step_of(KEYS) * a.scale * kLog2E;
         }
       }
     }
@@ -187,23 +187,32 @@ struct Prefill {
   /// Expands one side of a tile: a thread takes groups of 32 coordinates, neighbours those of one token, since so
   /// packed words come from different banks; that expanded ones also go to different banks, each pair of neighbours
   /// starts with another of its four words.
-  template <class Packed, int BITS>
+  template <class Packed, int CODING>
   __device__ void expand(const unsigned* packed_tile, __half (&to)[kPrefillTile][kStride]) {
     constexpr int groups = D / 32;
 #pragma unroll 2
     for (int i = threadIdx.x; i < kPrefillTile * groups; i += kThreads) {
       const int token = i / groups, group = i % groups, turn = group / 2 % 4;
-      unsigned packed[BITS];
-      Packed::load(packed_tile + token / 32 * kPart, token % 32, group * BITS, packed);
-      const Group<BITS> codes(packed);
-      const unsigned half[4] = {turn & 2 ? codes.word[2] : codes.word[0], turn & 2 ? codes.word[3] : codes.word[1],
-                                turn & 2 ? codes.word[0] : codes.word[2], turn & 2 ? codes.word[1] : codes.word[3]};
+      unsigned packed[bits_of(CODING)];
+      Packed::load(packed_tile + token / 32 * kPart, token % 32, group * bits_of(CODING), packed);
+      const Group<CODING> codes(packed);
+      // Word (w + turn) % 4.
+      const auto turned = [turn](const unsigned(&x)[4], int w) {
+        const unsigned half[4] = {turn & 2 ? x[2] : x[0], turn & 2 ? x[3] : x[1], turn & 2 ? x[0] : x[2],
+                                  turn & 2 ? x[1] : x[3]};
+        return turn & 1 ? half[(w + 1) % 4] : half[w];
+      };
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        const unsigned word = (turn & 1 ? half[(w + 1) % 4] : half[w]) & codes.mask;
+        const unsigned word = turned(codes.word, w) & codes.mask;
         unsigned low[2], high[2];
-        levels_as_halves<BITS>(word, low);
-        levels_as_halves<BITS>(word >> 16, high);
+        if constexpr (CODING == 8) {
+          levels_as_halves<8>(word, low);
+          levels_as_halves<8>(turned(codes.more, w), high);
+        } else {
+          levels_as_halves<CODING>(Lookup<CODING>::bytes(word), low);
+          levels_as_halves<CODING>(Lookup<CODING>::bytes(word >> 16), high);
+        }
         *reinterpret_cast<uint4*>(&to[token][32 * group + 8 * ((w + turn) % 4)]) =
             make_uint4(low[0], low[1], high[0], high[1]);
       }
@@ -220,8 +229,8 @@ struct Prefill {
       wait_copies<1>();
       __syncthreads();  // the copies of all have landed, and all have done with the last tile
       const unsigned* packed = shared.packed[tile & 1][0];
-      expand<Keys, KEY_BITS>(packed, shared.keys);
-      expand<Values, VALUE_BITS>(packed + Keys::size, shared.values);
+      expand<Keys, KEYS>(packed, shared.keys);
+      expand<Values, VALUES>(packed + Keys::size, shared.values);
       if (threadIdx.x < kPrefillTile) {
         const unsigned* part = packed + threadIdx.x / 32 * kPart + Keys::size + Values::size;
         const __half* scales = reinterpret_cast<const __half*>(part) + threadIdx.x % 32;
@@ -378,7 +387,7 @@ struct Prefill {
       most[k] = kNothing, total[k] = 0;
       for (int w = 0; w < WN; ++w) most[k] = fmaxf(most[k], shared.sums[w][row].x);
       for (int w = 0; w < WN; ++w) total[k] += exp2_fast(shared.sums[w][row].x - most[k]) * shared.sums[w][row].y;
-      factor[k] = exp2_fast(top[k] - most[k]) * level_step(VALUE_BITS);
+      factor[k] = exp2_fast(top[k] - most[k]) * step_of(VALUES);
     }
 #pragma unroll 1
     for (int w = 0; w < WN; ++w) {
@@ -402,10 +411,10 @@ struct Prefill {
 };
 
 /// Entry for generated code: types from pointers, shared memory as the bytes that were planned.
-template <int D, int KEY_BITS, int VALUE_BITS, MaskType MASK, int SHARED_BYTES, int WM, int WN, bool SPLIT, class T,
+template <int D, int KEYS, int VALUES, MaskType MASK, int SHARED_BYTES, int WM, int WN, bool SPLIT, class T,
           class MaskT>
 __device__ void run_prefill(const AttentionArgs& a, const T*, const MaskT*, unsigned char* shared) {
-  using Kernel = Prefill<D, KEY_BITS, VALUE_BITS, T, MASK, MaskT, WM, WN>;
+  using Kernel = Prefill<D, KEYS, VALUES, T, MASK, MaskT, WM, WN>;
   static_assert(sizeof(typename Kernel::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
   Kernel kernel(a, *reinterpret_cast<typename Kernel::Shared*>(shared));
   if constexpr (SPLIT) {

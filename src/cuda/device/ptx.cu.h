@@ -17,6 +17,21 @@ __device__ inline unsigned prmt(unsigned a, unsigned b, unsigned selector) {
   return d;
 }
 
+/// Bits of `a` where MASK has ones, else of `b`, in one instruction: the compiler would make two of it.
+template <unsigned MASK>
+__device__ unsigned merge_bits(unsigned a, unsigned b) {
+  unsigned d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(d) : "r"(a), "r"(b), "n"(MASK));
+  return d;
+}
+
+/// 1, unknown to the compiler: a product with it is an addition on the pipe of multiplications (codes.cu.h).
+__device__ inline unsigned runtime_one() { return blockDim.z; }
+
+/// min(a + b, c), of 16-bit halves and of whole words: one instruction from Hopper on.
+__device__ inline unsigned min_of_sums(unsigned a, unsigned b, unsigned c) { return __viaddmin_u16x2(a, b, c); }
+__device__ inline unsigned min_of_sum(unsigned a, unsigned b, unsigned c) { return __viaddmin_u32(a, b, c); }
+
 __device__ inline float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

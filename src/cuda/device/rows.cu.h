@@ -12,20 +12,24 @@
 
 namespace turboquant::cuda {
 
-template <int D, int KEY_BITS, int VALUE_BITS, class T, MaskType MASK, class MaskT, int GROUPS, int WARPS, int STAGES>
+template <int D, int KEYS, int VALUES, class T, MaskType MASK, class MaskT, int GROUPS, int WARPS, int STAGES>
 struct ManyRows {
   static constexpr int kRows = 8 * GROUPS, kTokens = 16;
   static constexpr int kSteps = WARPS * kTokens / kTile;  // products of 32 tokens in a round
-  using Keys = Rows<KEY_BITS, D, false, kTokens>;
-  using Values = Rows<VALUE_BITS, D, true, kTokens>;
+  using Keys = Rows<KEYS, D, false, kTokens>;
+  using Values = Rows<VALUES, D, true, kTokens>;
   using Copies = TileCopies<Keys, Values, kTokens, STAGES>;
   using KeyShare = Share<D, 4>;
   static constexpr int kKeySteps = KeyShare::per_thread * KeyShare::words;
   static constexpr int kRoom = (WARPS == 8 ? 12 : 8) / GROUPS;
   static constexpr int kHeld = kRoom < kKeySteps ? kRoom : kKeySteps;  // steps whose q stays in registers
   static constexpr int kEach = (kRows + WARPS - 1) / WARPS;            // queries that a warp prepares
-  using Passed = PassedValues<D, VALUE_BITS, WARPS>;
-  static constexpr int kSets = Passed::kSets;  // of 16 coordinates, that a warp sums
+  using Passed = PassedValues<D, VALUES, WARPS>;
+  static constexpr int kOrders = 2;  // of the codes' bits in nibbles; four were not faster
+  using Levels = LevelTables<KEYS, VALUES, kOrders>;
+  using KeyTable = LevelTable<KEYS, kOrders>;
+  static constexpr bool kBiased = Passed::kBias != 0;  // values' bytes
+  static constexpr int kSets = Passed::kSets;          // of 16 coordinates, that a warp sums
   static constexpr int kStageWords = Copies::kWords;
   static constexpr float kWeightOne = 65280;  // 255 * 256: the fixed-point weight of 1
   static_assert(STAGES >= 2 && D > 128, "smaller heads have fewer sets of coordinates than eight warps");
@@ -38,18 +42,18 @@ struct ManyRows {
     uint4 weights[2][kSteps][GROUPS][32];  // of [32 tokens][rows][lane]: of four tokens, high and low bytes, twice
     float4 token_scales[WARPS][kTokens];   // of keys; of values, times kWeightOne; the latter's logarithm
     float q_scale[kRows];
-    int q_offset[kRows][2];  // what the unsigned bytes of 4-bit keys add to the products
+    int q_offset[kRows][2];  // what the unsigned bytes of some keys add to the products
     Range range[kRows];
     int top[2][kRows];  // as `ordered`; proposed for even and for odd rounds
     float2 sums[WARPS][kRows];
-    typename LevelTables<KEY_BITS, VALUE_BITS>::Stored levels;
+    typename Levels::Stored levels;
   };
 
   const AttentionArgs& a;
   Shared& shared;
   int lane = threadIdx.x & 31, warp = warp_index(), g = lane / 4, t = lane % 4;
 
-  LevelTables<KEY_BITS, VALUE_BITS> levels;
+  Levels levels;
 
   // Of the segment in hand.
   int b, kv_head, first_row, first_piece, last_piece;  // pieces: sixteen tokens
@@ -57,6 +61,7 @@ struct ManyRows {
   unsigned q[kHeld][GROUPS][4];
   float s[GROUPS][4];              // scores of rows 8r + g
   float top[GROUPS], sum[GROUPS];  // exponents that weights are relative to; their sums over this thread's tokens
+  float weight_sum[GROUPS];        // of the fixed-point weights, where values' bytes are biased
 
   __device__ ManyRows(const AttentionArgs& args, Shared& memory) : a(args), shared(memory) {}
 
@@ -131,7 +136,7 @@ struct ManyRows {
     for (int r = 0; r < GROUPS; ++r) {
       const Range x = shared.range[8 * r + g];
       sees.first = max(sees.first, x.first), sees.last = min(sees.last, x.last);
-      top[r] = kNothing, sum[r] = 0;
+      top[r] = kNothing, sum[r] = weight_sum[r] = 0;
     }
 #pragma unroll
     for (auto& row : acc) {
@@ -149,7 +154,7 @@ struct ManyRows {
       int down[GROUPS];
       if (i >= 0) {
         float scales[4];
-        unsigned nibbles[4][4];
+        typename Passed::Words nibbles;
         load_values(shared.ring[warp][stage] + Keys::size, nibbles);
         load_value_scales(scales);
 #pragma unroll
@@ -179,7 +184,7 @@ struct ManyRows {
     uint4 parts[kEach];
     float scale[kEach];
     int offset[kEach][2];
-    split_queries<D, KEY_BITS>(a, raw, parts, scale, offset);
+    split_queries<D, KEYS>(a, raw, parts, scale, offset);
     const int group = lane / 4, part = lane % 4 / KeyShare::words;
     const int step = group % KeyShare::per_thread * KeyShare::words + lane % KeyShare::words;
 #pragma unroll
@@ -190,7 +195,7 @@ struct ManyRows {
       }
       if (lane == 0) {
         shared.q_scale[row] = scale[i];
-        if constexpr (KEY_BITS == 4) shared.q_offset[row][0] = offset[i][0], shared.q_offset[row][1] = offset[i][1];
+        if constexpr (KeyTable::kBias) shared.q_offset[row][0] = offset[i][0], shared.q_offset[row][1] = offset[i][1];
       }
     }
   }
@@ -214,7 +219,7 @@ struct ManyRows {
 #pragma unroll
     for (int r = 0; r < GROUPS; ++r) {
       int high = 0, low = 0;
-      if constexpr (KEY_BITS == 4) high = shared.q_offset[8 * r + g][0], low = shared.q_offset[8 * r + g][1];
+      if constexpr (KeyTable::kBias) high = shared.q_offset[8 * r + g][0], low = shared.q_offset[8 * r + g][1];
 #pragma unroll
       for (int j = 0; j < 2; ++j) dots[j][r][0] = dots[j][r][1] = high, dots[j][r][2] = dots[j][r][3] = low;
     }
@@ -270,25 +275,25 @@ struct ManyRows {
 
   /// Products of all rows, high and low, with the keys of this warp's tokens.
   __device__ void multiply_keys(int (&dots)[2][GROUPS][4], const unsigned* keys) const {
-    constexpr int n = KeyShare::per_thread;
+    constexpr int n = KeyShare::per_thread, kBits = bits_of(KEYS);
     const KeyShare share(t);
-    unsigned packed[2][n][KEY_BITS];
+    unsigned packed[2][n][kBits];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int at = 8 * j + (g & 1 ? 7 - g / 2 : g / 2);
       if constexpr (KeyShare::groups == 4 * n) {
-        unsigned words[n * KEY_BITS];
-        Keys::load(keys, at, share.group * KEY_BITS, words);
+        unsigned words[n * kBits];
+        Keys::load(keys, at, share.group * kBits, words);
 #pragma unroll
-        for (int k = 0; k < n * KEY_BITS; ++k) packed[j][k / KEY_BITS][k % KEY_BITS] = words[k];
+        for (int k = 0; k < n * kBits; ++k) packed[j][k / kBits][k % kBits] = words[k];
       } else {
 #pragma unroll
-        for (int i = 0; i < n; ++i) Keys::load(keys, at, share.clamped(i) * KEY_BITS, packed[j][i]);
+        for (int i = 0; i < n; ++i) Keys::load(keys, at, share.clamped(i) * kBits, packed[j][i]);
       }
     }
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      const Group<KEY_BITS> groups[2] = {Group<KEY_BITS>(packed[0][i]), Group<KEY_BITS>(packed[1][i])};
+      const Group<KEYS, kOrders> groups[2] = {Group<KEYS, kOrders>(packed[0][i]), Group<KEYS, kOrders>(packed[1][i])};
 #pragma unroll
       for (int w = 0; w < KeyShare::words; ++w) {
         const int step = i * KeyShare::words + w;
@@ -296,7 +301,11 @@ struct ManyRows {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const unsigned x = share.pick(groups[j].word, w) & groups[j].mask;
-          bytes[j][0] = levels.keys(x), bytes[j][1] = levels.keys(x >> 16);
+          if constexpr (KEYS == 8) {
+            bytes[j][0] = x, bytes[j][1] = share.pick(groups[j].more, w);
+          } else {
+            bytes[j][0] = levels.keys(x, w), bytes[j][1] = levels.keys(x >> 16, w);
+          }
         }
 #pragma unroll
         for (int r = 0; r < GROUPS; ++r) {
@@ -309,7 +318,7 @@ struct ManyRows {
           }
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            mma_int8<false, KEY_BITS == 4>(dots[j][r], f.x, f.y, f.z, f.w, bytes[j][0], bytes[j][1]);
+            mma_int8<false, KeyTable::kBias != 0>(dots[j][r], f.x, f.y, f.z, f.w, bytes[j][0], bytes[j][1]);
           }
         }
       }
@@ -334,6 +343,11 @@ struct ManyRows {
       fixed[i] = fmaf(p, scales[i], shift);
     }
     sum[r] = fmaf(sum[r], exp2_fast(change), all);
+    if constexpr (kBiased) {
+      // Exactly: beside 2^23 a sum of two would lose a bit.
+      const float of_four = (fixed[0] - shift) + (fixed[1] - shift) + ((fixed[2] - shift) + (fixed[3] - shift));
+      weight_sum[r] = fmaf(weight_sum[r], exp2_fast(change), of_four);
+    }
     top[r] = now;
     const auto bytes = [&](unsigned pick) {
       return prmt(prmt(__float_as_uint(fixed[0]), __float_as_uint(fixed[1]), pick),
@@ -359,15 +373,18 @@ struct ManyRows {
 
   /// The nibble words [word][token] of a group of 32 coordinates of four of this warp's tokens: group g, if there is
   /// one.
-  __device__ void load_values(const unsigned* values, unsigned (&nibbles)[4][4]) const {
+  __device__ void load_values(const unsigned* values, typename Passed::Words& nibbles) const {
     const int group = g < D / 32 ? g : 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      unsigned packed[VALUE_BITS];
-      Values::load(values, token(i), group * VALUE_BITS, packed);
-      const Group<VALUE_BITS> unpacked(packed);
+      unsigned packed[bits_of(VALUES)];
+      Values::load(values, token(i), group * bits_of(VALUES), packed);
+      const Group<VALUES, Passed::kOrders> unpacked(packed);
 #pragma unroll
-      for (int w = 0; w < 4; ++w) nibbles[w][i] = unpacked.word[w];
+      for (int w = 0; w < 4; ++w) {
+        nibbles.of[0][w][i] = unpacked.word[w];
+        if constexpr (VALUES == 8) nibbles.of[Passed::kPlanes - 1][w][i] = unpacked.more[w];
+      }
     }
   }
 
@@ -383,9 +400,26 @@ struct ManyRows {
         const uint4 w = shared.weights[parity][k][r][lane];
 #pragma unroll
         for (int n = 0; n < 2 * kSets; ++n) {
-          mma_int8<true, false>(acc[r][n], w.x, w.y, w.z, w.w, bytes[n][0], bytes[n][1]);
+          mma_int8<true, kBiased>(acc[r][n], w.x, w.y, w.z, w.w, bytes[n][0], bytes[n][1]);
         }
       }
+    }
+  }
+
+  /// The block's sums of weights in every thread; the rings are free.
+  __device__ void sum_weights() {
+    float* to = reinterpret_cast<float*>(shared.ring[warp]);
+#pragma unroll
+    for (int r = 0; r < GROUPS; ++r) {
+      weight_sum[r] += __shfl_xor_sync(~0u, weight_sum[r], 1);
+      weight_sum[r] += __shfl_xor_sync(~0u, weight_sum[r], 2);
+      if (t == 0) to[8 * r + g] = weight_sum[r];
+      weight_sum[r] = 0;
+    }
+    __syncthreads();
+    for (int w = 0; w < WARPS; ++w) {
+#pragma unroll
+      for (int r = 0; r < GROUPS; ++r) weight_sum[r] += reinterpret_cast<const float*>(shared.ring[w])[8 * r + g];
     }
   }
 
@@ -398,12 +432,12 @@ struct ManyRows {
       sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
       if (t == 0) shared.sums[warp][8 * r + g] = make_float2(top[r], sum[r]);
     }
+    if constexpr (kBiased) sum_weights();
     const int rows = min(kRows, a.rows() - first_row), odd = t & 1;
     // Weights are at most 1 and levels at most 3.25, so with this many bits taken off the sums fit a half; its
     // precision does not depend on them.
     const int bits = 13 - (32 - __clz(max(last_piece - first_piece, 1) * kTokens - 1));
-    const float power = __uint_as_float(unsigned(127 + bits) << 23),
-                factor = power * (level_step(VALUE_BITS) / kWeightOne);
+    const float power = __uint_as_float(unsigned(127 + bits) << 23), factor = power * (step_of(VALUES) / kWeightOne);
 #pragma unroll
     for (int r = 0; r < GROUPS; ++r) {
 #pragma unroll
@@ -414,7 +448,9 @@ struct ManyRows {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const auto& sums = acc[r][2 * i + k % 2];
-          x[k] = (float(sums[k / 2]) * 256 + float(sums[2 + k / 2])) * factor;  // coordinates odd + 0, 2, 4, 6
+          x[k] = float(sums[k / 2]) * 256 + float(sums[2 + k / 2]);  // coordinates odd + 0, 2, 4, 6
+          if constexpr (kBiased) x[k] = x[k] * Passed::kStep - Passed::kBias * weight_sum[r];
+          x[k] *= factor;
         }
         const float low = __shfl_xor_sync(~0u, odd ? x[0] : x[2], 1), high = __shfl_xor_sync(~0u, odd ? x[1] : x[3], 1);
         const int set = Passed::first_set(warp) + i, first = 16 * set + 8 * (t / 2) + 4 * odd;
@@ -438,10 +474,10 @@ struct ManyRows {
 };
 
 /// Entry for generated code: types from pointers, shared memory as the bytes that were planned.
-template <int D, int KEY_BITS, int VALUE_BITS, MaskType MASK, int SHARED_BYTES, int ROWS, int WARPS, int STAGES,
-          class T, class MaskT>
+template <int D, int KEYS, int VALUES, MaskType MASK, int SHARED_BYTES, int ROWS, int WARPS, int STAGES, class T,
+          class MaskT>
 __device__ void run_rows(const AttentionArgs& a, const T*, const MaskT*, unsigned char* shared) {
-  using Kernel = ManyRows<D, KEY_BITS, VALUE_BITS, T, MASK, MaskT, ROWS / 8, WARPS, STAGES>;
+  using Kernel = ManyRows<D, KEYS, VALUES, T, MASK, MaskT, ROWS / 8, WARPS, STAGES>;
   static_assert(sizeof(typename Kernel::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
   Kernel kernel(a, *reinterpret_cast<typename Kernel::Shared*>(shared));
   kernel.run();

@@ -2,17 +2,18 @@
 #pragma once
 
 #include "cuda/device/attention.cu.h"
+#include "cuda/device/codes.cu.h"
 
 namespace turboquant::cuda {
 
 constexpr int kTile = 32;  // tokens
 
-/// Packed rows of a tile in shared memory.  Rows of 32 words would put every token in the same banks, so their 16-byte
-/// chunks are permuted: by the token for keys (lanes read tokens t and 7 - t), by pairs of chunks for values.
-template <int BITS, int D, bool VALUES, int TOKENS = kTile>
+/// Packed rows of a tile in shared memory.  Rows of 32 or 64 words would put every token in the same banks, so their
+/// 16-byte chunks are permuted: by the token for keys (lanes read tokens t and 7 - t), by pairs of chunks for values.
+template <int CODING, int D, bool VALUES, int TOKENS = kTile>
 struct Rows {
-  static constexpr int words = BITS * (D / 32), size = TOKENS * words;
-  static constexpr bool permuted = words == 32;
+  static constexpr int words = bits_of(CODING) * (D / 32), size = TOKENS * words;
+  static constexpr bool permuted = words % 32 == 0;
   static __device__ int at(int token, int word) {
     if constexpr (!permuted) return token * words + word;
     return token * words + (word ^ (VALUES ? (token & 3) * 8 : (token & 7) * 4));
@@ -23,9 +24,22 @@ struct Rows {
   template <bool ONCE>
   static __device__ void copy_whole(unsigned to, const unsigned* from) {
     const int lane = threadIdx.x & 31, first = permuted ? at(lane * 4 / words, lane * 4 % words) : 4 * lane;
+    if constexpr (words == 64) {
+      copy_wide<0, ONCE>(to, from);
+      return;
+    }
     // Every chunk lies four tokens beyond the one before, which permutes keys' the other way.
     to += 4 * (first - 4 * lane);
     copy_chunks<0, ONCE>(to, permuted && !VALUES ? to + 4 * ((first ^ 16) - first) : to, from);
+  }
+  /// Of rows of 64 words, where every chunk lies two tokens beyond the one before.
+  template <int CHUNK, bool ONCE>
+  static __device__ void copy_wide(unsigned to, const unsigned* from) {
+    if constexpr (128 * CHUNK < size) {
+      const int lane = threadIdx.x & 31, word = 128 * CHUNK + 4 * lane;
+      copy16<512 * CHUNK, ONCE>(to + 4 * (at(word / 64, word % 64) - word), from);
+      copy_wide<CHUNK + 1, ONCE>(to, from);
+    }
   }
   template <int CHUNK, bool ONCE>
   static __device__ void copy_chunks(unsigned even, unsigned odd, const unsigned* from) {

@@ -190,6 +190,18 @@ inline unsigned prmt(unsigned a, unsigned b, unsigned selector) {
   return d;
 }
 
+inline unsigned runtime_one() { return 1; }
+inline unsigned min_of_sum(unsigned a, unsigned b, unsigned c) { return std::min(a + b, c); }
+inline unsigned min_of_sums(unsigned a, unsigned b, unsigned c) {
+  const unsigned low = std::min((a & 0xffff) + (b & 0xffff), c & 0xffff),
+                 high = std::min((a >> 16) + (b >> 16), c >> 16);
+  return low | high << 16;
+}
+template <unsigned MASK>
+unsigned merge_bits(unsigned a, unsigned b) {
+  return (a & MASK) | (b & ~MASK);
+}
+
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal_fast(float x) { return 1 / x; }
 inline float log2_fast(float x) { return std::log2(x); }
