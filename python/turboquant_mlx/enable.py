@@ -172,6 +172,7 @@ def packing(model, bits=3, *, key_bits=None, value_bits=None, seed=0, calibratio
         calibration = shard.own_heads(calibration, {slot_name(path): n for path, n in heads.items()})
     extras = {slot: {"centres": found.centres, "feedback": found.feedback} for slot, found in calibration.items()}
     maker = CacheMaker(model, settings, extras, start)
+    maker.layers = len(model.layers)
     problems, _ = _probe(model, lambda path, c: packed_like(c, None, maker.coding(path)))
     if problems:
         lines = "\n".join(f"  {layer_name(path)}: {why}" for path, why in problems.items())

@@ -199,6 +199,52 @@ def test_chat_keeps_the_conversation_in_packed_caches(run, monkeypatch):
     assert out.count(ANSWER) == 2 and "2 x TurboQuantKVCache K3 V3" in err
 
 
+def test_a_named_calibration_is_the_main_models(run, refused, tmp_path):
+    """The draft takes what lies beside its own weights, whatever its shape, and says nothing of a file meant for another."""
+    from mlx_lm import load
+    from turboquant_mlx.calibration import calibrate, save_calibration
+
+    main, twin, smaller = (
+        save_model(qwen3, tmp_path / name, seed=seed, head_dim=dim)
+        for name, seed, dim in (("main", 0, 64), ("twin", 1, 64), ("smaller", 1, 32))
+    )
+    found = calibrate(load(str(main))[0], list(range(60)))
+    file = save_calibration(found, tmp_path / "named.safetensors", directory=main)
+    common = ["generate", "--model", main, "--prompt", "hello", "-m", 4, "--tq-calibration", file]
+    for draft in (twin, smaller):
+        told = [line for line in run(*common, "--draft-model", draft).err.splitlines() if line.startswith("[tq]")]
+        assert [", centred" in line for line in told] == [True, False]
+    save_calibration(calibrate(load(str(twin))[0], list(range(60))), twin)
+    told = [line for line in run(*common, "--draft-model", twin).err.splitlines() if line.startswith("[tq]")]
+    assert [", centred" in line for line in told] == [True, True]
+    message = refused("generate", "--model", twin, "--prompt", "hello", "-m", 4, "--tq-calibration", file)
+    assert "was made for a model of the same shape with other weights" in message
+
+
+def test_a_calibration_beside_the_weights_is_not_an_adapters(run, tmp_path):
+    from mlx.utils import tree_flatten
+    from mlx_lm import load
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from turboquant_mlx.calibration import calibrate, save_calibration
+
+    main, adapter = save_model(qwen3, tmp_path / "main"), tmp_path / "adapter"
+    model = load(str(main))[0]
+    save_calibration(calibrate(model, list(range(60))), main)
+    settings = {"rank": 2, "scale": 1.0, "dropout": 0.0}
+    linear_to_lora_layers(model, 2, settings)
+    adapter.mkdir()
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    mx.save_safetensors(str(adapter / "adapters.safetensors"), {k: v for k, v in weights.items() if "lora" in k})
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": settings}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    common = ["generate", "--model", main, "--prompt", "hello", "-m", 2]
+    assert ", centred" in run(*common).err
+    err = run(*common, "--adapter-path", adapter).err
+    assert ", centred" not in err and "[tq] not used: [enable] the calibration was made with other weights" in err
+    err = run(*common, "--adapter-path", adapter, "--tq-calibration", main / "turboquant_calibration.safetensors").err
+    assert ", centred" in err and "[tq] used all the same: [enable] the calibration was made with other weights" in err
+
+
 def test_a_server_with_a_draft_model_reuses_no_prefix(tmp_path):
     """The same question twice gets the same answer, that of the server without a draft model."""
     main, draft = (save_model(qwen3, tmp_path / name, seed=i) for i, name in enumerate(("main", "draft")))

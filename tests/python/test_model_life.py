@@ -6,13 +6,14 @@ import json
 import pickle
 import threading
 import weakref
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from conftest import MODEL
 from mlx.utils import tree_flatten
-from mlx_lm.models import base, gpt_oss, qwen3, stablelm
+from mlx_lm.models import base, gpt_oss, qwen2, qwen3, stablelm
 from mlx_lm.models.cache import load_prompt_cache as mlx_lm_load
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -245,6 +246,15 @@ def test_a_calibration_of_another_fine_tune_is_refused(tmp_path):
         assert "make_cache" not in vars(tuned)
         assert enable(model, calibration=calibration) == 2
     assert enable(tuned, calibration=dict(found)) == 2  # somebody means it
+
+
+def test_a_model_split_after_enable_is_not_given_the_calibration_of_other_layers():
+    model = build(qwen2, hidden_size=128, num_hidden_layers=3)
+    enable(model, calibration=calibrated(model))
+    group = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+    model.model.pipeline(group)  # the last two layers
+    with pytest.raises(RuntimeError, match=r"call enable\(\) after pipeline\(\)"):
+        make_prompt_cache(model)
 
 
 def test_a_calibration_fits_the_model_at_any_width(tmp_path):

@@ -38,6 +38,7 @@ class CacheMaker:
         self._model = weakref.ref(model)
         self.settings, self.extras, self.start = settings, extras, start
         self.names = Names(model)
+        self.layers = None  # the model's, when `extras` were numbered by them
         self.replaced = None  # a make_cache that somebody had set on this very model
 
     @property
@@ -55,7 +56,7 @@ class CacheMaker:
         if self._model() is model:
             return self
         other = CacheMaker(model, self.settings, self.extras, self.start)
-        other.replaced = self.replaced
+        other.replaced, other.layers = self.replaced, self.layers
         return other
 
     def coding(self, path):
@@ -63,7 +64,12 @@ class CacheMaker:
         return self.settings | self.extras.get(slot_name(path), {})
 
     def _packed(self, caches):
-        name = self.names.current()
+        if self.extras and self.layers not in (None, len(self.model.layers)):
+            raise RuntimeError(
+                f"[make_cache] enable() saw {self.layers} layers and took a calibration for them, now there are "
+                f"{len(self.model.layers)}: call enable() after pipeline()"
+            )
+        name = self.names.latest or self.names.current()  # looked at again when the first tokens come
 
         def make(path, original):
             cache = packed_like(original, self.start, self.coding(path))
@@ -95,8 +101,15 @@ class CacheMaker:
     def __deepcopy__(self, memo):
         model = self._model()
         other = CacheMaker(memo.get(id(model), model), self.settings, self.extras, self.start)
-        other.replaced = copy.deepcopy(self.replaced, memo)
+        other.replaced, other.layers = copy.deepcopy(self.replaced, memo), self.layers
         return other
 
     def __reduce__(self):
-        return CacheMaker, (self.model, self.settings, self.extras, self.start), {"replaced": self.replaced}
+        return (
+            CacheMaker,
+            (self.model, self.settings, self.extras, self.start),
+            {
+                "replaced": self.replaced,
+                "layers": self.layers,
+            },
+        )

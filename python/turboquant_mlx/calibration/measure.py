@@ -79,11 +79,11 @@ def calibrate(model, tokens, *, step=512, seed=0, feedback=True):
     if not made:
         kinds = sorted({type(c).__name__ for _, c in leaves(original)})
         raise ValueError(f"[calibrate] the model has no KVCache slot, so there is nothing to centre; it has {kinds}")
-    reach_own_code(model)
     outputs = _outputs(model, caches, made) if feedback else {}
     with contextlib.ExitStack() as stack:
         if feedback:
             stack.enter_context(watch_queries(watch))
+            reach_own_code(model)
         for output in outputs.values():
             stack.enter_context(output)
         for start in range(0, tokens.shape[1], step):

@@ -261,10 +261,10 @@ def _watch_server(module, seen, replaced):
     listening, servers = threading.Event(), []
 
     class Stoppable(module.ThreadingHTTPServer):
-        def serve_forever(self, *named):
+        def serve_forever(self, poll_interval=0.5):
             servers.append(self)
             listening.set()
-            super().serve_forever(*named)
+            super().serve_forever(poll_interval)
 
     serve = module._run_http_server
 
