@@ -43,9 +43,9 @@ def parse(argv):
     parser.add_argument(
         "--model", type=Path, default=BUNDLED, help="a local model directory (default: the bundled one)"
     )
-    parser.add_argument("--bits", type=int, default=3, choices=(2, 3, 4))
-    parser.add_argument("--key-bits", type=int, choices=(2, 3, 4), help="default: --bits")
-    parser.add_argument("--value-bits", type=int, choices=(2, 3, 4), help="default: --bits")
+    parser.add_argument("--bits", type=int, default=3, choices=(2, 3, 4, 8))
+    parser.add_argument("--key-bits", type=int, choices=(2, 3, 4, 8), help="default: --bits")
+    parser.add_argument("--value-bits", type=int, choices=(2, 3, 4, 8), help="default: --bits")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", help="default: a page of text with a fact planted in it")
     prompt.add_argument("--prompt-file", type=Path, help="a text file with the prompt")

@@ -28,26 +28,28 @@ NB_MODULE(_core, m) {
   m.def(
       "encode",
       [](const mx::array& x, int bits, uint64_t seed, const Array& centre, const Array& feedback,
-         mx::StreamOrDevice s) {
-        auto p = ops::encode(x, bits, seed, centre, feedback, s);
+         const std::string& code, mx::StreamOrDevice s) {
+        auto p = ops::encode(x, {bits, code_from("encode", code)}, seed, centre, feedback, s);
         return std::pair{p.codes, p.scales};
       },
       "x"_a, "bits"_a = 3, nb::kw_only(), "seed"_a = 0, "centre"_a = nb::none(), "feedback"_a = nb::none(),
-      "stream"_a = nb::none());
+      "code"_a = "scalar", "stream"_a = nb::none());
   m.def(
       "decode",
       [](const mx::array& codes, const mx::array& scales, int bits, uint64_t seed, const Array& centre, mx::Dtype dtype,
-         mx::StreamOrDevice s) {
-        return ops::decode({codes, scales}, bits, seed, dtype, centre, s);
+         const std::string& code, mx::StreamOrDevice s) {
+        return ops::decode({codes, scales}, {bits, code_from("decode", code)}, seed, dtype, centre, s);
       },
       "codes"_a, "scales"_a, "bits"_a = 3, nb::kw_only(), "seed"_a = 0, "centre"_a = nb::none(), "dtype"_a,
-      "stream"_a = nb::none());
+      "code"_a = "scalar", "stream"_a = nb::none());
   m.def(
       "attention",
       [](const mx::array& q, const std::pair<mx::array, mx::array>& keys, const std::pair<mx::array, mx::array>& values,
          float scale, const PythonMask& mask, int key_bits, int value_bits, uint64_t seed, const Array& sinks,
-         const Array& starts, int window, const Array& key_centre, const Array& value_centre, mx::StreamOrDevice s) {
+         const Array& starts, int window, const Array& key_centre, const Array& value_centre, const std::string& code,
+         mx::StreamOrDevice s) {
         ops::AttentionOptions o;
+        o.code = code_from("attention", code);
         const auto [causal, array] = mask_from(mask);
         o.causal = causal, o.mask = array;
         o.scale = scale, o.key_bits = key_bits, o.value_bits = value_bits, o.seed = seed, o.window = window;
@@ -56,7 +58,7 @@ NB_MODULE(_core, m) {
       },
       "q"_a, "keys"_a, "values"_a, nb::kw_only(), "scale"_a, "mask"_a = nb::none(), "key_bits"_a = 3,
       "value_bits"_a = 3, "seed"_a = 0, "sinks"_a = nb::none(), "starts"_a = nb::none(), "window"_a = 0,
-      "key_centre"_a = nb::none(), "value_centre"_a = nb::none(), "stream"_a = nb::none());
+      "key_centre"_a = nb::none(), "value_centre"_a = nb::none(), "code"_a = "scalar", "stream"_a = nb::none());
 
   bind_caches(m);
 

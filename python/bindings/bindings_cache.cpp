@@ -28,8 +28,16 @@ mx::array numbers(const std::vector<int>& v) { return mx::array(v.data(), {int(v
 /// (keys, values), each or both None.
 using Pair = std::pair<Array, Array>;
 
-ops::Coding coding(int key_bits, int value_bits, uint64_t seed, const Pair& centres, const Pair& feedback) {
-  return {key_bits, value_bits, seed, centres.first, centres.second, feedback.first, feedback.second};
+ops::Coding coding(int key_bits, int value_bits, uint64_t seed, const Pair& centres, const Pair& feedback,
+                   const std::string& code) {
+  return {key_bits,
+          value_bits,
+          seed,
+          centres.first,
+          centres.second,
+          feedback.first,
+          feedback.second,
+          code_from("cache", code)};
 }
 
 /// What all four caches have.
@@ -56,6 +64,11 @@ nb::class_<Cache> bind_cache(nb::module_& m, const char* name) {
       .def_prop_ro("nbytes", &Cache::nbytes)
       .def_prop_ro("key_bits", [](const Cache& c) { return c.coding().key_bits; })
       .def_prop_ro("value_bits", [](const Cache& c) { return c.coding().value_bits; })
+      .def_prop_ro("code",
+                   [](const Cache& c) { return c.coding().key_width().code == turboquant::Code::trellis ||
+                               c.coding().value_width().code == turboquant::Code::trellis
+                           ? "trellis"
+                           : "scalar"; })
       .def_prop_ro("seed", [](const Cache& c) { return c.coding().seed; })
       .def_prop_ro("centres",
                    [](const Cache& c) {
@@ -111,10 +124,9 @@ void bind_caches(nb::module_& m) {
   bind_cache<ops::KVCache>(m, "KVCache")
       .def(
           "__init__",
-          [](ops::KVCache* self, int kb, int vb, uint64_t seed, const Pair& centres, const Pair& feedback) {
-            new (self) ops::KVCache(coding(kb, vb, seed, centres, feedback));
-          },
-          "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(), "feedback"_a = Pair())
+          [](ops::KVCache* self, int kb, int vb, uint64_t seed, const Pair& centres, const Pair& feedback,
+             const std::string& code) { new (self) ops::KVCache(coding(kb, vb, seed, centres, feedback, code)); },
+          "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(), "feedback"_a = Pair(), "code"_a = "scalar")
       .def(
           "restore", [](ops::KVCache& c, const Arrays& a, int length) { c.restore(store(a), length); }, "arrays"_a,
           "length"_a)
@@ -124,10 +136,11 @@ void bind_caches(nb::module_& m) {
       .def(
           "__init__",
           [](ops::BatchKVCache* self, std::vector<int> left_padding, int kb, int vb, uint64_t seed, const Pair& centres,
-             const Pair& feedback) {
-            new (self) ops::BatchKVCache(std::move(left_padding), coding(kb, vb, seed, centres, feedback));
+             const Pair& feedback, const std::string& code) {
+            new (self) ops::BatchKVCache(std::move(left_padding), coding(kb, vb, seed, centres, feedback, code));
           },
-          "left_padding"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(), "feedback"_a = Pair())
+          "left_padding"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(), "feedback"_a = Pair(),
+          "code"_a = "scalar")
       .def_static("merge", &ops::BatchKVCache::merge, "caches"_a, "stream"_a = nb::none())
       .def("prepare", &ops::BatchKVCache::prepare, "left_padding"_a, "right_padding"_a)
       .def("finalize", &ops::BatchKVCache::finalize, "stream"_a = nb::none())
@@ -149,11 +162,11 @@ void bind_caches(nb::module_& m) {
       .def(
           "__init__",
           [](ops::RotatingKVCache* self, int max_size, int keep, int kb, int vb, uint64_t seed, const Pair& centres,
-             const Pair& feedback) {
-            new (self) ops::RotatingKVCache(max_size, keep, coding(kb, vb, seed, centres, feedback));
+             const Pair& feedback, const std::string& code) {
+            new (self) ops::RotatingKVCache(max_size, keep, coding(kb, vb, seed, centres, feedback, code));
           },
           "max_size"_a, "keep"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(),
-          "feedback"_a = Pair())
+          "feedback"_a = Pair(), "code"_a = "scalar")
       .def("mask", &mask<ops::RotatingKVCache>, "n"_a, "window"_a = nb::none(), "return_array"_a = false)
       .def(
           "restore",
@@ -172,11 +185,11 @@ void bind_caches(nb::module_& m) {
       .def(
           "__init__",
           [](Batch* self, int max_size, std::vector<int> left_padding, int kb, int vb, uint64_t seed,
-             const Pair& centres, const Pair& feedback) {
-            new (self) Batch(max_size, std::move(left_padding), coding(kb, vb, seed, centres, feedback));
+             const Pair& centres, const Pair& feedback, const std::string& code) {
+            new (self) Batch(max_size, std::move(left_padding), coding(kb, vb, seed, centres, feedback, code));
           },
           "max_size"_a, "left_padding"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(),
-          "feedback"_a = Pair())
+          "feedback"_a = Pair(), "code"_a = "scalar")
       .def_static("merge", &Batch::merge, "caches"_a, "stream"_a = nb::none())
       .def("prepare", &Batch::prepare, "left_padding"_a, "lengths"_a, "right_padding"_a)
       .def("finalize", &Batch::finalize, "stream"_a = nb::none())

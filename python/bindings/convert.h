@@ -15,6 +15,13 @@
 using Array = std::optional<mlx::core::array>;
 using PythonMask = std::variant<std::monostate, std::string, mlx::core::array>;
 
+/// "scalar" or "trellis"; `op` names who asks.
+inline turboquant::Code code_from(const char* op, const std::string& name) {
+  if (name == "scalar") return turboquant::Code::scalar;
+  if (name == "trellis") return turboquant::Code::trellis;
+  throw std::invalid_argument(std::string("[") + op + "] code must be \"scalar\" or \"trellis\"; got \"" + name + "\"");
+}
+
 /// None, "causal", or an array.
 inline turboquant::ops::Mask mask_from(const PythonMask& mask) {
   if (const auto* array = std::get_if<mlx::core::array>(&mask)) return {false, *array};

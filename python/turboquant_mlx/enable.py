@@ -135,7 +135,7 @@ def _checked_calibration(model, calibration, seed):
     return calibration
 
 
-def packing(model, bits=3, *, key_bits=None, value_bits=None, seed=0, calibration=None, start=None):
+def packing(model, bits=3, *, key_bits=None, value_bits=None, code=None, seed=0, calibration=None, start=None):
     """What `enable` installs, after all its checks, while the model stays as it is.
 
     Arguments and errors are those of `enable`; the patch is applied.
@@ -144,7 +144,9 @@ def packing(model, bits=3, *, key_bits=None, value_bits=None, seed=0, calibratio
         (make_cache, slots): a function that makes the model's caches, packed ones in their places, and the kinds of the
         slots they replace, {path: class}.
     """
-    TurboQuantKVCache(bits, key_bits=key_bits, value_bits=value_bits, seed=seed)  # refuses wrong widths first
+    TurboQuantKVCache(
+        bits, key_bits=key_bits, value_bits=value_bits, code=code, seed=seed
+    )  # refuses wrong widths first
     if start is not None:
         whole("enable", "start", start)
     shard = sharding.of(model)
@@ -153,7 +155,7 @@ def packing(model, bits=3, *, key_bits=None, value_bits=None, seed=0, calibratio
     else:
         slots = kv_slots(own_caches(model), "enable")
     names = [slot_name(path) for path in slots]
-    settings = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits, "seed": seed}
+    settings = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits, "code": code, "seed": seed}
     calibration = shard.own_slots(_checked_calibration(model, calibration, seed))
     unknown = [slot for slot in calibration if slot not in names]
     if unknown:
@@ -182,7 +184,16 @@ def packing(model, bits=3, *, key_bits=None, value_bits=None, seed=0, calibratio
 
 
 def enable(
-    model, bits=3, *, key_bits=None, value_bits=None, seed=0, calibration=None, start=None, chunked_recurrence=False
+    model,
+    bits=3,
+    *,
+    key_bits=None,
+    value_bits=None,
+    code=None,
+    seed=0,
+    calibration=None,
+    start=None,
+    chunked_recurrence=False,
 ):
     """Makes `model.make_cache()` give packed caches in its `KVCache` and `RotatingKVCache` slots; other slots stay.
 
@@ -191,7 +202,7 @@ def enable(
 
     Args:
         model: a model of mlx-lm.
-        bits, key_bits, value_bits, seed: as for TurboQuantKVCache.
+        bits, key_bits, value_bits, code, seed: as for TurboQuantKVCache.
         calibration: centres and feedback: a file of `calibrate` or a model directory that holds one (str or PathLike),
             which is checked against the weights that lie beside it; or {slot index: Calibration}, as
             turboquant_mlx.calibration makes and loads it.
@@ -218,7 +229,14 @@ def enable(
     make_cache, slots = sharding.agreed(
         model,
         lambda: packing(
-            model, bits, key_bits=key_bits, value_bits=value_bits, seed=seed, calibration=calibration, start=start
+            model,
+            bits,
+            key_bits=key_bits,
+            value_bits=value_bits,
+            code=code,
+            seed=seed,
+            calibration=calibration,
+            start=start,
         ),
     )
     before = vars(model).get("make_cache")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from . import _core
+from .caches.arguments import code_name
 
 
 def encode(
@@ -14,17 +15,20 @@ def encode(
     seed: int = 0,
     centre: mx.array | None = None,
     feedback: mx.array | None = None,
+    code: str | None = None,
     stream: mx.Stream | mx.Device | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Codes of vectors (TurboQuant's MSE quantizer, arXiv 2504.19874, section 3).
 
     Args:
         x (mx.array): (..., D) float16, bfloat16 or float32; D a multiple of 32 from 32 to 256.
-        bits (int): 2, 3 or 4 bits a coordinate.
+        bits (int): 2, 3, 4 or 8 bits a coordinate.
         seed (int): of the random signs; decode and attention need the same.
         centre (mx.array): (H, D), taken from every vector of head H before coding; x is then (B, H, N, D).
         feedback (mx.array): (H, D, D) float16, of which the columns in blocks of 32 before a row's own are read: the
             errors of earlier coordinates move later ones (docs/algorithm.md).  Codes decode as without it.
+        code (str): "trellis" or "scalar", of 2 and 3 bits; wider codes are scalar.  decode and attention need the same.
+            None: scalar.
         stream: an MLX stream or device.
 
     Returns:
@@ -35,7 +39,8 @@ def encode(
     Raises:
         ValueError: bits, dtype or D out of range; the message gives the value found.
     """
-    return _core.encode(x, bits, seed=seed, centre=centre, feedback=feedback, stream=stream)
+    name = code_name("encode", code)
+    return _core.encode(x, bits, seed=seed, centre=centre, feedback=feedback, code=name, stream=stream)
 
 
 def decode(
@@ -46,6 +51,7 @@ def decode(
     seed: int = 0,
     centre: mx.array | None = None,
     dtype: mx.Dtype = mx.float32,
+    code: str | None = None,
     stream: mx.Stream | mx.Device | None = None,
 ) -> mx.array:
     """Vectors from their codes: the levels times the scale, rotated back, plus the centre.
@@ -53,7 +59,7 @@ def decode(
     Args:
         codes (mx.array): (..., bits * D / 32) uint32, as `encode` gave them.
         scales (mx.array): (...) float16.
-        bits, seed, centre: as given to `encode`; with a centre, codes are (B, H, N, bits * D / 32).
+        bits, seed, centre, code: as given to `encode`; with a centre, codes are (B, H, N, bits * D / 32).
         dtype (mx.Dtype): float16, bfloat16 or float32.
         stream: an MLX stream or device.
 
@@ -63,7 +69,8 @@ def decode(
     Raises:
         ValueError: bits, a dtype or a shape out of range; the message gives the value found.
     """
-    return _core.decode(codes, scales, bits, seed=seed, centre=centre, dtype=dtype, stream=stream)
+    name = code_name("decode", code)
+    return _core.decode(codes, scales, bits, seed=seed, centre=centre, dtype=dtype, code=name, stream=stream)
 
 
 def attention(
@@ -81,6 +88,7 @@ def attention(
     window: int = 0,
     key_centre: mx.array | None = None,
     value_centre: mx.array | None = None,
+    code: str | None = None,
     stream: mx.Stream | mx.Device | None = None,
 ) -> mx.array:
     """softmax(scale * q K^T + mask) V over packed keys and values, without decoding the history.
@@ -91,12 +99,13 @@ def attention(
             H_q a multiple of H_kv.
         scale (float): of the scores; finite.
         mask: None, "causal", or an array that broadcasts to (B, H_q, L, N): bool (False hides) or a float to add.
-        key_bits, value_bits (int): widths of the two sides, each 2, 3 or 4.
+        key_bits, value_bits (int): widths of the two sides, each 2, 3, 4 or 8.
         seed (int): as given to `encode`.
         sinks (mx.array): (H_q,) a logit per head that takes weight and has no value.
         starts (mx.array): (B,) first visible token of each row of a left-padded batch.
         window (int): > 0 hides keys `window` or more positions before the query.
         key_centre, value_centre (mx.array): (H_kv, D), as given to `encode`.
+        code (str): as given to `encode`, of the sides of 2 and 3 bits.
 
     Returns:
         (B, H_q, L, D) in q's dtype; 0 for a query that sees no key.
@@ -118,5 +127,6 @@ def attention(
         window=window,
         key_centre=key_centre,
         value_centre=value_centre,
+        code=code_name("attention", code),
         stream=stream,
     )

@@ -25,6 +25,8 @@ void check_same_coding(const char* op, const Coding& a, const Coding& b) {
   require(a.key_bits == b.key_bits && a.value_bits == b.value_bits, "[", op,
           "] caches must have the same bits; got keys ", a.key_bits, " and ", b.key_bits, ", values ", a.value_bits,
           " and ", b.value_bits);
+  require(a.key_width() == b.key_width() && a.value_width() == b.value_width(), "[", op,
+          "] caches must have the same codes; got scalar and trellis");
   require(a.seed == b.seed, "[", op, "] caches must have the same seed; got ", a.seed, " and ", b.seed);
   require(same_array(a.key_centre, b.key_centre) && same_array(a.value_centre, b.value_centre), "[", op,
           "] caches must have the same centres");
@@ -158,7 +160,7 @@ void check_follows(const Coding& coding, const mx::Shape& shape, const Store& he
 
 Store encode_store(const Coding& coding, const mx::array& keys, const mx::array& values,
                    const std::optional<Store>& held, mx::StreamOrDevice s) {
-  auto [k, v] = encode_kv(keys, values, coding.key_bits, coding.value_bits, coding.seed, coding.key_centre,
+  auto [k, v] = encode_kv(keys, values, coding.key_width(), coding.value_width(), coding.seed, coding.key_centre,
                           coding.value_centre, coding.key_feedback, coding.value_feedback, s);
   if (held) check_follows(coding, keys.shape(), *held);
   return {k, v};
@@ -170,6 +172,7 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
   o.scale = scale;
   o.key_bits = coding.key_bits;
   o.value_bits = coding.value_bits;
+  o.code = coding.code;
   o.seed = coding.seed;
   o.kv_len = length;
   o.dense_rows = true;
@@ -191,8 +194,8 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
 
 std::pair<mx::array, mx::array> View::decode(mx::Dtype dtype, mx::StreamOrDevice s) const {
   const auto held = store.tokens(0, length, s);
-  return {ops::decode(held.keys, coding.key_bits, coding.seed, dtype, coding.key_centre, s),
-          ops::decode(held.values, coding.value_bits, coding.seed, dtype, coding.value_centre, s)};
+  return {ops::decode(held.keys, coding.key_width(), coding.seed, dtype, coding.key_centre, s),
+          ops::decode(held.values, coding.value_width(), coding.seed, dtype, coding.value_centre, s)};
 }
 
 Store copy_with_room(const std::optional<Store>& held, int length, const Store& like, int needed,
@@ -237,7 +240,7 @@ Store append_store(const Coding& coding, const std::optional<Store>& held, int l
                       : zeros(coding, keys.shape(0), keys.shape(1), round_up(added), keys.shape(3), stream);
   if (!next.frontier) next.frontier = std::make_shared<int>(length);
   const bool follows = next.written && int(next.written->size()) == length + 1;
-  next.written = append_kv(keys, values, coding.key_bits, coding.value_bits, coding.seed, coding.key_centre,
+  next.written = append_kv(keys, values, coding.key_width(), coding.value_width(), coding.seed, coding.key_centre,
                            coding.value_centre, coding.key_feedback, coding.value_feedback, next.keys, next.values,
                            follows ? *next.written : nothing_to_wait_for(length, stream), stream);
   *next.frontier = length + added;

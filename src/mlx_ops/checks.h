@@ -22,7 +22,7 @@ void require(bool ok, const Parts&... parts) {
 inline bool is_float(mx::Dtype dtype) { return dtype == mx::float16 || dtype == mx::bfloat16 || dtype == mx::float32; }
 
 inline void check_bits(const char* op, const char* name, int bits) {
-  require(bits >= 2 && bits <= 4, "[", op, "] ", name, " must be 2, 3 or 4; got ", bits);
+  require((bits >= 2 && bits <= 4) || bits == 8, "[", op, "] ", name, " must be 2, 3, 4 or 8; got ", bits);
 }
 
 /// A float array whose last axis is a valid head_dim.

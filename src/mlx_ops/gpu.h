@@ -10,19 +10,19 @@ namespace turboquant::ops {
 bool gpu_supported(std::string* why = nullptr);
 
 /// As `encode_kv`, for two sides that share batch, heads and tokens; with no values, one side is encoded.
-std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
-                                     const std::vector<std::optional<mx::array>>& centres,
+std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const std::vector<Width>& widths,
+                                     uint64_t seed, const std::vector<std::optional<mx::array>>& centres,
                                      const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream);
 
 /// Whether append_gpu exists for this GPU.
 bool appends_in_place_gpu();
 /// As append_kv.
-mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
+mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<Width>& widths, uint64_t seed,
                      const std::vector<std::optional<mx::array>>& centres,
                      const std::vector<std::optional<mx::array>>& feedback, const std::vector<PackedArrays>& to,
                      const mx::array& before, mx::Stream stream);
 
-mx::array decode_gpu(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,
+mx::array decode_gpu(const PackedArrays& packed, Width width, uint64_t seed, mx::Dtype dtype,
                      const std::optional<mx::array>& centre, mx::Stream stream);
 
 mx::array attention_gpu(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,

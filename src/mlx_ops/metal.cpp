@@ -60,6 +60,8 @@ struct Launcher {
   }
 };
 
+metal::Coding coding(Width width) { return {width.bits, width.code}; }
+
 mx::Shape with_last(mx::Shape shape, int last) {
   shape.back() = last;
   return shape;
@@ -67,31 +69,33 @@ mx::Shape with_last(mx::Shape shape, int last) {
 
 }  // namespace
 
-std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
+std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<Width>& widths, uint64_t seed,
                                  const std::vector<std::optional<mx::array>>& centres,
                                  const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream) {
   std::vector<PackedArrays> packed;
   if (sides[0].size() == 0) {
     auto scales_shape = sides[0].shape();
     scales_shape.pop_back();
-    for (int b : bits) {
-      const auto shape = with_last(sides[0].shape(), words_per_vector(b, sides[0].shape(-1)));
+    for (const Width& w : widths) {
+      const auto shape = with_last(sides[0].shape(), words_per_vector(w.bits, sides[0].shape(-1)));
       packed.push_back({mx::zeros(shape, mx::uint32, stream), mx::zeros(scales_shape, mx::float16, stream)});
     }
     return packed;
   }
   Launcher launcher{stream};
-  const auto out = metal::launch_encode(launcher, sides, {bits.begin(), bits.end()}, centres, feedback, seed);
+  std::vector<metal::Coding> codings;
+  for (const Width& w : widths) codings.push_back(coding(w));
+  const auto out = metal::launch_encode(launcher, sides, codings, centres, feedback, seed);
   for (size_t i = 0; i < out.size(); i += 2) packed.push_back({out[i], out[i + 1]});
   return packed;
 }
 
-mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,
+mx::array decode(const PackedArrays& packed, Width width, uint64_t seed, mx::Dtype dtype,
                  const std::optional<mx::array>& centre, mx::Stream stream) {
   const auto& codes = packed.codes;
-  if (codes.size() == 0) return mx::zeros(with_last(codes.shape(), codes.shape(-1) / bits * 32), dtype, stream);
+  if (codes.size() == 0) return mx::zeros(with_last(codes.shape(), codes.shape(-1) / width.bits * 32), dtype, stream);
   Launcher launcher{stream};
-  return metal::launch_decode(launcher, codes, packed.scales, centre, bits, seed, core_dtype(dtype));
+  return metal::launch_decode(launcher, codes, packed.scales, centre, coding(width), seed, core_dtype(dtype));
 }
 
 mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedArrays& values, const AttentionOptions& o,
@@ -100,8 +104,8 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
   if (q.size() == 0 || o.kv_len == 0) return mx::zeros(q.shape(), q.dtype(), stream);
   metal::AttentionShape shape{};
   shape.kv_len = o.kv_len;
-  shape.keys = o.key_bits;
-  shape.values = o.value_bits;
+  shape.keys = coding(o.key_width());
+  shape.values = coding(o.value_width());
   shape.dtype = core_dtype(q.dtype());
   shape.scale = o.scale;
   shape.seed = o.seed;

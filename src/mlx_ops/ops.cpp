@@ -37,31 +37,31 @@ mx::Shape without_last(mx::Shape shape) {
   return shape;
 }
 
-PackedArrays encode_rank4(const mx::array& x, int bits, uint64_t seed, const std::optional<mx::array>& centre,
+PackedArrays encode_rank4(const mx::array& x, Width width, uint64_t seed, const std::optional<mx::array>& centre,
                           const std::optional<mx::array>& feedback, mx::Stream stream) {
   std::vector<mx::array> inputs{x};
   for (const auto* extra : {&centre, &feedback}) {
     if (*extra) inputs.push_back(**extra);
   }
   auto outputs = mx::array::make_arrays(
-      {with_last(x.shape(), words_per_vector(bits, x.shape(-1))), without_last(x.shape())}, {mx::uint32, mx::float16},
-      std::make_shared<Encode>(stream, bits, seed, centre.has_value()), inputs);
+      {with_last(x.shape(), words_per_vector(width.bits, x.shape(-1))), without_last(x.shape())},
+      {mx::uint32, mx::float16}, std::make_shared<Encode>(stream, width, seed, centre.has_value()), inputs);
   return {outputs[0], outputs[1]};
 }
 
 }  // namespace
 
-PackedArrays encode(const mx::array& x, int bits, uint64_t seed, const std::optional<mx::array>& centre,
+PackedArrays encode(const mx::array& x, Width width, uint64_t seed, const std::optional<mx::array>& centre,
                     const std::optional<mx::array>& feedback, mx::StreamOrDevice s) {
-  check_bits("encode", "bits", bits);
+  check_bits("encode", "bits", width.bits);
   check_vectors("encode", "x", x);
   const auto stream = mx::to_stream(s);
   const auto shape = as_rank4(x.shape());
   const auto shift = checked_centre("encode", "centre", centre, shape[1], shape[3], stream);
   const auto fed = checked_feedback("encode", "feedback", feedback, shape[1], shape[3], stream);
   const auto rank4 = x.shape() == shape ? x : mx::reshape(x, shape, stream);
-  auto packed = on_gpu(stream) ? encode_gpu({rank4}, {bits}, seed, {shift}, {fed}, stream)[0]
-                               : encode_rank4(rank4, bits, seed, shift, fed, stream);
+  auto packed = on_gpu(stream) ? encode_gpu({rank4}, {width}, seed, {shift}, {fed}, stream)[0]
+                               : encode_rank4(rank4, width, seed, shift, fed, stream);
   if (x.shape() == shape) return packed;
   return {mx::reshape(packed.codes, with_last(x.shape(), packed.codes.shape(-1)), stream),
           mx::reshape(packed.scales, without_last(x.shape()), stream)};
@@ -75,12 +75,12 @@ struct CheckedSides {
 };
 
 /// Checks what encode_kv and append_kv take.
-CheckedSides checked_sides(const char* op, const mx::array& keys, const mx::array& values, int key_bits, int value_bits,
-                           const std::optional<mx::array>& key_centre, const std::optional<mx::array>& value_centre,
-                           const std::optional<mx::array>& key_feedback, const std::optional<mx::array>& value_feedback,
-                           mx::Stream stream) {
-  check_bits(op, "key_bits", key_bits);
-  check_bits(op, "value_bits", value_bits);
+CheckedSides checked_sides(const char* op, const mx::array& keys, const mx::array& values, Width key_width,
+                           Width value_width, const std::optional<mx::array>& key_centre,
+                           const std::optional<mx::array>& value_centre, const std::optional<mx::array>& key_feedback,
+                           const std::optional<mx::array>& value_feedback, mx::Stream stream) {
+  check_bits(op, "key_bits", key_width.bits);
+  check_bits(op, "value_bits", value_width.bits);
   check_sides(op, keys, values);
   const int heads = keys.shape(1), dim = keys.shape(3);
   return {{checked_centre(op, "key_centre", key_centre, heads, dim, stream),
@@ -91,21 +91,21 @@ CheckedSides checked_sides(const char* op, const mx::array& keys, const mx::arra
 
 }  // namespace
 
-std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx::array& values, int key_bits,
-                                                int value_bits, uint64_t seed,
+std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx::array& values, Width key_width,
+                                                Width value_width, uint64_t seed,
                                                 const std::optional<mx::array>& key_centre,
                                                 const std::optional<mx::array>& value_centre,
                                                 const std::optional<mx::array>& key_feedback,
                                                 const std::optional<mx::array>& value_feedback, mx::StreamOrDevice s) {
   const auto stream = mx::to_stream(s);
-  const auto [centres, feedback] = checked_sides("encode", keys, values, key_bits, value_bits, key_centre, value_centre,
-                                                 key_feedback, value_feedback, stream);
+  const auto [centres, feedback] = checked_sides("encode", keys, values, key_width, value_width, key_centre,
+                                                 value_centre, key_feedback, value_feedback, stream);
   if (on_gpu(stream)) {
-    auto sides = encode_gpu({keys, values}, {key_bits, value_bits}, seed, centres, feedback, stream);
+    auto sides = encode_gpu({keys, values}, {key_width, value_width}, seed, centres, feedback, stream);
     return {sides[0], sides[1]};
   }
-  return {encode_rank4(keys, key_bits, seed, centres[0], feedback[0], stream),
-          encode_rank4(values, value_bits, seed, centres[1], feedback[1], stream)};
+  return {encode_rank4(keys, key_width, seed, centres[0], feedback[0], stream),
+          encode_rank4(values, value_width, seed, centres[1], feedback[1], stream)};
 }
 
 bool can_append_in_place(const std::vector<mx::array>& arrays, mx::Stream stream) {
@@ -113,23 +113,24 @@ bool can_append_in_place(const std::vector<mx::array>& arrays, mx::Stream stream
          std::none_of(arrays.begin(), arrays.end(), [](const mx::array& x) { return x.is_tracer(); });
 }
 
-mx::array append_kv(const mx::array& keys, const mx::array& values, int key_bits, int value_bits, uint64_t seed,
+mx::array append_kv(const mx::array& keys, const mx::array& values, Width key_width, Width value_width, uint64_t seed,
                     const std::optional<mx::array>& key_centre, const std::optional<mx::array>& value_centre,
                     const std::optional<mx::array>& key_feedback, const std::optional<mx::array>& value_feedback,
                     const PackedArrays& keys_to, const PackedArrays& values_to, const mx::array& before,
                     mx::StreamOrDevice s) {
   const auto stream = mx::to_stream(s);
-  const auto [centres, feedback] = checked_sides("append", keys, values, key_bits, value_bits, key_centre, value_centre,
-                                                 key_feedback, value_feedback, stream);
+  const auto [centres, feedback] = checked_sides("append", keys, values, key_width, value_width, key_centre,
+                                                 value_centre, key_feedback, value_feedback, stream);
   require(can_append_in_place({keys, values}, stream), "[append] in place needs a CUDA stream and no transformation");
-  for (auto [to, bits, name] : {std::tuple{&keys_to, key_bits, "keys"}, {&values_to, value_bits, "values"}}) {
+  for (auto [to, bits, name] :
+       {std::tuple{&keys_to, key_width.bits, "keys"}, {&values_to, value_width.bits, "values"}}) {
     check_packed("append", name, *to, bits);
     const mx::Shape room{keys.shape(0), keys.shape(1), int(before.size()) - 1 + keys.shape(2)};
     require(to->scales.shape(0) == room[0] && to->scales.shape(1) == room[1] && to->scales.shape(2) >= room[2] &&
                 to->codes.shape(3) == words_per_vector(bits, keys.shape(3)),
             "[append] the ", name, "' buffers must have room for ", room, "; got codes ", to->codes.shape());
   }
-  return append_gpu({keys, values}, {key_bits, value_bits}, seed, centres, feedback, {keys_to, values_to}, before,
+  return append_gpu({keys, values}, {key_width, value_width}, seed, centres, feedback, {keys_to, values_to}, before,
                     stream);
 }
 
@@ -138,13 +139,13 @@ mx::array nothing_to_wait_for(int n, mx::StreamOrDevice s) {
   return mx::broadcast_to(*zero, {n + 1}, s);
 }
 
-mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,
+mx::array decode(const PackedArrays& packed, Width width, uint64_t seed, mx::Dtype dtype,
                  const std::optional<mx::array>& centre, mx::StreamOrDevice s) {
-  check_bits("decode", "bits", bits);
-  check_packed("decode", "packed", packed, bits);
+  check_bits("decode", "bits", width.bits);
+  check_packed("decode", "packed", packed, width.bits);
   require(is_float(dtype), "[decode] dtype must be float16, bfloat16 or float32; got ", dtype);
   const auto stream = mx::to_stream(s);
-  const int dim = packed.codes.shape(-1) / bits * 32;
+  const int dim = packed.codes.shape(-1) / width.bits * 32;
   const auto shape = as_rank4(packed.codes.shape());
   const auto checked = checked_centre("decode", "centre", centre, shape[1], dim, stream);
   const PackedArrays rank4{mx::reshape(packed.codes, shape, stream),
@@ -152,12 +153,12 @@ mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype 
   const auto out_shape = with_last(packed.codes.shape(), dim);
   if (on_gpu(stream)) {
     const PackedArrays dense{mx::contiguous(rank4.codes, false, stream), mx::contiguous(rank4.scales, false, stream)};
-    return mx::reshape(decode_gpu(dense, bits, seed, dtype, checked, stream), out_shape, stream);
+    return mx::reshape(decode_gpu(dense, width, seed, dtype, checked, stream), out_shape, stream);
   }
   std::vector<mx::array> inputs{rank4.codes, rank4.scales};
   if (checked) inputs.push_back(*checked);
   return mx::reshape(
-      mx::array(with_last(shape, dim), dtype, std::make_shared<Decode>(stream, bits, seed), std::move(inputs)),
+      mx::array(with_last(shape, dim), dtype, std::make_shared<Decode>(stream, width, seed), std::move(inputs)),
       out_shape, stream);
 }
 
@@ -248,8 +249,8 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
   }
   if (o.kernel) *o.kernel = cpu_kernel();
   const Attention::Settings settings{o.scale,
-                                     o.key_bits,
-                                     o.value_bits,
+                                     o.key_width(),
+                                     o.value_width(),
                                      o.seed,
                                      o.kv_len,
                                      o.window,

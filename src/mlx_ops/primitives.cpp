@@ -57,14 +57,15 @@ BasicTensor<Pointer> tensor(const mx::array& x, Pointer data) {
 
 Tensor tensor(const mx::array& x) { return tensor<const void*>(x, x.data<void>()); }
 
-Packed packed(const mx::array& codes, const mx::array& scales, int bits) {
+Packed packed(const mx::array& codes, const mx::array& scales, Width width) {
   return {codes.data<uint32_t>(),
           reinterpret_cast<const uint16_t*>(scales.data<mx::float16_t>()),
-          bits,
+          width.bits,
           codes.strides(0),
           codes.strides(1),
           scales.strides(0),
-          scales.strides(1)};
+          scales.strides(1),
+          width.code};
 }
 
 }  // namespace
@@ -105,25 +106,26 @@ void Encode::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::arra
   if (const auto& last = inputs.back(); last.ndim() == 3) {
     p.feedback = reinterpret_cast<const uint16_t*>(last.data<mx::float16_t>());
   }
-  const int64_t head = int64_t(p.tokens) * words_per_vector(bits_, p.head_dim);
+  const int64_t head = int64_t(p.tokens) * words_per_vector(width_.bits, p.head_dim);
   p.out = {outputs[0].data<uint32_t>(),
            reinterpret_cast<uint16_t*>(outputs[1].data<mx::float16_t>()),
-           bits_,
+           width_.bits,
            p.heads * head,
            head,
            int64_t(p.heads) * p.tokens,
-           p.tokens};
+           p.tokens,
+           width_.code};
   encoder.dispatch([p] { turboquant::encode(p); });
 }
 
 bool Encode::is_equivalent(const mx::Primitive& other) const {
   const auto* o = dynamic_cast<const Encode*>(&other);
-  return o && o->bits_ == bits_ && o->seed_ == seed_ && o->centred_ == centred_;
+  return o && o->width_ == width_ && o->seed_ == seed_ && o->centred_ == centred_;
 }
 
 std::vector<mx::Shape> Encode::output_shapes(const std::vector<mx::array>& inputs) {
   auto codes = inputs[0].shape(), scales = inputs[0].shape();
-  codes.back() = words_per_vector(bits_, codes.back());
+  codes.back() = words_per_vector(width_.bits, codes.back());
   scales.pop_back();
   return {codes, scales};
 }
@@ -136,7 +138,7 @@ void Decode::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::arra
   DecodeParams p;
   p.batch = out.shape(0), p.heads = out.shape(1), p.tokens = out.shape(2), p.head_dim = out.shape(3);
   p.seed = seed_;
-  p.in = packed(codes, scales, bits_);
+  p.in = packed(codes, scales, width_);
   if (inputs.size() > 2) p.centre = inputs[2].data<float>();
   p.out = tensor<void*>(out, out.data<void>());
   encoder.dispatch([p] { turboquant::decode(p); });
@@ -144,12 +146,12 @@ void Decode::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::arra
 
 bool Decode::is_equivalent(const mx::Primitive& other) const {
   const auto* o = dynamic_cast<const Decode*>(&other);
-  return o && o->bits_ == bits_ && o->seed_ == seed_;
+  return o && o->width_ == width_ && o->seed_ == seed_;
 }
 
 std::vector<mx::Shape> Decode::output_shapes(const std::vector<mx::array>& inputs) {
   auto shape = inputs[0].shape();
-  shape.back() = shape.back() / bits_ * 32;
+  shape.back() = shape.back() / width_.bits * 32;
   return {shape};
 }
 
@@ -166,8 +168,8 @@ void Attention::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::a
   p.scale = settings_.scale;
   p.seed = settings_.seed;
   p.q = tensor(q);
-  p.keys = packed(key_codes, key_scales, settings_.key_bits);
-  p.values = packed(value_codes, value_scales, settings_.value_bits);
+  p.keys = packed(key_codes, key_scales, settings_.keys);
+  p.values = packed(value_codes, value_scales, settings_.values);
   p.causal = settings_.causal;
   p.window = settings_.window;
   size_t next = 5;
@@ -193,8 +195,8 @@ std::vector<mx::Shape> Attention::output_shapes(const std::vector<mx::array>& in
   const mx::Shape scales{batch, keys.shape(1), held};
   require(keys.shape(0) == batch && values.shape(0) == batch && values.shape(1) == keys.shape(1) &&
               values.shape(2) == held && inputs[2].shape() == scales && inputs[4].shape() == scales &&
-              keys.shape(3) == words_per_vector(settings_.key_bits, dim) &&
-              values.shape(3) == words_per_vector(settings_.value_bits, dim) && q.shape(1) % keys.shape(1) == 0,
+              keys.shape(3) == words_per_vector(settings_.keys.bits, dim) &&
+              values.shape(3) == words_per_vector(settings_.values.bits, dim) && q.shape(1) % keys.shape(1) == 0,
           "[attention] q, keys and values must fit together; got q ", q.shape(), ", keys ", keys.shape(),
           " and values ", values.shape());
   require(kv_len <= held, "[attention] kv_len must be at most the ", held, " tokens held; got ", kv_len);

@@ -26,15 +26,15 @@ class CorePrimitive : public mx::Primitive {
 /// x (B, H, N, D)[, centre (H, D)][, feedback (H, D, D)] -> codes, scales.
 class Encode : public CorePrimitive {
  public:
-  Encode(mx::Stream stream, int bits, uint64_t seed, bool centred)
-      : CorePrimitive(stream), bits_(bits), seed_(seed), centred_(centred) {}
+  Encode(mx::Stream stream, Width width, uint64_t seed, bool centred)
+      : CorePrimitive(stream), width_(width), seed_(seed), centred_(centred) {}
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   bool is_equivalent(const mx::Primitive& other) const override;
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
   const char* name() const override { return "turboquant.encode"; }
 
  private:
-  int bits_;
+  Width width_;
   uint64_t seed_;
   bool centred_;  // whether the input after x is a centre
 };
@@ -42,14 +42,14 @@ class Encode : public CorePrimitive {
 /// codes, scales (B, H, N)[, centre (H, D)] -> x (B, H, N, D).
 class Decode : public CorePrimitive {
  public:
-  Decode(mx::Stream stream, int bits, uint64_t seed) : CorePrimitive(stream), bits_(bits), seed_(seed) {}
+  Decode(mx::Stream stream, Width width, uint64_t seed) : CorePrimitive(stream), width_(width), seed_(seed) {}
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
   bool is_equivalent(const mx::Primitive& other) const override;
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
   const char* name() const override { return "turboquant.decode"; }
 
  private:
-  int bits_;
+  Width width_;
   uint64_t seed_;
 };
 
@@ -59,7 +59,7 @@ class Attention : public CorePrimitive {
  public:
   struct Settings {
     float scale;
-    int key_bits, value_bits;
+    Width keys, values;
     uint64_t seed;
     int kv_len;  // -1: as many as the keys hold, whatever their number when it runs (shapeless compilation)
     int window;

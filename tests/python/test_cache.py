@@ -110,7 +110,7 @@ def test_a_failed_append_changes_nothing(bad, message):
 
 @pytest.mark.parametrize("arguments", [{"bits": 1}, {"bits": 8}, {"key_bits": 5}, {"value_bits": 0}])
 def test_wrong_widths_are_refused(arguments):
-    with pytest.raises(ValueError, match="must be 2, 3 or 4; got"):
+    with pytest.raises(ValueError, match="must be 2, 3, 4 or 8; got"):
         TurboQuantKVCache(**arguments)
 
 
@@ -126,11 +126,11 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_settings_of_a_wrong_kind_are_named(kind):
     for setting, value, message in [
-        ("bits", "3", "bits must be 2, 3 or 4; got '3'"),
-        ("bits", 3.0, "bits must be 2, 3 or 4; got 3.0"),
-        ("bits", None, "bits must be 2, 3 or 4; got None"),
-        ("key_bits", "4", "key_bits must be 2, 3 or 4; got '4'"),
-        ("value_bits", 9, "value_bits must be 2, 3 or 4; got 9"),
+        ("bits", "3", "bits must be 2, 3, 4 or 8; got '3'"),
+        ("bits", 3.0, "bits must be 2, 3, 4 or 8; got 3.0"),
+        ("bits", None, "bits must be 2, 3, 4 or 8; got None"),
+        ("key_bits", "4", "key_bits must be 2, 3, 4 or 8; got '4'"),
+        ("value_bits", 9, "value_bits must be 2, 3, 4 or 8; got 9"),
         ("seed", -1, "seed must be at least 0; got -1"),
         ("seed", 2**64, f"seed must be less than {2**64}; got {2**64}"),
         ("seed", "a", "seed must be a whole number; got 'a'"),

@@ -166,7 +166,7 @@ def test_enable_refuses_with_the_reason_per_layer():
     assert type(make_prompt_cache(model)[0]) is KVCache
     with pytest.raises(ValueError, match="no KVCache slot, so there is nothing to compress"):
         enable(NoAttention())
-    with pytest.raises(ValueError, match="must be 2, 3 or 4; got 7"):
+    with pytest.raises(ValueError, match="must be 2, 3, 4 or 8; got 7"):
         enable(small_llama(), bits=7)
 
 
@@ -179,7 +179,7 @@ def test_a_refused_enable_leaves_the_model_as_it_was(build, owner):
     before = vars(model).get("make_cache")
     enable(model, 3, seed=5)
     for wrong, message in [
-        ({"bits": 7}, "must be 2, 3 or 4; got 7"),
+        ({"bits": 7}, "must be 2, 3, 4 or 8; got 7"),
         ({"start": -1}, "start must be at least 0; got -1"),
         ({"calibration": {99: (None, None)}}, r"slots that are packed, \[0, 1\]; got \[99\]"),
         ({"calibration": {0: (mx.zeros((3, 64)),) * 2}}, "2 of 2|1 of 2"),

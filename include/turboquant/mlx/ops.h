@@ -13,9 +13,19 @@
 #include <utility>
 #include <vector>
 
+#include "turboquant/turboquant.h"
+
 namespace turboquant::ops {
 
 namespace mx = mlx::core;
+
+/// How the vectors of one side are coded: 2, 3, 4 or 8 bits a coordinate, at 2 and 3 by a trellis if asked for.
+struct Width {
+  int bits;
+  Code code;
+  Width(int bits = 3, Code code = Code::scalar) : bits(bits), code(bits <= 3 ? code : Code::scalar) {}
+  bool operator==(const Width&) const = default;
+};
 
 /// Packed vectors as MLX arrays: uint32 codes (..., tokens, bits * D / 32) and float16 scales (..., tokens).
 struct PackedArrays {
@@ -26,12 +36,13 @@ struct PackedArrays {
 /// Encodes x (..., D), float16, bfloat16 or float32.  `centre` (H, D) is taken from every vector of head H, the third
 /// axis from the end of x (B, H, N, D); `feedback` (H, D, D) float16 feeds errors forward (EncodeParams in
 /// turboquant/turboquant.h).
-PackedArrays encode(const mx::array& x, int bits, uint64_t seed, const std::optional<mx::array>& centre = std::nullopt,
+PackedArrays encode(const mx::array& x, Width width, uint64_t seed,
+                    const std::optional<mx::array>& centre = std::nullopt,
                     const std::optional<mx::array>& feedback = std::nullopt, mx::StreamOrDevice s = {});
 
 /// Both sides of a cache at once: keys and values (B, H, N, D).  One kernel on a GPU.
-std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx::array& values, int key_bits,
-                                                int value_bits, uint64_t seed,
+std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx::array& values, Width key_width,
+                                                Width value_width, uint64_t seed,
                                                 const std::optional<mx::array>& key_centre = std::nullopt,
                                                 const std::optional<mx::array>& value_centre = std::nullopt,
                                                 const std::optional<mx::array>& key_feedback = std::nullopt,
@@ -46,7 +57,7 @@ bool can_append_in_place(const std::vector<mx::array>& arrays, mx::Stream stream
 /// hold the codes; what reads the new tokens must take the array returned, `written` (tokens held + 1,), as an input
 /// too.  `before` is what an earlier call returned, or any uint8 array whose size less one is the first token to write.
 /// The caller makes sure that nobody else counts on the tokens overwritten.
-mx::array append_kv(const mx::array& keys, const mx::array& values, int key_bits, int value_bits, uint64_t seed,
+mx::array append_kv(const mx::array& keys, const mx::array& values, Width key_width, Width value_width, uint64_t seed,
                     const std::optional<mx::array>& key_centre, const std::optional<mx::array>& value_centre,
                     const std::optional<mx::array>& key_feedback, const std::optional<mx::array>& value_feedback,
                     const PackedArrays& keys_to, const PackedArrays& values_to, const mx::array& before,
@@ -56,7 +67,7 @@ mx::array append_kv(const mx::array& keys, const mx::array& values, int key_bits
 mx::array nothing_to_wait_for(int n, mx::StreamOrDevice s = {});
 
 /// Decodes to (..., D) of `dtype`.
-mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype = mx::float32,
+mx::array decode(const PackedArrays& packed, Width width, uint64_t seed, mx::Dtype dtype = mx::float32,
                  const std::optional<mx::array>& centre = std::nullopt, mx::StreamOrDevice s = {});
 
 /// How attention reads its inputs.  See AttendParams in turboquant/turboquant.h for the meaning of each rule.
@@ -75,6 +86,10 @@ struct AttentionOptions {
   std::optional<mx::array> value_centre;  // (H_kv, D)
   const char** kernel = nullptr;          // receives the name of the kernel that was chosen, a literal, for people
   std::optional<mx::array> written;       // of append_kv, to be waited for; (kv_len + 1,)
+  Code code = Code::scalar;               // of widths of 2 and 3 bits
+
+  Width key_width() const { return {key_bits, code}; }
+  Width value_width() const { return {value_bits, code}; }
 };
 
 /// Attention of q (B, H_q, L, D) over packed keys and values (B, H_kv, N, ...); returns q's shape and dtype.

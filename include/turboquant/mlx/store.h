@@ -17,6 +17,10 @@ struct Coding {
   uint64_t seed = 0;
   std::optional<mx::array> key_centre = {}, value_centre = {};      // (H_kv, D) float32
   std::optional<mx::array> key_feedback = {}, value_feedback = {};  // (H_kv, D, D) float16
+  Code code = Code::scalar;                                         // of widths of 2 and 3 bits
+
+  Width key_width() const { return {key_bits, code}; }
+  Width value_width() const { return {value_bits, code}; }
 };
 
 /// Throws std::invalid_argument naming `op` unless both codings decode the same bits to the same vectors.

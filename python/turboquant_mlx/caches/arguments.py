@@ -7,6 +7,8 @@ from typing import TypeAlias
 
 import mlx.core as mx
 
+CODES = ("scalar", "trellis")
+DEFAULT_CODE = "scalar"  # of widths of 2 and 3 bits
 Centres: TypeAlias = "tuple[mx.array | None, mx.array | None]"
 Feedback: TypeAlias = "tuple[mx.array | None, mx.array | None]"
 
@@ -29,9 +31,18 @@ def _width(owner, name, bits):
         found = operator.index(bits)
     except TypeError:
         found = None
-    if found not in (2, 3, 4):
-        raise ValueError(f"[{owner}] {name} must be 2, 3 or 4; got {bits!r}")
+    if found not in (2, 3, 4, 8):
+        raise ValueError(f"[{owner}] {name} must be 2, 3, 4 or 8; got {bits!r}")
     return found
+
+
+def code_name(owner: str, code: str | None) -> str:
+    """The name of the codes asked for, None being the default; ValueError for one that does not exist."""
+    if code is None:
+        return DEFAULT_CODE
+    if not isinstance(code, str) or code not in CODES:
+        raise ValueError(f"[{owner}] code must be None, {' or '.join(map(repr, CODES))}; got {code!r}")
+    return code
 
 
 def _pair(owner, name, shape, pair):
@@ -46,15 +57,15 @@ def _pair(owner, name, shape, pair):
     return tuple(found)
 
 
-def coding(owner, bits, key_bits, value_bits, seed, centres, feedback):
-    """(key bits, value bits, seed, centres, feedback): the arguments that every cache takes, checked, as the
+def coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback):
+    """(key bits, value bits, seed, centres, feedback, code): the arguments that every cache takes, checked, as the
     extension's; see TurboQuantKVCache."""
     bits = _width(owner, "bits", bits)
     key_bits = bits if key_bits is None else _width(owner, "key_bits", key_bits)
     value_bits = bits if value_bits is None else _width(owner, "value_bits", value_bits)
     centres = _pair(owner, "centres", "(H_kv, D)", centres)
     feedback = _pair(owner, "feedback", "(H_kv, D, D)", feedback)
-    return key_bits, value_bits, whole(owner, "seed", seed, below=2**64), centres, feedback
+    return key_bits, value_bits, whole(owner, "seed", seed, below=2**64), centres, feedback, code_name(owner, code)
 
 
 def as_list(numbers) -> list[int]:

@@ -20,6 +20,7 @@ def to_turboquant(
     *,
     key_bits: int | None = None,
     value_bits: int | None = None,
+    code: str | None = None,
     seed: int = 0,
     centres: Centres | None = None,
     feedback: Feedback | None = None,
@@ -38,6 +39,7 @@ def to_turboquant(
     settings: dict[str, Any] = {
         "key_bits": key_bits,
         "value_bits": value_bits,
+        "code": code,
         "seed": seed,
         "centres": centres,
         "feedback": feedback,
@@ -70,13 +72,16 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
         *,
         key_bits: int | None = None,
         value_bits: int | None = None,
+        code: str | None = None,
         seed: int = 0,
         centres: Centres | None = None,
         feedback: Feedback | None = None,
     ) -> None:
         self.start = whole(type(self).__name__, "start", start)
         self._floats = KVCache()
-        super().__init__(bits, key_bits=key_bits, value_bits=value_bits, seed=seed, centres=centres, feedback=feedback)
+        super().__init__(
+            bits, key_bits=key_bits, value_bits=value_bits, code=code, seed=seed, centres=centres, feedback=feedback
+        )
 
     @property
     def merge(self):

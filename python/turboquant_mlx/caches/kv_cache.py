@@ -15,11 +15,13 @@ class TurboQuantKVCache(PackedCache):
     """A `KVCache` whose keys and values live as codes.
 
     Keys are coded as they come (after RoPE), each once; attention reads the codes, so no float history exists.
-    TQ3 takes 98 bytes per vector of 256 numbers, TQ4 130, TQ2 66 (float16: 512).
+    TQ3 takes 98 bytes per vector of 256 numbers, TQ4 130, TQ2 66, 8 bits 258 (float16: 512).
 
     Args:
-        bits (int): 2, 3 or 4, for keys and values.
+        bits (int): 2, 3, 4 or 8, for keys and values.
         key_bits, value_bits (int): instead of `bits`, each side's own width.
+        code (str): "trellis" or "scalar", of widths of 2 and 3 bits: the first errs by a third less in the same bytes
+            and takes longer to encode; wider codes are scalar.  None: scalar.
         seed (int): of the random signs, from 0 to 2^64 - 1.
         centres: a pair (keys, values) of (H_kv, D) arrays, taken from every vector before coding; see calibration.
         feedback: a pair (keys, values) of (H_kv, D, D) float16 arrays, which feed errors forward; made for one seed.
@@ -36,11 +38,14 @@ class TurboQuantKVCache(PackedCache):
         *,
         key_bits: int | None = None,
         value_bits: int | None = None,
+        code: str | None = None,
         seed: int = 0,
         centres: Centres | None = None,
         feedback: Feedback | None = None,
     ) -> None:
-        self._core = _core.KVCache(*coding(type(self).__name__, bits, key_bits, value_bits, seed, centres, feedback))
+        self._core = _core.KVCache(
+            *coding(type(self).__name__, bits, key_bits, value_bits, code, seed, centres, feedback)
+        )
         self._last_kernel = _core.LastKernel()
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
@@ -145,12 +150,13 @@ class BatchTurboQuantKVCache(PackedBatch):
         *,
         key_bits: int | None = None,
         value_bits: int | None = None,
+        code: str | None = None,
         seed: int = 0,
         centres: Centres | None = None,
         feedback: Feedback | None = None,
     ) -> None:
         owner = type(self).__name__
-        settings = coding(owner, bits, key_bits, value_bits, seed, centres, feedback)
+        settings = coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback)
         self._core = _core.BatchKVCache(padding(owner, left_padding), *settings)
         self._last_kernel = _core.LastKernel()
 

@@ -29,7 +29,7 @@ class CacheMaker:
 
     Args:
         model: whose caches it makes.
-        settings (dict): bits, key_bits, value_bits and seed, as TurboQuantKVCache takes them.
+        settings (dict): bits, key_bits, value_bits, code and seed, as TurboQuantKVCache takes them.
         extras: {slot of this process: its centres and feedback, as keywords}.
         start (int): tokens held as floats first, or None.
     """

@@ -101,13 +101,18 @@ class PackedCache(_BaseCache):
 
     @property
     def key_bits(self) -> int:
-        """Bits of a coordinate of the keys: 2, 3 or 4."""
+        """Bits of a coordinate of the keys: 2, 3, 4 or 8."""
         return self._core.key_bits
 
     @property
     def value_bits(self) -> int:
-        """Bits of a coordinate of the values: 2, 3 or 4."""
+        """Bits of a coordinate of the values: 2, 3, 4 or 8."""
         return self._core.value_bits
+
+    @property
+    def code(self) -> str:
+        """ "trellis" when a side of 2 or 3 bits has such codes, else "scalar"."""
+        return self._core.code
 
     @property
     def seed(self) -> int:
@@ -227,6 +232,7 @@ class PackedCache(_BaseCache):
             "kind": type(self).__name__,
             "key_bits": self.key_bits,
             "value_bits": self.value_bits,
+            "code": self.code,
             "seed": self.seed,
             "codebook": CODEBOOK,
             "model": self.fingerprint,
@@ -243,7 +249,8 @@ class PackedCache(_BaseCache):
         fields = read(identity, arrays, type(self).__name__)
         if len(arrays) != 8:
             raise ValueError(f"[load] a {type(self).__name__} has eight arrays; got {len(arrays)}")
-        coding = (fields["key_bits"], fields["value_bits"], fields["seed"], tuple(arrays[4:6]), tuple(arrays[6:]))
+        code = fields.get("code", "scalar")  # version 1 had no other
+        coding = (fields["key_bits"], fields["value_bits"], fields["seed"], tuple(arrays[4:6]), tuple(arrays[6:]), code)
         self._restore(coding, fields["position"], None if arrays[0] is None else arrays[:4])
         self._last_kernel = _core.LastKernel()
         self.fingerprint = fields["model"]
@@ -259,6 +266,7 @@ class PackedCache(_BaseCache):
             "kind": type(self).__name__,
             "key_bits": self.key_bits,
             "value_bits": self.value_bits,
+            "code": self.code,
             "tokens": self.size(),
             "resident_bytes": self.nbytes,
             "float16_bytes": 0 if shape is None else 2 * 2 * shape[0] * shape[1] * shape[2] * shape[3],

@@ -51,13 +51,16 @@ class TurboQuantRotatingKVCache(PackedWindow):
         *,
         key_bits: int | None = None,
         value_bits: int | None = None,
+        code: str | None = None,
         seed: int = 0,
         centres: Centres | None = None,
         feedback: Feedback | None = None,
     ) -> None:
         owner = type(self).__name__
         sizes = whole(owner, "max_size", max_size, 1), whole(owner, "keep", keep)
-        self._core = _core.RotatingKVCache(*sizes, *coding(owner, bits, key_bits, value_bits, seed, centres, feedback))
+        self._core = _core.RotatingKVCache(
+            *sizes, *coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback)
+        )
         self._last_kernel = _core.LastKernel()
 
     _before: tuple[Any, ...] = ()  # while drafting: this cache before each of the latest appends of a full window
@@ -137,6 +140,7 @@ class BatchTurboQuantRotatingKVCache(PackedWindow, PackedBatch):
         *,
         key_bits: int | None = None,
         value_bits: int | None = None,
+        code: str | None = None,
         seed: int = 0,
         centres: Centres | None = None,
         feedback: Feedback | None = None,
@@ -144,7 +148,7 @@ class BatchTurboQuantRotatingKVCache(PackedWindow, PackedBatch):
         owner = type(self).__name__
         sizes = whole(owner, "max_size", max_size, 1), padding(owner, left_padding)
         self._core = _core.BatchRotatingKVCache(
-            *sizes, *coding(owner, bits, key_bits, value_bits, seed, centres, feedback)
+            *sizes, *coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback)
         )
         self._last_kernel = _core.LastKernel()
 

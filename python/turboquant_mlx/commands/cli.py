@@ -30,9 +30,11 @@ def tq_options():
     """The options that every command with a model takes."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("TurboQuant caches")
-    group.add_argument("--tq-bits", type=int, choices=(2, 3, 4), default=3, help="bits of keys and values (default: 3)")
-    group.add_argument("--tq-key-bits", type=int, choices=(2, 3, 4), help="bits of keys (default: --tq-bits)")
-    group.add_argument("--tq-value-bits", type=int, choices=(2, 3, 4), help="bits of values (default: --tq-bits)")
+    widths = {"type": int, "choices": (2, 3, 4, 8)}
+    group.add_argument("--tq-bits", **widths, default=3, help="bits of keys and values (default: 3)")
+    group.add_argument("--tq-key-bits", **widths, help="bits of keys (default: --tq-bits)")
+    group.add_argument("--tq-value-bits", **widths, help="bits of values (default: --tq-bits)")
+    group.add_argument("--tq-code", choices=("scalar", "trellis"), help="codes of 2 and 3 bits (default: scalar)")
     group.add_argument(
         "--tq-start",
         type=_tokens(0),
@@ -123,6 +125,7 @@ def prepare(model, args, where, max_kv_size=None, main=True):
             args.tq_bits,
             key_bits=args.tq_key_bits,
             value_bits=args.tq_value_bits,
+            code=args.tq_code,
             seed=args.tq_seed,
             calibration=calibration,
             start=args.tq_start,

@@ -18,7 +18,16 @@ from ..ops import attention, decode, encode
 from . import gpu_report
 
 # |x - x^|^2 / |x|^2 of the codebooks for Gaussian coordinates (docs/format.md).
-DISTORTION = {2: 0.117482, 3: 0.034549, 4: 0.009506}
+DISTORTION = {
+    (2, "scalar"): 0.117482,
+    (3, "scalar"): 0.034549,
+    (4, "scalar"): 0.009506,
+    (8, "scalar"): 0.000048,
+    (2, "trellis"): 0.08483,
+    (3, "trellis"): 0.02315,
+}
+
+CUDA_KINDS = [(2, "scalar"), (3, "scalar"), (4, "scalar")]
 
 
 def findings():
@@ -50,21 +59,21 @@ def _error(got, want):
     return (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()
 
 
-def _codec(bits):
+def _codec(bits, code):
     x = mx.random.normal((4096, 256))
-    found = _error(decode(*encode(x, bits), bits), x) ** 2
+    found = _error(decode(*encode(x, bits, code=code), bits, code=code), x) ** 2
     # The scale gives x^ the norm of x.  Vectors of a fixed norm err up to 3 % less than Gaussian ones.
-    want = 2 - 2 * math.sqrt(1 - DISTORTION[bits])
+    want = 2 - 2 * math.sqrt(1 - DISTORTION[bits, code])
     ok = 0.96 < found / want < 1.01
     return ok, f"distortion {found:.5f}, expected {want:.5f} or a little less"
 
 
-def _attention(bits, queries):
+def _attention(bits, code, queries):
     k, v = (mx.random.normal((1, 2, 300, 128)) for _ in range(2))
     q = mx.random.normal((1, 8, queries, 128))
-    keys, values = encode(k, bits), encode(v, bits)
-    got = attention(q, keys, values, scale=0.1, mask="causal", key_bits=bits, value_bits=bits)
-    k, v = decode(*keys, bits), decode(*values, bits)
+    keys, values = encode(k, bits, code=code), encode(v, bits, code=code)
+    got = attention(q, keys, values, scale=0.1, mask="causal", key_bits=bits, value_bits=bits, code=code)
+    k, v = decode(*keys, bits, code=code), decode(*values, bits, code=code)
     found = _error(got, mx.fast.scaled_dot_product_attention(q, k, v, scale=0.1, mask="causal"))
     return found < 1e-3, f"{found:.1e} from MLX's attention on the decoded history"
 
@@ -87,11 +96,12 @@ def _caches():
 def self_test():
     """(name, passed, what was found)."""
     mx.random.seed(0)
-    for bits in (2, 3, 4):
-        yield f"codec, {bits} bits", *_codec(bits)
-    for bits in (3, 4):
+    kinds = CUDA_KINDS if mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu) else list(DISTORTION)
+    for bits, code in kinds:
+        yield f"codec, {bits} bits, {code}", *_codec(bits, code)
+    for bits, code in kinds:
         for queries in (1, 4, 40):
-            yield f"attention, {bits} bits, {queries} queries", *_attention(bits, queries)
+            yield f"attention, {bits} bits, {code}, {queries} queries", *_attention(bits, code, queries)
     yield "caches", *_caches()
 
 

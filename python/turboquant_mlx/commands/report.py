@@ -2,6 +2,12 @@
 
 from ..caches import PackedCache, leaves
 
+
+def _codes(key_bits, value_bits, code):
+    """Widths and codes as words."""
+    return f"K{key_bits} V{value_bits}" + (" trellis" if code == "trellis" else "")
+
+
 _COLUMNS = ("layer", "cache", "bits", "tokens", "bytes", "float16", "ratio", "kernel")
 
 
@@ -23,7 +29,7 @@ def _row(path, cache):
     return (
         layer,
         note["kind"],
-        f"K{note['key_bits']} V{note['value_bits']}" if note["key_bits"] else "-",
+        _codes(note["key_bits"], note["value_bits"], note["code"]) if note["key_bits"] else "-",
         str(note["tokens"]),
         f"{resident:,}",
         f"{plain:,}",
@@ -50,7 +56,7 @@ def summary(caches):
     kinds = {}
     for _, c in leaves(caches):
         kind = (
-            f"{type(c).__name__} K{c.key_bits} V{c.value_bits}"
+            f"{type(c).__name__} {_codes(c.key_bits, c.value_bits, c.code)}"
             if isinstance(c, PackedCache)
             else type(c).__name__ + " (kept)"
         )

@@ -8,6 +8,7 @@ from collections import Counter
 from tqdm import tqdm
 
 from ..caches import leaves
+from ..caches.arguments import code_name
 from ..caches.slots import kv_slots, own_caches
 from ..calibration import calibrate, fingerprint, load_calibration
 from . import divergence, pictures, reconstruction, retrieval
@@ -148,10 +149,11 @@ def _retrieved(what, rows):
 def _reconstruction(args, model, windows, calibration):
     captured = reconstruction.capture(model, windows)
     rows = []
-    for bits in sorted({b for m in args.modes if m.kind == "tq" for b in (m.key_bits, m.value_bits)}):
-        least, stored = reconstruction.theoretical(bits)
-        for row in reconstruction.table(captured, bits, calibration):
-            rows.append({"bits": bits, **row, "lloyd_max": least, "lloyd_max_same_length": stored})
+    widths = {(b, code_name("eval", m.code)) for m in args.modes if m.kind == "tq" for b in (m.key_bits, m.value_bits)}
+    for bits, code in sorted(widths):
+        least, stored = reconstruction.theoretical(bits, code)
+        for row in reconstruction.table(captured, bits, calibration, code):
+            rows.append({"bits": bits, "code": code, **row, "least": least, "least_same_length": stored})
     if rows:
         write_table(args.out / "reconstruction.tsv", rows)
     return rows

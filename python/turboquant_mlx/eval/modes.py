@@ -3,6 +3,7 @@
 fp16         keys and values rounded to float16
 affine4      MLX's affine codes, groups of 64 (QuantizedKVCache's numbers)
 tq3          TurboQuant, 3 bits
+tq3t, tq3s   the same in trellis codes, in scalar codes
 k4v3         TurboQuant, keys 4 and values 3 bits
 tq3c, k4v3c  the same with the model's centres
 tq3f, k4v3f  with its centres and its feedback
@@ -82,6 +83,7 @@ class Mode:
     value_bits: int
     centred: bool = False
     fed: bool = False  # with feedback
+    code: str | None = None
 
     def bytes_per_token(self, head_dim):
         """Bytes of one head's key and value."""
@@ -104,7 +106,9 @@ class Mode:
             calibration = {slot: found.without_feedback() for slot, found in calibration.items()}
         elif not any(found.feedback for found in calibration.values()):
             raise ValueError(f"[eval] {self.name} needs feedback, and the calibration has none")
-        make, _ = packing(model, key_bits=self.key_bits, value_bits=self.value_bits, calibration=calibration)
+        make, _ = packing(
+            model, key_bits=self.key_bits, value_bits=self.value_bits, code=self.code, calibration=calibration
+        )
         return make()
 
     def check(self, model, calibration=None):
@@ -122,11 +126,11 @@ def parse_mode(name):
         return Mode(name, "fp16", 16, 16)
     if match := re.fullmatch(r"affine([2348])", name):
         return Mode(name, "affine", int(match[1]), int(match[1]))
-    if match := re.fullmatch(r"tq([234])([cf]?)", name):
-        return Mode(name, "tq", int(match[1]), int(match[1]), bool(match[2]), match[2] == "f")
-    if match := re.fullmatch(r"k([234])v([234])([cf]?)", name):
-        return Mode(name, "tq", int(match[1]), int(match[2]), bool(match[3]), match[3] == "f")
+    if match := re.fullmatch(r"(?:tq([2348])|k([2348])v([2348]))([ts]?)([cf]?)", name):
+        both, key, value, code, centred = match.groups()
+        code = {"t": "trellis", "s": "scalar", "": None}[code]
+        return Mode(name, "tq", int(both or key), int(both or value), bool(centred), centred == "f", code)
     raise ValueError(
-        f"[eval] modes are fp16, affine2/3/4/8, tq2/3/4 and k3v4 and the like, with a c for centred or an f for centred "
-        f"with feedback; got {name!r}"
+        f"[eval] modes are fp16, affine2/3/4/8, tq2/3/4/8 and k3v4 and the like, with a t for trellis codes or an s for "
+        f"scalar ones, and then a c for centred or an f for centred with feedback; got {name!r}"
     )

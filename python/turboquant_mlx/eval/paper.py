@@ -50,7 +50,7 @@ def distortion(bits, dim, kind="sphere", count=4096, seed=0):
     <x, x^>, what is left of a vector's product with itself (1 would be unbiased)."""
     x = unit_vectors(kind, count, dim, seed)
     y = unit_vectors("sphere", count, dim, seed + 1).astype(np.float64)
-    x_hat = np.array(decode(*encode(mx.array(x), bits), bits), np.float64)
+    x_hat = np.array(decode(*encode(mx.array(x), bits, code="scalar"), bits, code="scalar"), np.float64)
     kept, square = (x * x_hat).sum(1), (x_hat * x_hat).sum(1)
     return {
         "mse": float(np.square(x - x_hat).sum(1).mean()),

@@ -10,15 +10,17 @@ from .model import recurrent_states
 from .modes import AFFINE_GROUP, affine, float_caches, to_half
 
 # Mean squared error per coordinate of the best b-bit scalar quantizer of N(0, 1) (Max, 1960).
-LLOYD_MAX = {2: 0.117482, 3: 0.034548, 4: 0.009501}
+# Of 8 bits and of trellis codes, which have no such optimum: what the codes of this package measure at D = 256.
+LLOYD_MAX = {2: 0.117482, 3: 0.034548, 4: 0.009501, 8: 0.000048}
+TRELLIS = {2: 0.08483, 3: 0.02315}
 
 
-def theoretical(bits):
+def theoretical(bits, code="scalar"):
     """(with the scale of least error, with the length-preserving scale that is stored).
 
     A Lloyd-Max quantizer's output has energy 1 - D for an input of energy 1 and error D; stretching it to energy 1
     makes the error 2 - 2 sqrt(1 - D), a little more than D."""
-    d = LLOYD_MAX[bits]
+    d = (TRELLIS if code == "trellis" and bits in TRELLIS else LLOYD_MAX)[bits]
     return d, 2 - 2 * np.sqrt(1 - d)
 
 
@@ -53,14 +55,18 @@ def relative_error(x, code):
     return np.array(error)
 
 
-def tq(bits, centre=None, feedback=None, seed=0):
+def tq(bits, centre=None, feedback=None, seed=0, code=None):
     """x -> x^ by the package's codes."""
     return lambda x: decode(
-        *encode(x, bits, seed=seed, centre=centre, feedback=feedback), bits, seed=seed, centre=centre
+        *encode(x, bits, seed=seed, centre=centre, feedback=feedback, code=code),
+        bits,
+        seed=seed,
+        centre=centre,
+        code=code,
     )
 
 
-def table(captured, bits, calibration=None):
+def table(captured, bits, calibration=None, code=None):
     """Rows (slot, side, head, energy share of the mean, error of TQ, of centred TQ, of TQ with feedback, of affine) for
     one width; nan where a code does not exist."""
     rows = []
@@ -69,12 +75,12 @@ def table(captured, bits, calibration=None):
         for side, x in enumerate(sides):
             centre, feedback = found.centres[side], (found.feedback or (None, None))[side]
             mean = x.mean((0, 2))
-            codes = {"tq": tq(bits)}
+            codes = {"tq": tq(bits, code=code)}
             if centre is not None:
                 centre = centre.astype(mx.float32)
-                codes["tq_centred"] = tq(bits, centre)
+                codes["tq_centred"] = tq(bits, centre, code=code)
             if feedback is not None:
-                codes["tq_feedback"] = tq(bits, centre, feedback, found.seed)
+                codes["tq_feedback"] = tq(bits, centre, feedback, found.seed, code)
             if x.shape[-1] % AFFINE_GROUP == 0:
                 codes["affine"] = affine(bits)
             share = np.array(mx.square(mean).sum(-1) / mx.square(x).sum(-1).mean((0, 2)))

@@ -38,7 +38,8 @@ def _check_complete(file_name):
 
 def _kind(cache):
     if isinstance(cache, PackedCache):
-        return f"{type(cache).__name__} of {cache.key_bits}-bit keys and {cache.value_bits}-bit values"
+        codes = " in trellis codes" if cache.code == "trellis" else ""
+        return f"{type(cache).__name__} of {cache.key_bits}-bit keys and {cache.value_bits}-bit values{codes}"
     return type(cache).__name__ + (" (not packed)" if "KVCache" in type(cache).__name__ else "")
 
 
@@ -46,9 +47,8 @@ def _difference(saved, wanted):
     """What keeps `saved` from standing in `wanted`'s place, as words; None when it may."""
     if not isinstance(wanted, PackedCache) and not isinstance(saved, PackedCache):
         return None  # mlx-lm's own affair
-    if type(saved) is not type(wanted) or (saved.key_bits, saved.value_bits) != (
-        wanted.key_bits,
-        wanted.value_bits,
+    if type(saved) is not type(wanted) or any(
+        getattr(saved, what) != getattr(wanted, what) for what in ("key_bits", "value_bits", "code")
     ):
         return f"holds a {_kind(saved)}; asked for was a {_kind(wanted)}"
     if saved.seed != wanted.seed:
