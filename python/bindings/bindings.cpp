@@ -87,5 +87,5 @@ NB_MODULE(_core, m) {
   m.def("bytes_per_vector", &tq::bytes_per_vector, "bits"_a, "head_dim"_a);
   m.attr("FORMAT_VERSION") = TQ_FORMAT_VERSION;
   // Raise this and API in _checks.py when a binding changes: an extension of older sources is then refused by name.
-  m.attr("API") = 5;
+  m.attr("API") = 6;
 }

@@ -65,10 +65,12 @@ nb::class_<Cache> bind_cache(nb::module_& m, const char* name) {
       .def_prop_ro("key_bits", [](const Cache& c) { return c.coding().key_bits; })
       .def_prop_ro("value_bits", [](const Cache& c) { return c.coding().value_bits; })
       .def_prop_ro("code",
-                   [](const Cache& c) { return c.coding().key_width().code == turboquant::Code::trellis ||
-                               c.coding().value_width().code == turboquant::Code::trellis
-                           ? "trellis"
-                           : "scalar"; })
+                   [](const Cache& c) {
+                     return c.coding().key_width().code == turboquant::Code::trellis ||
+                                    c.coding().value_width().code == turboquant::Code::trellis
+                                ? "trellis"
+                                : "scalar";
+                   })
       .def_prop_ro("seed", [](const Cache& c) { return c.coding().seed; })
       .def_prop_ro("centres",
                    [](const Cache& c) {

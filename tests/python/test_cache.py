@@ -108,7 +108,7 @@ def test_a_failed_append_changes_nothing(bad, message):
     assert all(mx.array_equal(x, y) for x, y in zip(held(cache), before, strict=True))
 
 
-@pytest.mark.parametrize("arguments", [{"bits": 1}, {"bits": 8}, {"key_bits": 5}, {"value_bits": 0}])
+@pytest.mark.parametrize("arguments", [{"bits": 1}, {"bits": 9}, {"key_bits": 5}, {"value_bits": 0}])
 def test_wrong_widths_are_refused(arguments):
     with pytest.raises(ValueError, match="must be 2, 3, 4 or 8; got"):
         TurboQuantKVCache(**arguments)
