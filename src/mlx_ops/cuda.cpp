@@ -94,15 +94,16 @@ struct AttentionKey {
   bool merge, one_row, even;
   cuda::AttentionSettings settings;
   int query_heads, kv_heads, query_len, head_dim, key_bits, value_bits;
+  Code key_code, value_code;
   int method, rows, warps, stages, row_warps, token_warps, shared_bytes;
   auto operator<=>(const AttentionKey&) const = default;
 };
 
 AttentionKey key_of(bool merge, const cuda::AttentionShape& s, const cuda::AttentionSettings& settings,
                     const cuda::AttentionPlan& p) {
-  return {merge,       s.batch == 1,  p.parts > 0,   settings, s.query_heads, s.kv_heads, std::min(s.query_len, 9),
-          s.head_dim,  s.key_bits,    s.value_bits,  p.method, p.rows,        p.warps,    p.stages,
-          p.row_warps, p.token_warps, p.shared_bytes};
+  return {merge,      s.batch == 1, p.parts > 0,  settings,      s.query_heads, s.kv_heads, std::min(s.query_len, 9),
+          s.head_dim, s.key_bits,   s.value_bits, s.key_code,    s.value_code,  p.method,   p.rows,
+          p.warps,    p.stages,     p.row_warps,  p.token_warps, p.shared_bytes};
 }
 
 mx::Shape with_last(mx::Shape shape, int last) {
@@ -116,8 +117,9 @@ mx::Shape without_last(mx::Shape shape) {
 }
 
 cuda::AttentionShape shape_of(const mx::array& q, const PackedArrays& keys, const AttentionOptions& o) {
-  return {q.shape(0), q.shape(1), keys.codes.shape(1), q.shape(2),          o.kv_len,
-          q.shape(3), o.key_bits, o.value_bits,        o.starts.has_value()};
+  return {q.shape(0),          q.shape(1), keys.codes.shape(1), q.shape(2),           o.kv_len,
+          q.shape(3),          o.key_bits, o.value_bits,        o.starts.has_value(), o.key_width().code,
+          o.value_width().code};
 }
 
 }  // namespace
@@ -130,7 +132,7 @@ int driver_version() {
   return get && get(&version) == 0 ? version : 0;
 }
 
-std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
+std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<Width>& widths, uint64_t seed,
                                  const std::vector<std::optional<mx::array>>& centres,
                                  const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream) {
   std::vector<cuda::EncodeSide> settings;
@@ -139,11 +141,11 @@ std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std:
   std::vector<mx::Dtype> dtypes;
   const int dim = sides[0].shape(-1);
   for (size_t i = 0; i < sides.size(); ++i) {
-    settings.push_back({bits[i], centres[i].has_value(), feedback[i].has_value()});
+    settings.push_back({widths[i].bits, centres[i].has_value(), feedback[i].has_value(), widths[i].code});
     inputs.push_back(sides[i]);
     inputs.push_back(centres[i].value_or(sides[i]));
     inputs.push_back(feedback[i].value_or(sides[i]));
-    shapes.push_back(with_last(sides[i].shape(), words_per_vector(bits[i], dim)));
+    shapes.push_back(with_last(sides[i].shape(), words_per_vector(widths[i].bits, dim)));
     shapes.push_back(without_last(sides[i].shape()));
     dtypes.insert(dtypes.end(), {mx::uint32, mx::float16});
   }
@@ -156,7 +158,7 @@ std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std:
   return packed;
 }
 
-mx::array append(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
+mx::array append(const std::vector<mx::array>& sides, const std::vector<Width>& widths, uint64_t seed,
                  const std::vector<std::optional<mx::array>>& centres,
                  const std::vector<std::optional<mx::array>>& feedback, const std::vector<PackedArrays>& to,
                  const mx::array& before, mx::Stream stream) {
@@ -164,7 +166,7 @@ mx::array append(const std::vector<mx::array>& sides, const std::vector<int>& bi
   std::vector<mx::array> inputs;
   const int dim = sides[0].shape(-1);
   for (size_t i = 0; i < sides.size(); ++i) {
-    settings.push_back({bits[i], centres[i].has_value(), feedback[i].has_value()});
+    settings.push_back({widths[i].bits, centres[i].has_value(), feedback[i].has_value(), widths[i].code});
     inputs.insert(inputs.end(),
                   {sides[i], centres[i].value_or(sides[i]), feedback[i].value_or(sides[i]), to[i].codes, to[i].scales});
   }
@@ -176,13 +178,13 @@ mx::array append(const std::vector<mx::array>& sides, const std::vector<int>& bi
                 {mx::uint8}, stream)[0];
 }
 
-mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,
+mx::array decode(const PackedArrays& packed, Width width, uint64_t seed, mx::Dtype dtype,
                  const std::optional<mx::array>& centre, mx::Stream stream) {
-  const int dim = packed.codes.shape(-1) / bits * 32;
+  const int dim = packed.codes.shape(-1) / width.bits * 32;
   const int64_t vectors = int64_t(packed.scales.size());
-  const auto& run = kernel_for(CodecKey{CodecKey::decode, {{bits, centre.has_value()}}, dim, seed}, [&] {
-    return cuda::decode_kernel({bits, centre.has_value()}, dim, seed, vectors);
-  });
+  const cuda::EncodeSide side{width.bits, centre.has_value(), false, width.code};
+  const auto& run = kernel_for(CodecKey{CodecKey::decode, {side}, dim, seed},
+                               [&] { return cuda::decode_kernel(side, dim, seed, vectors); });
   return launch(run, cuda::decode_extent(dim, vectors), {packed.codes, packed.scales, centre.value_or(packed.scales)},
                 {with_last(packed.codes.shape(), dim)}, {dtype}, stream)[0];
 }

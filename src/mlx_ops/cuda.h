@@ -12,16 +12,16 @@ void set_kernel_directory(const std::string& directory);
 /// The CUDA version that the installed NVIDIA driver serves, as 1000 * major + 10 * minor; 0 without a driver.
 int driver_version();
 
-std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
+std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<Width>& widths, uint64_t seed,
                                  const std::vector<std::optional<mx::array>>& centres,
                                  const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream);
 
-mx::array append(const std::vector<mx::array>& sides, const std::vector<int>& bits, uint64_t seed,
+mx::array append(const std::vector<mx::array>& sides, const std::vector<Width>& widths, uint64_t seed,
                  const std::vector<std::optional<mx::array>>& centres,
                  const std::vector<std::optional<mx::array>>& feedback, const std::vector<PackedArrays>& to,
                  const mx::array& before, mx::Stream stream);
 
-mx::array decode(const PackedArrays& packed, int bits, uint64_t seed, mx::Dtype dtype,
+mx::array decode(const PackedArrays& packed, Width width, uint64_t seed, mx::Dtype dtype,
                  const std::optional<mx::array>& centre, mx::Stream stream);
 
 mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,

@@ -8,7 +8,6 @@
 #include <stdexcept>
 #include <utility>
 
-#include "mlx_ops/checks.h"
 #include "mlx_ops/cuda.h"
 #include "mlx_ops/metal.h"
 
@@ -55,21 +54,6 @@ void require_gpu(const char* op) {
   }
 }
 
-/// Throws unless the CUDA kernels know these codes.
-void check_codes(const char* op, const std::vector<Width>& widths) {
-  for (const Width& w : widths) {
-    require(w.code == Code::scalar && w.bits != 8, "[", op,
-            "] the CUDA kernels read scalar codes of 2, 3 and 4 bits; got ", w.bits,
-            w.code == Code::trellis ? " bits of a trellis" : " bits");
-  }
-}
-
-std::vector<int> bits_of(const std::vector<Width>& widths) {
-  std::vector<int> bits;
-  for (const Width& w : widths) bits.push_back(w.bits);
-  return bits;
-}
-
 }  // namespace
 
 bool gpu_supported(std::string* why) {
@@ -83,8 +67,7 @@ std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const 
                                      const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream) {
   require_gpu("encode");
   if (on_metal()) return metal_backend::encode(sides, widths, seed, centres, feedback, stream);
-  check_codes("encode", widths);
-  return cuda_backend::encode(sides, bits_of(widths), seed, centres, feedback, stream);
+  return cuda_backend::encode(sides, widths, seed, centres, feedback, stream);
 }
 
 bool appends_in_place_gpu() { return !on_metal() && gpu_supported(); }
@@ -94,23 +77,20 @@ mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<Widt
                      const std::vector<std::optional<mx::array>>& feedback, const std::vector<PackedArrays>& to,
                      const mx::array& before, mx::Stream stream) {
   require_gpu("append");
-  check_codes("append", widths);
-  return cuda_backend::append(sides, bits_of(widths), seed, centres, feedback, to, before, stream);
+  return cuda_backend::append(sides, widths, seed, centres, feedback, to, before, stream);
 }
 
 mx::array decode_gpu(const PackedArrays& packed, Width width, uint64_t seed, mx::Dtype dtype,
                      const std::optional<mx::array>& centre, mx::Stream stream) {
   require_gpu("decode");
   if (on_metal()) return metal_backend::decode(packed, width, seed, dtype, centre, stream);
-  check_codes("decode", {width});
-  return cuda_backend::decode(packed, width.bits, seed, dtype, centre, stream);
+  return cuda_backend::decode(packed, width, seed, dtype, centre, stream);
 }
 
 mx::array attention_gpu(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,
                         const AttentionOptions& options, mx::Stream stream) {
   require_gpu("attention");
   if (on_metal()) return metal_backend::attention(q, keys, values, options, stream);
-  check_codes("attention", {options.key_width(), options.value_width()});
   return cuda_backend::attention(q, keys, values, options, stream);
 }
 

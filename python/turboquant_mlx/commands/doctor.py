@@ -27,8 +27,6 @@ DISTORTION = {
     (3, "trellis"): 0.02315,
 }
 
-CUDA_KINDS = [(2, "scalar"), (3, "scalar"), (4, "scalar")]
-
 
 def findings():
     """(name, what was found) for people."""
@@ -96,10 +94,9 @@ def _caches():
 def self_test():
     """(name, passed, what was found)."""
     mx.random.seed(0)
-    kinds = CUDA_KINDS if mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu) else list(DISTORTION)
-    for bits, code in kinds:
+    for bits, code in DISTORTION:
         yield f"codec, {bits} bits, {code}", *_codec(bits, code)
-    for bits, code in kinds:
+    for bits, code in DISTORTION:
         for queries in (1, 4, 40):
             yield f"attention, {bits} bits, {code}, {queries} queries", *_attention(bits, code, queries)
     yield "caches", *_caches()
