@@ -24,7 +24,7 @@ from turboquant_mlx import enable  # noqa: E402
 from turboquant_mlx.calibration import calibrate, load_calibration  # noqa: E402
 from turboquant_mlx.overlay.gated_delta import enable_chunked_recurrence  # noqa: E402
 
-LENGTHS = (40, 9, 25)
+LENGTHS = (40, 9)
 NO_END = SimpleNamespace(eos_token_ids=[], decode=str)
 
 
@@ -60,10 +60,10 @@ def tokens(model, settings, sized=None):
     """Greedy tokens of each prompt alone, then of all as one batch."""
     enable(model, bits=3, **settings)
     prompts = [prompt(n, seed=n) for n in LENGTHS]
-    alone = [greedy(model, p, 12, make_prompt_cache(model, sized), prefill_step_size=16) for p in prompts]
+    alone = [greedy(model, p, 6, make_prompt_cache(model, sized), prefill_step_size=16) for p in prompts]
     if "start" in settings or sized:
         return {"alone": alone}
-    together = batch_generate(model, NO_END, prompts, max_tokens=12, return_token_ids=True).token_ids
+    together = batch_generate(model, NO_END, prompts, max_tokens=6, return_token_ids=True).token_ids
     return {"alone": alone, "together": together}
 
 
