@@ -10,6 +10,7 @@
 #include <mutex>
 
 #include "cuda/kernels.h"
+#include "gpu/kernel_text.h"
 
 namespace turboquant::ops::cuda_backend {
 namespace {
@@ -47,7 +48,7 @@ std::string& kernel_directory() {
 
 /// MLX copies and hashes a kernel's whole text at every launch: an include of a file keeps it short.
 std::string header_of(const cuda::Kernel& k) {
-  if (kernel_directory().empty()) return std::string(cuda::source_text(k.header));
+  if (kernel_directory().empty() || !gpu::source_checkout().empty()) return std::string(cuda::source_text(k.header));
   return "#include \"" + kernel_directory() + "/" + std::string(cuda::source_name(k.header)) + ".cuh\"\n";
 }
 
