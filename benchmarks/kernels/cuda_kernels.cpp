@@ -19,8 +19,8 @@ using namespace turboquant;
 namespace {
 
 constexpr size_t kFootprint = size_t(256) << 20;
-constexpr std::pair<int, Code> kCodes[] = {
-    {3, Code::trellis}, {2, Code::trellis}, {3, Code::scalar}, {4, Code::scalar}, {2, Code::scalar}};
+constexpr std::pair<int, Code> kCodes[] = {{3, Code::trellis}, {2, Code::trellis}, {3, Code::scalar},
+                                           {4, Code::scalar},  {2, Code::scalar},  {8, Code::scalar}};
 
 /// Median microseconds of one of `calls` calls.
 double time_graph(int calls, const std::function<void(int, cudaStream_t)>& enqueue) {
@@ -149,10 +149,16 @@ void decode() {
   report("decode", {.query_heads = 32, .kv_heads = 8, .kv_len = 32768, .head_dim = 128});
 }
 
-void longest() { report("longest", {.kv_len = 131072}); }
+constexpr Code kBoth[] = {Code::trellis, Code::scalar};
+
+void longest() {
+  for (Code code : kBoth) report("longest", {.kv_len = 131072, .code = code});
+}
 
 void queries() {
-  for (int len : {1, 2, 4, 8}) report("queries", {.query_len = len, .kv_len = 32768, .causal = true});
+  for (Code code : kBoth) {
+    for (int len : {1, 2, 4, 8}) report("queries", {.query_len = len, .kv_len = 32768, .causal = true, .code = code});
+  }
 }
 
 void ragged() {
@@ -215,9 +221,10 @@ void encode() {
 }
 
 void prefill() {
-  for (int bits : {3, 4}) {
-    report("prefill", {.query_len = 2048, .kv_len = 32768, .bits = bits, .causal = true});
-    report("prefill", {.query_len = 2048, .kv_len = 2048, .bits = bits, .causal = true});
+  for (auto [bits, code] : {std::pair{3, Code::trellis}, {3, Code::scalar}, {4, Code::scalar}, {8, Code::scalar}}) {
+    for (int n : {32768, 2048}) {
+      report("prefill", {.query_len = 2048, .kv_len = n, .bits = bits, .causal = true, .code = code});
+    }
   }
 }
 

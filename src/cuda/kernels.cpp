@@ -56,6 +56,11 @@ bool any_trellis(const std::vector<EncodeSide>& sides) {
   return std::any_of(sides.begin(), sides.end(), [](const EncodeSide& s) { return s.code == Code::trellis; });
 }
 
+/// What a side needs in a kernel that searches a trellis.
+int trellis_shared_bytes(const EncodeSide& side) {
+  return side.feedback ? kTrellisFeedbackSharedBytes : kTrellisSharedBytes;
+}
+
 /// A call of F<D, CODING, T>(args, blockIdx.x) with T from the pointer `typed_by`.
 std::string decode_call(int head_dim, const EncodeSide& side, const std::string& typed_by) {
   Text s;
@@ -72,7 +77,7 @@ std::string encode_call(int head_dim, const EncodeSide& side, const std::string&
   Text s;
   s << "  turboquant::cuda::" << function << "<" << head_dim << ", " << coding(side.bits, side.code);
   if (beside_trellis) {
-    s << ", " << (side.feedback ? kFeedbackTokens : 0) << ", " << kTrellisSharedBytes;
+    s << ", " << (side.feedback ? kFeedbackTokens : 0) << ", " << trellis_shared_bytes(side);
   } else if (side.feedback) {
     s << ", " << kFeedbackTokens;
   }
@@ -164,7 +169,7 @@ void set_extent(Kernel& k, const Extent& extent) { k.grid = extent.grid, k.block
 /// Gives a kernel that searches a trellis its memory.
 void share_memory(Kernel& k, const std::vector<EncodeSide>& sides) {
   if (!any_trellis(sides)) return;
-  k.shared_bytes = kTrellisSharedBytes;
+  for (const EncodeSide& side : sides) k.shared_bytes = std::max(k.shared_bytes, trellis_shared_bytes(side));
   k.source = "  extern __shared__ __align__(16) unsigned char tq_shared[];\n";
 }
 

@@ -75,8 +75,8 @@ struct AttentionPlan {
   }
 };
 
-/// sizeof(SearchMemory<64>) and, at most, of TrellisFeedbackMemory.
-constexpr int kTrellisSharedBytes = 46400;
+/// sizeof(SearchMemory<64>), and at most of TrellisFeedbackMemory.
+constexpr int kTrellisSharedBytes = 46400, kTrellisFeedbackSharedBytes = 91136;
 
 /// Bytes of LevelTables::Stored, at most.
 inline int level_table_bytes(const AttentionShape& s) {

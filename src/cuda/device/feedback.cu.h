@@ -4,7 +4,8 @@
 // A block takes vectors of one head, eight at a time.  Each warp rotates one; then, 32 coordinates after another, all
 // threads multiply the errors so far by G, a thread a row and every eighth four columns, and each warp codes its
 // vector's 32 targets.  A thread's part of G stays in registers.  A vector's sums do not depend on what else the block
-// holds.
+// holds.  With trellis codes G lies in shared memory instead and the 32 coordinates are a loop: the search is much
+// code, which eight copies would fetch again for every vector.
 #pragma once
 
 #include "cuda/device/trellis.cu.h"
@@ -20,8 +21,12 @@ struct FeedbackMemory {
 };
 template <int D>
 struct TrellisFeedbackMemory : FeedbackMemory<D> {
-  alignas(16) SearchMemory<8> search;
-  unsigned paths[8][D / 32];
+  StepCosts costs[8];
+  alignas(16) unsigned second[8][8][8];  // [group][middle][end]: of second halves
+  unsigned found[8];                     // paths of the groups in hand,
+  unsigned paths[8][D / 32];             // and all
+  static constexpr int kParts = D / 32 * (D / 32 - 1) / 2;
+  uint2 parts[kParts > 0 ? kParts : 1][256];  // of each thread, of G
 };
 template <int D>
 __device__ FeedbackMemory<D>& feedback_memory() {
@@ -30,32 +35,34 @@ __device__ FeedbackMemory<D>& feedback_memory() {
 }
 
 /// Codes the targets of 32 coordinates of every warp's vector by a path through the trellis, the i-th time: a lane's
-/// index.  Two warps, by turns, look for all eight paths.
+/// index.  Four warps, by turns, look for all eight paths, a lane for each state that a half can begin with: more work
+/// than in trellis.cu.h, but sooner done, and here everybody waits.
 template <int D, int BITS>
 __device__ unsigned code_by_path(TrellisFeedbackMemory<D>& memory, int warp, int i, float target) {
-  SearchMemory<8>& search = memory.search;
-  const int lane = threadIdx.x & 31, step = trellis_step(lane), searching = 2 * i & 7;
+  const int lane = threadIdx.x & 31, step = trellis_step(lane);
   float cost[4];
   Subsets<BITS>::costs(target, cost);
-  float most = less_least(cost);
-  for (int by = 16; by; by /= 2) most += __shfl_xor_sync(~0u, most, by);
-  search.costs[warp].of[StepCosts::at(step)] = whole_costs(cost, kMostCost * reciprocal_fast(most));
+  // A step costs less than 2^15 more than the least, a group less than 2^20.
+  const unsigned most = __reduce_add_sync(~0u, unsigned(__float2int_rn(less_least(cost) + 0.5f)));
+  memory.costs[warp].of[StepCosts::at(step)] = whole_costs(cost, kMostCost * reciprocal_fast(float(most)));
   __syncthreads();
-  unsigned least[8];
-  const int group = lane / 4, pair = lane & 3;
-  if (warp == searching || warp == searching + 1) {
-    half_costs(search.costs[group], warp - searching, pair, least);
-    if (warp != searching) store_second(search.second[group], pair, least);
+  const int searcher = (warp + 4 * i) & 7;  // 0 and 1: the first halves of four groups each, 2 and 3: the second
+  const int group = 4 * (searcher & 1) + lane / 8, from = lane & 7;
+  unsigned ways[8];
+  if (searcher < 4) {
+    walk_half(memory.costs[group], searcher / 2, from, ways);
+    if (searcher >= 2) {
+      uint4* to = reinterpret_cast<uint4*>(memory.second[group][from]);
+      to[0] = make_uint4(ways[0], ways[1], ways[2], ways[3]), to[1] = make_uint4(ways[4], ways[5], ways[6], ways[7]);
+    }
   }
   __syncthreads();
-  if (warp == searching) {
-    const unsigned ends = best_ends(search.second[group], pair, least);
-    const int walked = lane / 2 % 8;
-    const unsigned u = walk(search.costs[walked], __shfl_sync(~0u, ends, 4 * walked));
-    if (lane < 16 && lane % 2 == 0) search.u[walked] = u;
+  if (searcher < 2) {
+    const unsigned u = best_path(memory.second[group], ways);
+    if (from == 0) memory.found[group] = u;
   }
   __syncthreads();
-  const unsigned u = search.u[warp];
+  const unsigned u = memory.found[warp];
   if (lane == 0) memory.paths[warp][i] = u;
   return Subsets<BITS>::nearest(target, (trellis_z1(u) >> step & 1) * 2 | (trellis_z0(u) >> step & 1));
 }
@@ -72,16 +79,36 @@ __device__ void encode_with_feedback(const EncodeArgs& a, int block, Memory& mem
   if (row >= a.batch * a.heads) return;
 
   // Of the rows 32 i + lane, the columns 4 (warp + 8 k) to + 3, k < i.
-  uint2 parts[kParts > 0 ? kParts : 1];
+  constexpr bool kRolled = is_trellis(CODING);
+  constexpr int kBlocksAtOnce = kRolled ? 1 : kBlocks, kPartsAtOnce = kRolled ? 2 : kBlocks;
+  uint2 parts[kParts > 0 && !kRolled ? kParts : 1];
+  const auto part_at = [&](int i, int k) -> uint2& {
+    if constexpr (kRolled) {
+      return memory.parts[i * (i - 1) / 2 + k][threadIdx.x];
+    } else {
+      return parts[i * (i - 1) / 2 + k];
+    }
+  };
   const __half* g = a.feedback + (long long)(row % a.heads) * D * D;
+  const auto copy_parts = [&] {  // needed only after the first 32 coordinates
+#pragma unroll 4
+    for (int i = 1; i < kBlocks; ++i) {
+      for (int k = 0; k < i; ++k) {
+        copy8(unsigned(__cvta_generic_to_shared(&part_at(i, k))), g + (32 * i + lane) * D + 4 * (warp + 8 * k));
+      }
+    }
+    commit_copies();
+  };
   const auto load_parts = [&](const auto& load) {
 #pragma unroll
     for (int i = 1; i < kBlocks; ++i) {
 #pragma unroll
-      for (int k = 0; k < i; ++k) parts[i * (i - 1) / 2 + k] = load(g + (32 * i + lane) * D + 4 * (warp + 8 * k));
+      for (int k = 0; k < i; ++k) part_at(i, k) = load(g + (32 * i + lane) * D + 4 * (warp + 8 * k));
     }
   };
-  if (aligned_to(g, 8)) {
+  if (kRolled && aligned_to(g, 8)) {
+    copy_parts();
+  } else if (aligned_to(g, 8)) {
     load_parts([](const __half* from) { return *reinterpret_cast<const uint2*>(from); });
   } else {
     load_parts([](const __half* from) {
@@ -119,15 +146,16 @@ __device__ void encode_with_feedback(const EncodeArgs& a, int block, Memory& mem
       store8(&u[warp][8 * lane], v);
     }
     __syncwarp();
-#pragma unroll
+#pragma unroll kBlocksAtOnce
     for (int i = 0; i < kBlocks; ++i) {
       if (i > 0) {
+        if (kRolled) wait_copies<0>();
 #pragma unroll 1
         for (int some = 0; some < count; some += 4) {
           float sum[4] = {};
-#pragma unroll
+#pragma unroll kPartsAtOnce
           for (int k = 0; k < i; ++k) {
-            const uint2 part = parts[i * (i - 1) / 2 + k];
+            const uint2 part = part_at(i, k);
             const float2 low = __half22float2(reinterpret_cast<const __half2&>(part.x));
             const float2 high = __half22float2(reinterpret_cast<const __half2&>(part.y));
 #pragma unroll
@@ -201,7 +229,7 @@ __device__ void encode_feedback_as(const EncodeArgs& a, const T*, int block) {
 /// share dynamic memory: static memory of two kinds would be too much.
 template <int D, int CODING, int TOKENS, int SHARED_BYTES, class T>
 __device__ void encode_beside_trellis_as(const EncodeArgs& a, const T*, int block, unsigned char* shared) {
-  static_assert(sizeof(SearchMemory<64>) <= SHARED_BYTES && sizeof(TrellisFeedbackMemory<D>) <= SHARED_BYTES,
+  static_assert((TOKENS > 0 ? sizeof(TrellisFeedbackMemory<D>) : sizeof(SearchMemory<64>)) <= SHARED_BYTES,
                 "plan.h counts too little shared memory");
   if constexpr (TOKENS > 0) {
     encode_with_feedback<D, CODING, TOKENS, T>(a, block, *reinterpret_cast<TrellisFeedbackMemory<D>*>(shared));

@@ -139,10 +139,10 @@ __device__ inline unsigned best_ends(const uint4 (&second)[8], int pair, const u
   return best & 63;
 }
 
-/// The u of three steps before each step of half of a path, bit by bit.
-__device__ inline unsigned walk_half(const StepCosts& costs, int half, int from, int to) {
+/// Least costs of half of a group's steps from one state to each of eight, in the high halves of words; in the low
+/// halves the ways: the u of three steps before each step, bit by bit.
+__device__ inline void walk_half(const StepCosts& costs, int half, int from, unsigned (&cost)[8]) {
   const unsigned one = runtime_one();
-  unsigned cost[8];
 #pragma unroll
   for (int s = 0; s < 8; ++s) cost[s] = s == from ? 0 : kFar << 16;
   const uint4* step = &costs.of[20 * half];
@@ -160,15 +160,36 @@ __device__ inline unsigned walk_half(const StepCosts& costs, int half, int from,
 #pragma unroll
     for (int s = 0; s < 8; ++s) cost[s] = next[s];
   }
-  return pick_of_eight(cost, to) & 0xffff;
+}
+
+/// The path of two halves' ways.
+__device__ inline unsigned path_of(unsigned first, unsigned second) {
+  return rotate_left((first & 0xffff) | second << 16, 29);
 }
 
 /// Two neighbouring lanes a group: the path through `ends`.
 __device__ inline unsigned walk(const StepCosts& costs, unsigned ends) {
   const int half = threadIdx.x & 1, start = ends & 7, middle = ends >> 3;
-  const unsigned before = walk_half(costs, half, half ? middle : start, half ? start : middle);
-  const unsigned all = before << (16 * half) | __shfl_xor_sync(~0u, before << (16 * half), 1);
-  return rotate_left(all, 29);
+  unsigned cost[8];
+  walk_half(costs, half, half ? middle : start, cost);
+  const unsigned way = pick_of_eight(cost, half ? start : middle), other = __shfl_xor_sync(~0u, way, 1);
+  return half ? path_of(other, way) : path_of(way, other);
+}
+
+/// Eight neighbouring lanes a group, one for each start, with the walks of the first half; those of the second half,
+/// [middle][end], in shared memory: the best path.
+__device__ inline unsigned best_path(const unsigned (&second)[8][8], const unsigned (&cost)[8]) {
+  const int start = threadIdx.x & 7;
+  unsigned best = ~0u;
+#pragma unroll
+  for (int m = 0; m < 8; ++m) {
+    best = min(best, ((cost[m] & 0xffff0000u) + (second[m][start] & 0xffff0000u)) | unsigned(m) << 3 | unsigned(start));
+  }
+#pragma unroll
+  for (int step = 1; step < 8; step *= 2) best = min(best, __shfl_xor_sync(~0u, best, step));
+  const int from = best & 7, middle = best >> 3 & 7;
+  const unsigned first = __shfl_sync(~0u, pick_of_eight(cost, middle), int(threadIdx.x & 24) + from);
+  return path_of(first, second[middle][from]);
 }
 
 }  // namespace turboquant::cuda

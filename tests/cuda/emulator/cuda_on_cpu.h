@@ -214,6 +214,9 @@ void copy16(unsigned to, const void* from) {
 inline void copy4(unsigned to, const void* from) {
   emulator::self().open.push_back({emulator::shared_memory + to, from, 4});
 }
+inline void copy8(unsigned to, const void* from) {
+  emulator::self().open.push_back({emulator::shared_memory + to, from, 8});
+}
 inline void commit_copies() {
   auto& t = emulator::self();
   t.pending.push_back(std::exchange(t.open, {}));
