@@ -129,7 +129,7 @@ inline void divide(const AttentionShape& s, const Device& device, int64_t segmen
 
 inline AttentionPlan plan_decode(const AttentionShape& s, const Device& device) {
   AttentionPlan p;
-  for (auto [warps, stages] : {std::pair{8, 3}, {8, 2}, {4, 3}, {4, 2}}) {
+  for (auto [warps, stages] : {std::pair{8, 3}, {8, 2}, {4, 3}, {4, 2}, {2, 2}}) {
     p.warps = warps, p.stages = stages;
     p.shared_bytes = decode_shared_bytes(s, p);
     if (p.shared_bytes <= device.shared_bytes) break;

@@ -13,7 +13,7 @@ TEST_F(Gpu, AttentionOverTrellisCodesMatchesTheOracle) {
   auto table = table_trellis();
   if (short_run()) {
     size_t kept = 0;
-    for (size_t i = 0; i < table.size(); i += 6) table[kept++] = table[i];
+    for (size_t i = 0; i < table.size(); i += 7) table[kept++] = table[i];
     table.resize(kept);
   }
   expect_oracle(table, cuda::plan_attention, kPrefillTolerance, "as planned");
@@ -36,6 +36,7 @@ TEST_F(Gpu, EveryPlanOverTrellisCodesMatchesTheOracle) {
       }
     }
     for (int dim : {160, 192, 224}) {
+      if (short_run() && dim != 192) continue;
       Case c{.head_dim = dim, .query_len = 2, .kv_len = 700, .causal = true};
       c.key_code = c.value_code = Code::trellis;
       table.push_back(c);

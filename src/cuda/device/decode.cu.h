@@ -46,7 +46,8 @@ struct Decode {
     return ((row & 1) * 2 + row / 2) * kResultRow + coordinate / 32 * 36 + coordinate % 32;
   }
   static_assert(STAGES * kStageWords >= kRows * kResultRow, "results reuse the ring");
-  static_assert(WARPS >= kRows, "a warp prepares a query row");
+  static constexpr int kEach = WARPS < kRows ? kRows / WARPS : 1;  // queries that a warp prepares
+  static_assert(kEach * WARPS >= kRows, "warps prepare as many queries each");
 
   const AttentionArgs& a;
   Shared& shared;
@@ -102,13 +103,25 @@ struct Decode {
     // All addresses are made before the first branch: at a kernel's start each parameter is a miss of the constant
     // cache, and misses overlap only within a block of code.  The queries' load goes first, for the first product waits
     // for it; nothing here waits for it before the copies.
-    const int mine = first_tile + warp, q_row = first_row + warp;
+    const int mine = first_tile + warp;
     Copies copies(a, b, kv_head, mine, shared.ring[0][0]);
-    const T* q_from = a.query_at<T>(b, kv_head * a.group() + q_row % a.group(), q_row / a.group(), 8 * lane);
-    Raw8<T> q[1] = {};
-    if (warp < kRows && q_row < a.rows() && lane < D / 8) q[0].load(q_from, a.q_strides[3]);
+    const T* q_from[kEach];
+    Raw8<T> q[kEach][1] = {};
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int row = first_row + WARPS * i + warp;
+      q_from[i] = a.query_at<T>(b, kv_head * a.group() + row % a.group(), row / a.group(), 8 * lane);
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int row = WARPS * i + warp;
+      if (row < kRows && first_row + row < a.rows() && lane < D / 8) q[i][0].load(q_from[i], a.q_strides[3]);
+    }
     start_copy(copies, mine, last_tile, 0);  // one: more would delay the queries
-    if (warp < kRows) prepare_query(q, warp);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (WARPS * i + warp < kRows) prepare_query(q[i], WARPS * i + warp);
+    }
     if (threadIdx.x == 0) levels.store(shared.levels);
     __syncthreads();
     levels.load(shared.levels);
