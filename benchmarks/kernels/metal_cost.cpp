@@ -36,20 +36,25 @@ std::string name_of(const metal::Coding& coding) {
   return "TQ" + std::to_string(coding.bits) + (coding.code == turboquant::Code::trellis ? " trellis" : "");
 }
 
+/// The splits of four KV heads.
+int splits_of(const Case& c, const metal::Coding& coding) {
+  return turboquant::metal::plan_attention({.batch = 1,
+                                            .query_heads = 4 * c.query_heads,
+                                            .kv_heads = 4,
+                                            .query_len = 1,
+                                            .kv_len = c.kv_len,
+                                            .head_dim = c.head_dim,
+                                            .keys = coding,
+                                            .values = coding,
+                                            .dtype = c.dtype})
+      .splits;
+}
+
 /// One KV head of four, in the splits that the plan takes for all four.
 void report(const metal::Coding& coding, int kv_len, int head_dim) {
   Case c = cost_case(coding, head_dim);
   c.kv_len = kv_len;
-  const int splits = turboquant::metal::plan_attention({.batch = 1,
-                                                        .query_heads = 4 * c.query_heads,
-                                                        .kv_heads = 4,
-                                                        .query_len = 1,
-                                                        .kv_len = kv_len,
-                                                        .head_dim = c.head_dim,
-                                                        .keys = coding,
-                                                        .values = coding,
-                                                        .dtype = c.dtype})
-                         .splits;
+  const int splits = splits_of(c, coding);
   turboquant::cases::Inputs inputs(c);
   reset_counts();
   emulator::attend(inputs.params(), splits);
@@ -87,6 +92,32 @@ void report(const metal::Coding& coding, int kv_len, int head_dim) {
   }
 }
 
+/// What exact copies of the newest 128 and the first 4 tokens cost.
+void report_exact(const metal::Coding& coding, int kv_len) {
+  double instructions[2], bytes[2];
+  for (bool exact : {false, true}) {
+    Case c = exact ? cost_exact_case(coding) : cost_case(coding);
+    c.kv_len = kv_len;
+    const int splits = splits_of(c, coding);
+    turboquant::cases::Inputs inputs(c);
+    reset_counts();
+    emulator::attend(inputs.params(), splits);
+    instructions[exact] = 0;
+    for (const uint64_t n : counts.of) instructions[exact] += double(n);
+    bytes[exact] = double(device_bytes().read + device_bytes().written);
+  }
+  const double packed = 2.0 * kv_len * turboquant::bytes_per_vector(coding.bits, 256);
+  const double lanes = kChips[1].cores * kChips[1].clock * 128;
+  double time[2];
+  for (int i : {0, 1})
+    time[i] = std::max(instructions[i] / lanes, packed * bytes[i] / bytes[0] / kChips[1].bytes_per_second);
+  std::printf(
+      "%s, %d tokens, with exact copies: %.3f times the instructions, %.3f times the bytes, on %s %.3f times the "
+      "time\n",
+      name_of(coding).c_str(), kv_len, instructions[1] / instructions[0], bytes[1] / bytes[0], kChips[1].name,
+      time[1] / time[0]);
+}
+
 /// Encoding of Gaussian vectors of 256.
 void report_encode(const metal::Coding& coding, bool feedback) {
   constexpr int tokens = 8, dim = 256;
@@ -117,6 +148,9 @@ int main() {
     for (const auto& coding : all_codings()) report(coding, kv_len, 256);
   }
   for (const auto& coding : all_codings()) report(coding, 16384, 512);
+  for (int kv_len : {4096, 16384}) {
+    for (const auto& coding : all_codings()) report_exact(coding, kv_len);
+  }
   for (const auto& coding : all_codings()) {
     for (bool feedback : {false, true}) report_encode(coding, feedback);
   }

@@ -76,9 +76,12 @@ template <class Array>
 struct AttentionArrays {
   Array q, key_codes, key_scales, value_codes, value_scales;
   std::optional<Array> starts, mask, sinks, key_centre, value_centre;
+  // Exact copies [batch, kv_heads, ring + first], dense within a head; all four or none.
+  std::optional<Array> exact_key_codes = {}, exact_key_scales = {}, exact_value_codes = {}, exact_value_scales = {};
 };
 
-/// Attention; `shape` needs what the arrays do not tell: kv_len, codings, dtype, rules, kind of mask.
+/// Attention; `shape` needs what the arrays do not tell (of exact copies `recent` and `first`): kv_len, codings, dtype,
+/// rules, kind of mask.
 template <class Launcher, class Array = typename Launcher::Array>
 Array launch_attention(Launcher& launcher, AttentionShape shape, const AttentionArrays<Array>& a) {
   shape.batch = launcher.dim(a.q, 0);
@@ -90,6 +93,11 @@ Array launch_attention(Launcher& launcher, AttentionShape shape, const Attention
   shape.sinks = a.sinks.has_value();
   shape.key_centre = a.key_centre.has_value();
   shape.value_centre = a.value_centre.has_value();
+  if (a.exact_key_codes) {
+    shape.ring = launcher.dim(*a.exact_key_codes, 2) - shape.first;
+  } else {
+    shape.recent = shape.first = 0;
+  }
   const auto plan = plan_attention(shape);
   const Array params = launcher.params(plan.params);
   Named<Array> arrays{{"q", a.q},
@@ -107,6 +115,17 @@ Array launch_attention(Launcher& launcher, AttentionShape shape, const Attention
   if (!plan.merged) return out[0];
   arrays.emplace("partial", out[0]);
   arrays.emplace("stats", out[1]);
+  if (plan.copies) {
+    Named<Array> copies = arrays;
+    copies.insert_or_assign("key_codes", *a.exact_key_codes);
+    copies.insert_or_assign("key_scales", *a.exact_key_scales);
+    copies.insert_or_assign("value_codes", *a.exact_value_codes);
+    copies.insert_or_assign("value_scales", *a.exact_value_scales);
+    copies.insert_or_assign("params", launcher.params(plan.copy_params));
+    const auto of_copies = run_bound(launcher, plan.attend_copies, copies);
+    arrays.emplace("copy_partial", of_copies[0]);
+    arrays.emplace("copy_stats", of_copies[1]);
+  }
   return run_bound(launcher, plan.merge, arrays)[0];
 }
 

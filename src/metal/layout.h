@@ -18,7 +18,10 @@ enum Param {
   kVectors,  // codec: vectors of one side
   kTokens,   // codec: tokens of a head
   kHeads,    // codec
-  kUnused,
+  kRing,        // exact copies: slots of the ring, whose copies the newest kRecent tokens of a query are read from,
+  kRecent,      // and behind which the first kFirst tokens of a row are
+  kFirst,       // (ExactTier in turboquant.h)
+  kCopySplits,  // of the launch that reads the copies
   kSigns,  // sixteen words of `sign_word`
   kParamCount = kSigns + 16
 };
@@ -35,7 +38,8 @@ enum Flag {
   kCentre = 128,          // codec: the first side has a centre
   kSecondCentre = 256,    // codec: and the second
   kFeedback = 512,        // codec: the first side has feedback
-  kSecondFeedback = 1024  // codec: and the second
+  kSecondFeedback = 1024,  // codec: and the second
+  kCopies = 2048           // attention reads exact copies: keys are slots
 };
 
 /// Threads of a threadgroup: of decoding attention, and of every other kernel.

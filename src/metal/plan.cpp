@@ -103,7 +103,7 @@ constexpr char kDecode[] = R"(
 /// Arguments of both kinds of attention.
 constexpr char kKeys[] = "packed(key_codes, key_codes_strides, key_scales, key_scales_strides)";
 constexpr char kValues[] = "packed(value_codes, value_codes_strides, value_scales, value_scales_strides)";
-constexpr char kRules[] = "rules_of(params, starts, mask, mask_strides)";
+constexpr char kRules[] = "rules_of<COPIES>(params, starts, mask, mask_strides)";
 constexpr char kEnding[] = "ending(strided(q, q_strides), sinks, key_centre, value_centre)";
 
 constexpr char kAttendDecode[] = R"(
@@ -131,13 +131,77 @@ std::string attend_body(bool decode, bool merged) {
 constexpr char kMerge[] = R"(
   merge_splits<T, D>(partials(partial, stats), ENDING, out, params, index, place.lane);
 )";
+constexpr char kMergeWithCopies[] = R"(
+  merge_with_copies<T, D>(partials(partial, stats), partials(copy_partial, copy_stats), ENDING, out, params, index,
+                          place.lane);
+)";
 
+TemplateArg type_arg(Dtype dtype) { return {"T", Kind::dtype, int(dtype)}; }
 TemplateArg dim_arg(int head_dim) { return {"D", Kind::integer, head_dim}; }
 
 /// Bits and code as template arguments <name>B and <name>C.
 void add_coding(Kernel& k, const std::string& name, const Coding& coding) {
   k.template_args.push_back({name + "B", Kind::integer, coding.bits});
   k.template_args.push_back({name + "C", Kind::integer, int(coding.code)});
+}
+
+/// How the rows of an attention are shared out.
+struct Tiles {
+  bool decode;
+  int rows, count;  // of a tile; tiles of a KV head
+  explicit Tiles(const AttentionShape& s) {
+    const int group = s.query_heads / s.kv_heads, all = group * s.query_len;
+    decode = is_decode(group, s.query_len, s.head_dim);
+    rows = decode ? rows_of_tile(all, s.head_dim) : int(kTileRows);
+    count = ceil_div(all, rows);
+  }
+  /// Splits of so many keys.
+  int splits_of(const AttentionShape& s, int keys) const {
+    const int simdgroups = decode ? kDecodeSimdgroups : kSimdgroups;
+    const int64_t threadgroups = std::max<int64_t>(1, int64_t(count) * s.kv_heads * s.batch);
+    const int most = std::clamp(ceil_div(keys, 2 * kBlock * simdgroups), 1, kMostSplits);
+    return int(std::clamp<int64_t>(kSimdgroupsWanted / simdgroups / threadgroups, 1, most));
+  }
+};
+
+Output output_of(const AttentionShape& s) {
+  return {"out", type_of(s.dtype), {s.batch, s.query_heads, s.query_len, s.head_dim}};
+}
+
+/// One launch of attention: over codes or over exact copies.
+struct Pass {
+  Coding keys, values;
+  int splits;
+  bool merged, copies;
+};
+Kernel attend_kernel(const AttentionShape& s, const Tiles& tiles, const Pass& pass) {
+  Kernel k;
+  k.inputs = {"q", "key_codes", "key_scales", "value_codes", "value_scales", "starts", "mask"};
+  if (!tiles.decode) k.inputs.insert(k.inputs.end(), {"sinks", "key_centre", "value_centre"});
+  k.inputs.push_back("params");
+  k.source = attend_body(tiles.decode, pass.merged);
+  if (pass.merged) {
+    k.outputs = {{"partial", Type::float16, {s.batch, s.query_heads, s.query_len, pass.splits, s.head_dim}},
+                 {"stats", Type::float32, {s.batch, s.query_heads, s.query_len, pass.splits, kStats}}};
+  } else {
+    k.outputs = {output_of(s)};
+  }
+  if (tiles.decode) {
+    k.name = "turboquant_attend_decode";
+    k.header = Source::decode;
+    k.template_args = {dim_arg(s.head_dim), {"R", Kind::integer, tiles.rows}};
+    k.grid = {tiles.count * kDecodeThreads, pass.splits, s.batch * s.kv_heads};
+    k.threadgroup = {kDecodeThreads, 1, 1};
+  } else {
+    k.name = "turboquant_attend_prefill";
+    k.header = Source::prefill;
+    k.template_args = {type_arg(s.dtype), dim_arg(s.head_dim), {"FINISH", Kind::boolean, !pass.merged}};
+    k.grid = {tiles.count * kThreads, s.kv_heads, s.batch * pass.splits};
+  }
+  add_coding(k, "K", pass.keys);
+  add_coding(k, "V", pass.values);
+  k.template_args.push_back({"COPIES", Kind::boolean, pass.copies});
+  return k;
 }
 
 }  // namespace
@@ -203,17 +267,12 @@ Kernel decode_kernel(const EncodeShape& s, Dtype dtype) {
 }
 
 AttentionPlan plan_attention(const AttentionShape& s) {
-  const int group = s.query_heads / s.kv_heads, rows = group * s.query_len;
+  const Tiles tiles(s);
   AttentionPlan plan{};
-  plan.decode = is_decode(group, s.query_len, s.head_dim);
-  const int simdgroups = plan.decode ? kDecodeSimdgroups : kSimdgroups;
-  const int of_tile = plan.decode ? rows_of_tile(rows, s.head_dim) : int(kTileRows);
-  const int tiles = ceil_div(rows, of_tile);
-  const int64_t threadgroups = std::max<int64_t>(1, int64_t(tiles) * s.kv_heads * s.batch);
-  const int most = std::clamp(ceil_div(s.kv_len, 2 * kBlock * simdgroups), 1, kMostSplits);
-  plan.splits =
-      s.splits > 0 ? s.splits : int(std::clamp<int64_t>(kSimdgroupsWanted / simdgroups / threadgroups, 1, most));
-  plan.merged = plan.decode || plan.splits > 1;
+  plan.decode = tiles.decode;
+  plan.copies = s.recent > 0 || s.first > 0;
+  plan.splits = s.splits > 0 ? s.splits : tiles.splits_of(s, s.kv_len);
+  plan.merged = plan.decode || plan.copies || plan.splits > 1;
 
   Params& p = plan.params = base_params(s.seed);
   p[kKvLen] = s.kv_len;
@@ -229,41 +288,27 @@ AttentionPlan plan_attention(const AttentionShape& s) {
               (s.mask == MaskKind::boolean    ? kBooleanMask
                : s.mask == MaskKind::additive ? kAdditiveMask
                                               : 0);
-
-  const TemplateArg type{"T", Kind::dtype, int(s.dtype)}, dim = dim_arg(s.head_dim);
-  Kernel& k = plan.attend;
-  k.inputs = {"q", "key_codes", "key_scales", "value_codes", "value_scales", "starts", "mask"};
-  if (!plan.decode) k.inputs.insert(k.inputs.end(), {"sinks", "key_centre", "value_centre"});
-  k.inputs.push_back("params");
-  k.source = attend_body(plan.decode, plan.merged);
-  const Output out{"out", type_of(s.dtype), {s.batch, s.query_heads, s.query_len, s.head_dim}};
-  if (plan.merged) {
-    k.outputs = {{"partial", Type::float16, {s.batch, s.query_heads, s.query_len, plan.splits, s.head_dim}},
-                 {"stats", Type::float32, {s.batch, s.query_heads, s.query_len, plan.splits, kStats}}};
-  } else {
-    k.outputs = {out};
-  }
-  if (plan.decode) {
-    k.name = "turboquant_attend_decode";
-    k.header = Source::decode;
-    k.template_args = {dim, {"R", Kind::integer, of_tile}};
-    k.grid = {tiles * kDecodeThreads, plan.splits, s.batch * s.kv_heads};
-    k.threadgroup = {kDecodeThreads, 1, 1};
-  } else {
-    k.name = "turboquant_attend_prefill";
-    k.header = Source::prefill;
-    k.template_args = {type, dim, {"FINISH", Kind::boolean, !plan.merged}};
-    k.grid = {tiles * kThreads, s.kv_heads, s.batch * plan.splits};
-  }
-  add_coding(k, "K", s.keys);
-  add_coding(k, "V", s.values);
+  plan.attend = attend_kernel(s, tiles, {s.keys, s.values, plan.splits, plan.merged, false});
   plan.merge = {.name = "turboquant_merge",
                 .header = Source::decode,
                 .inputs = {"q", "partial", "stats", "sinks", "key_centre", "value_centre", "params"},
-                .outputs = {out},
+                .outputs = {output_of(s)},
                 .source = std::string(kPlace) + kIndex + fill(kMerge, {{"ENDING", kEnding}}),
-                .template_args = {type, dim},
+                .template_args = {type_arg(s.dtype), dim_arg(s.head_dim)},
                 .grid = {ceil_div(p[kVectors], kSimdgroups) * kThreads, 1, 1}};
+  if (plan.copies) {
+    p[kRing] = s.ring;
+    p[kRecent] = s.recent;
+    p[kFirst] = s.first;
+    p[kCopySplits] = tiles.splits_of(s, s.ring + s.first);
+    plan.copy_params = p;
+    plan.copy_params[kSplits] = p[kCopySplits];
+    plan.copy_params[kFlags] |= kCopies;
+    plan.attend_copies = attend_kernel(s, tiles, {s.exact, s.exact, p[kCopySplits], true, true});
+    plan.merge.name += "_with_copies";
+    plan.merge.inputs.insert(plan.merge.inputs.begin() + 3, {"copy_partial", "copy_stats"});
+    plan.merge.source = std::string(kPlace) + kIndex + fill(kMergeWithCopies, {{"ENDING", kEnding}});
+  }
   return plan;
 }
 

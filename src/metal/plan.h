@@ -86,6 +86,9 @@ struct AttentionShape {
   MaskKind mask = MaskKind::none;
   bool starts = false, sinks = false, key_centre = false, value_centre = false;
   int splits = 0;  // of the keys; 0: chosen
+  // Exact copies (ExactTier): how they are coded, slots of the ring, and what of it is read; 0: none.
+  Coding exact = 8;
+  int ring = 0, recent = 0, first = 0;
 };
 
 /// How attention is launched: `attend`, and `merge` after it when there are partial results.
@@ -95,12 +98,15 @@ struct AttentionShape {
 /// Its outputs: partial [batch, query_heads, query_len, splits, head_dim], float16, and stats [..., splits, 3],
 /// float32; or out alone (q's shape and dtype) when there is nothing to merge. merge's inputs: q, partial, stats,
 /// sinks, key_centre, value_centre, params.  Its output: out.
+/// With exact copies `attend_copies` is launched too: attend's inputs, but codes and scales of the copies, and
+/// copy_params; attend then leaves out the tokens that are read from copies, has partial results, and merge takes those
+/// of both: q, partial, stats, copy_partial, copy_stats, sinks, ...
 struct AttentionPlan {
   bool decode;  // the kernel for few rows
   int splits;
-  bool merged;
-  Kernel attend, merge;
-  Params params;
+  bool merged, copies;
+  Kernel attend, attend_copies, merge;
+  Params params, copy_params;
 };
 AttentionPlan plan_attention(const AttentionShape& shape);
 

@@ -232,6 +232,12 @@ MUTATIONS = {
     ),
     "8 bits: not at the largest coordinate's unit": ("codec.metal", "127.0f / simd_max(largest)", "127.0f / largest"),
     "a scale beyond the largest half": ("codec.metal", "fmin(scale, largest_scale())", "scale"),
+    "copies: codes of the same tokens too": ("attention.metal", "row.last = min(row.last, row.recent);", ""),
+    "copies: the first tokens twice": ("attention.metal", "row.first = max(row.first, row.first_end);", ""),
+    "copies: a token in both places read twice": ("attention.metal", "min(row.first_end, row.recent)", "row.first_end"),
+    "copies: the ring a token off": ("attention.metal", "return newest - (", "return newest - 1 - ("),
+    "copies: a block's older tokens left out": ("attention.metal", "(before < tokens.y &&", "(false && before < tokens.y &&"),
+    "copies: their splits forgotten": ("attention.metal", "  add_splits<D>(copies, first_copy, copy_splits, m, sum, x, lane);\n", ""),
     "feedback with the sign turned": ("codec.metal", "target -= moved;", "target += moved;"),
     "feedback: errors against the targets": (
         "codec.metal",

@@ -62,22 +62,22 @@ int main() {
       const std::vector<metal::Coding> both{codings[0], codings[1]};
       const metal::EncodeShape shape{1, 2, 3, 64, both, {true, false}, 1};
       print(metal::encode_kernel(shape),
-            {{t, 4, 384}, {"float", 2, 128}, {t, 4, 384}, {"int32_t", 1, 28}, {"int32_t", 1, 28}},
+            {{t, 4, 384}, {"float", 2, 128}, {t, 4, 384}, {"int32_t", 1, 31}, {"int32_t", 1, 31}},
             {"uint32_t", "float16_t", "uint32_t", "float16_t"});
       const metal::EncodeShape shaped{1, 2, 3, 64, both, {true, false}, 1, {false, true}};
       print(metal::encode_kernel(shaped),
             {{t, 4, 384},
              {"float", 2, 128},
-             {"int32_t", 1, 28},
+             {"int32_t", 1, 31},
              {t, 4, 384},
-             {"int32_t", 1, 28},
+             {"int32_t", 1, 31},
              {"float16_t", 3, 8192},
-             {"int32_t", 1, 28}},
+             {"int32_t", 1, 31}},
             {"uint32_t", "float16_t", "uint32_t", "float16_t"});
       print(metal::encode_kernel({1, 2, 3, 64, {codings[0]}, {false}, 1, {true}}),
-            {{t, 4, 384}, {"int32_t", 1, 28}, {"float16_t", 3, 8192}, {"int32_t", 1, 28}}, {"uint32_t", "float16_t"});
+            {{t, 4, 384}, {"int32_t", 1, 31}, {"float16_t", 3, 8192}, {"int32_t", 1, 31}}, {"uint32_t", "float16_t"});
       print(metal::decode_kernel(shape, dtype),
-            {{"uint32_t", 4, 36}, {"float16_t", 3, 6}, {"float", 2, 128}, {"int32_t", 1, 28}}, {t});
+            {{"uint32_t", 4, 36}, {"float16_t", 3, 6}, {"float", 2, 128}, {"int32_t", 1, 31}}, {t});
       for (int query_len : {1, 40, 200}) {
         for (size_t small : {size_t(2), size_t(20)}) {  // of what is passed as `constant` when it is short
           const auto plan = metal::plan_attention({.batch = 2,
@@ -89,17 +89,23 @@ int main() {
                                                    .keys = codings[0],
                                                    .values = codings[1],
                                                    .dtype = dtype,
-                                                   .splits = query_len == 200 ? 1 : 0});
+                                                   .splits = query_len == 200 ? 1 : 0,
+                                                   .ring = codings[1].bits == 8 ? 64 : 0,
+                                                   .recent = codings[1].bits == 8 ? 32 : 0});
           const InputInfo codes{"uint32_t", 4, 4000}, scales{"float16_t", 3, small}, q{t, 4, 1000},
-              sinks{"float", 1, small}, centre{"float", 2, 128}, params{"int32_t", 1, 28}, starts{"int32_t", 1, small},
+              sinks{"float", 1, small}, centre{"float", 2, 128}, params{"int32_t", 1, 31}, starts{"int32_t", 1, small},
               mask{small == 2 ? "bool" : t, 4, 4800};
           std::vector<InputInfo> inputs{q, codes, scales, codes, scales, starts, mask};
           if (!plan.decode) inputs.insert(inputs.end(), {sinks, centre, centre});
           inputs.push_back(params);
           print(plan.attend, inputs,
                 plan.merged ? std::vector<std::string>{"float16_t", "float"} : std::vector<std::string>{t});
+          if (plan.copies) print(plan.attend_copies, inputs, {"float16_t", "float"});
           if (plan.merged) {
-            print(plan.merge, {q, {"float16_t", 5, 1000}, {"float", 5, 40}, sinks, centre, centre, params}, {t});
+            inputs = {q, {"float16_t", 5, 1000}, {"float", 5, 40}};
+            if (plan.copies) inputs.insert(inputs.end(), {{"float16_t", 5, 1000}, {"float", 5, 40}});
+            inputs.insert(inputs.end(), {sinks, centre, centre, params});
+            print(plan.merge, inputs, {t});
           }
         }
       }

@@ -26,8 +26,8 @@ inline std::vector<Case> attention_cases(bool long_contexts) {
   return {};
 #else
   auto rows = turboquant::cases::table_trellis();
-  for (const auto& more :
-       {turboquant::cases::table_8bits(), turboquant::cases::table_wide(), turboquant::cases::table(long_contexts)}) {
+  for (const auto& more : {turboquant::cases::table_8bits(), turboquant::cases::table_wide(),
+                           turboquant::cases::table_exact(), turboquant::cases::table(long_contexts)}) {
     rows.insert(rows.end(), more.begin(), more.end());
   }
   std::erase_if(rows, [](const Case& c) { return c.kv_len > 10000 && c.key_bits == 3; });
@@ -250,6 +250,10 @@ inline turboquant::AttendParams shape_of(const Case& c) {
   static const float number = 0;
   if (c.sinks) p.sinks = &number;
   if (c.centred) p.key_centre = p.value_centre = &number;
+  if (c.recent || c.first) {
+    p.exact.keys.bits = p.exact.values.bits = c.exact_bits;
+    p.exact.ring = c.ring, p.exact.recent = c.recent, p.exact.first = c.first;
+  }
   return p;
 }
 
@@ -317,6 +321,12 @@ inline Case cost_case(const metal::Coding& coding, int head_dim = 256) {
           .key_code = coding.code,
           .value_code = coding.code};
 }
+/// The same with exact copies, as a cache hands them over.
+inline Case cost_exact_case(const metal::Coding& coding) {
+  Case c = cost_case(coding);
+  c.recent = 128, c.first = 4, c.ring = 384;
+  return c;
+}
 /// Vectors of 256 to encode.
 inline turboquant::EncodeParams cost_encode(const metal::Coding& coding, int tokens, bool feedback) {
   static const uint16_t there = 0;
@@ -332,6 +342,7 @@ inline void record_cost_launches() {
     for (int head_dim : {256, 512}) emulator::attend(shape_of(cost_case(coding, head_dim)));
     for (bool feedback : {false, true}) emulator::encode({cost_encode(coding, 1, feedback)});
   }
+  emulator::attend(shape_of(cost_exact_case({3, Code::trellis})));
 }
 
 }  // namespace emulator

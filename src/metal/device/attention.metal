@@ -43,16 +43,18 @@ auto scales_of_head(Packed in, int b, int kv) {
   return in.scales + (b * in.scale_strides[0] + kv * in.scale_strides[1]);
 }
 
-/// What decides which keys a row sees.
-template <class Params, class Starts, class Mask, class MaskStrides>
+/// What decides which keys a row sees.  With COPIES keys are slots of the exact copies.
+template <bool COPIES, class Params, class Starts, class Mask, class MaskStrides>
 struct Rules {
+  static constant constexpr bool kCopies = COPIES;
   Params params;
   Starts starts;
   Mask mask;
   MaskStrides mask_strides;
 };
-template <class Params, class Starts, class Mask, class MaskStrides>
-Rules<Params, Starts, Mask, MaskStrides> rules_of(Params params, Starts starts, Mask mask, MaskStrides mask_strides) {
+template <bool COPIES, class Params, class Starts, class Mask, class MaskStrides>
+Rules<COPIES, Params, Starts, Mask, MaskStrides> rules_of(Params params, Starts starts, Mask mask,
+                                                          MaskStrides mask_strides) {
   return {params, starts, mask, mask_strides};
 }
 
@@ -81,9 +83,10 @@ Partials<X, Stats> partials(X x, Stats stats) {
   return {x, stats};
 }
 
-/// A row of attention: where its query stands and which keys its rules let it see.
+/// A row of attention: where its query stands and which keys its rules let it see.  Of these the exact copies hold
+/// those from `recent` on and those before `first_end`; a launch that reads codes leaves them out.
 struct Row {
-  int batch, head, query, first, last;
+  int batch, head, query, first, last, recent, first_end;
 };
 
 /// Row `index` of KV head `kv`; one beyond the last sees nothing.
@@ -98,20 +101,58 @@ Row find_row(Params params, Starts starts, int index, int kv, int b) {
   row.head = kv * group + index % group;
   const int position = kv_len - query_len + row.query;
   row.first = (flags & metal_layout::kStarts) ? max(int(starts[b]), 0) : 0;
+  const int recent = params[metal_layout::kRecent], first = params[metal_layout::kFirst];
+  row.recent = recent > 0 ? max(max(position - recent + 1, kv_len - params[metal_layout::kRing]), 0) : kv_len;
+  row.first_end = first > 0 ? row.first + first : 0;
   row.last = (flags & metal_layout::kCausal) ? min(position + 1, kv_len) : kv_len;
   if (window > 0) row.first = max(row.first, position - window + 1);
+  if (!(flags & metal_layout::kCopies)) {
+    row.first = max(row.first, row.first_end);
+    row.last = min(row.last, row.recent);
+  }
   if (row.query >= query_len) row.last = row.first;
   row.last = max(row.first, row.last);
   return row;
 }
 
-/// The keys of one split: the range that any of rows [begin, end) sees, cut into blocks, shared out evenly.
+/// The token whose copy is in a slot; negative when there is none yet.
+template <class Params>
+int token_of_slot(Params params, int first_token, int slot) {
+  const int ring = params[metal_layout::kRing], newest = params[metal_layout::kKvLen] - 1;
+  if (slot >= ring) return first_token + slot - ring;
+  return newest - ((newest - slot) % ring + ring) % ring;
+}
+
+/// The tokens that any of rows [begin, end) reads from the ring.
+template <class Rules>
+int2 tokens_of_ring(Rules rules, int begin, int end, int kv, int b) {
+  const int group = rules.params[metal_layout::kQueryHeads] / rules.params[metal_layout::kKvHeads];
+  const int rows = rules.params[metal_layout::kQueryLen] * group;
+  return int2(find_row(rules.params, rules.starts, begin, kv, b).recent,
+              find_row(rules.params, rules.starts, min(end, rows) - 1, kv, b).last);
+}
+
+/// Whether a block of keys may hold some that are read.  A block of the ring holds tokens that follow each other, those
+/// beyond the newest a ring earlier.
+template <class Rules>
+bool is_read(Rules rules, int2 tokens, int block) {
+  const int ring = rules.params[metal_layout::kRing];
+  if (!Rules::kCopies || block >= ring) return true;
+  const int token = token_of_slot(rules.params, 0, block), before = token - ring;
+  return (token < tokens.y && token + metal_layout::kBlock > tokens.x) ||
+         (before < tokens.y && before + metal_layout::kBlock > tokens.x);
+}
+
+/// The keys of one split: the range that any of rows [begin, end) sees, or all slots of copies, cut into blocks, shared
+/// out evenly.
 template <class Params, class Starts>
 int2 split_range(Params params, Starts starts, int begin, int end, int kv, int b, int split) {
   const int group = params[metal_layout::kQueryHeads] / params[metal_layout::kKvHeads];
   const int rows = params[metal_layout::kQueryLen] * group;
-  const int first = find_row(params, starts, begin, kv, b).first;
-  const int last = find_row(params, starts, min(end, rows) - 1, kv, b).last;
+  const bool copies = params[metal_layout::kFlags] & metal_layout::kCopies;
+  const int first = copies ? 0 : find_row(params, starts, begin, kv, b).first;
+  const int last = copies ? params[metal_layout::kRing] + params[metal_layout::kFirst]
+                          : find_row(params, starts, min(end, rows) - 1, kv, b).last;
   const int base = first / metal_layout::kBlock,
             blocks = (max(last, first) + metal_layout::kBlock - 1) / metal_layout::kBlock - base;
   const int splits = params[metal_layout::kSplits], each = (blocks + splits - 1) / splits;
@@ -123,6 +164,12 @@ int2 split_range(Params params, Starts starts, int begin, int end, int kv, int b
 template <class Rules>
 float masked(float score, Row row, int key, Rules rules) {
   const int flags = rules.params[metal_layout::kFlags];
+  if (Rules::kCopies) {
+    const bool of_ring = key < rules.params[metal_layout::kRing];
+    key = token_of_slot(rules.params, row.first_end - rules.params[metal_layout::kFirst], key);
+    // A token in both places is read from the ring.
+    if (of_ring ? key < row.recent : key >= min(row.first_end, row.recent)) return -INFINITY;
+  }
   if (key < row.first || key >= row.last) return -INFINITY;
   if (!(flags & (metal_layout::kBooleanMask | metal_layout::kAdditiveMask))) return score;
   const auto strides = rules.mask_strides;
@@ -195,19 +242,19 @@ void finish_row(float m, float sum, thread float* x, Row row, Ending ending, Out
   }
 }
 
-/// Where the partial result of a row lies: in units of D numbers (x) and of kStats numbers.
+/// Where the first partial result of a row lies, of `splits`: in units of D numbers (x) and of kStats numbers.
 template <class Params>
-ulong partial_index(Params params, int split, Row row) {
+ulong partial_index(Params params, int splits, Row row) {
   const int heads = params[metal_layout::kQueryHeads], queries = params[metal_layout::kQueryLen];
   const int batch_row = (row.batch * heads + row.head) * queries + row.query;
-  return ulong(batch_row) * params[metal_layout::kSplits] + split;
+  return ulong(batch_row) * splits;
 }
 
 /// Writes the partial result of a row.
 template <int D, class Partials, class Params>
 void write_partial(float m, float sum, const thread float* x, Row row, int split, Partials out, Params params,
                    ushort lane) {
-  const ulong at = partial_index(params, split, row);
+  const ulong at = partial_index(params, params[metal_layout::kSplits], row) + split;
   float largest = 0.0f;
   TQ_UNROLL
   for (int r = 0; r < D / 32; ++r) largest = fmax(largest, fabs(x[r]));
@@ -222,24 +269,19 @@ void write_partial(float m, float sum, const thread float* x, Row row, int split
   }
 }
 
-/// Merges the splits of one row: a SIMD-group a row.  `index` counts (batch, head, query).
-template <class T, int D, class Partials, class Ending, class Out, class Params>
-void merge_splits(Partials in, Ending ending, Out out, Params params, int index, ushort lane) {
-  const int heads = params[metal_layout::kQueryHeads], queries = params[metal_layout::kQueryLen];
-  const int splits = params[metal_layout::kSplits];
-  Row row;
-  row.query = index % queries;
-  row.head = index / queries % heads;
-  row.first = row.last = 0;
-  row.batch = index / queries / heads;
-  const ulong first = partial_index(params, 0, row);
+/// The largest score of a row's splits, from `first` on.
+template <class Partials>
+float largest_score(Partials in, ulong first, int splits, ushort lane) {
   float m = -INFINITY;
   for (int s = lane; s < splits; s += 32) {
     m = fmax(m, float(in.stats[(first + s) * metal_layout::kStats + metal_layout::kMaximum]));
   }
-  m = simd_max(m);
-  float x[D / 32] = {};
-  float sum = 0.0f;
+  return simd_max(m);
+}
+
+/// Adds a row's splits, from `first` on, in units of exp2(m).
+template <int D, class Partials>
+void add_splits(Partials in, ulong first, int splits, float m, thread float& sum, thread float* x, ushort lane) {
   for (int s = 0; s < splits; ++s) {
     const ulong its = (first + s) * metal_layout::kStats;
     const float factor = exp2_difference(in.stats[its + metal_layout::kMaximum], m);
@@ -249,6 +291,44 @@ void merge_splits(Partials in, Ending ending, Out out, Params params, int index,
     TQ_UNROLL
     for (int r = 0; r < D / 32; ++r) x[r] = fma(unit_of_x, float(in.x[(first + s) * D + 32 * r + lane]), x[r]);
   }
+}
+
+/// The row of number `index`, which counts (batch, head, query).
+template <class Params>
+Row row_to_merge(Params params, int index) {
+  const int heads = params[metal_layout::kQueryHeads], queries = params[metal_layout::kQueryLen];
+  Row row;
+  row.query = index % queries;
+  row.head = index / queries % heads;
+  row.batch = index / queries / heads;
+  row.first = row.last = row.recent = row.first_end = 0;
+  return row;
+}
+
+/// Merges the splits of one row: a SIMD-group a row.
+template <class T, int D, class Partials, class Ending, class Out, class Params>
+void merge_splits(Partials in, Ending ending, Out out, Params params, int index, ushort lane) {
+  const Row row = row_to_merge(params, index);
+  const int splits = params[metal_layout::kSplits];
+  const ulong first = partial_index(params, splits, row);
+  const float m = largest_score(in, first, splits, lane);
+  float x[D / 32] = {};
+  float sum = 0.0f;
+  add_splits<D>(in, first, splits, m, sum, x, lane);
+  finish_row<T, D>(m, sum, x, row, ending, out, params, lane);
+}
+
+/// The same with the splits of the launch that read the exact copies.
+template <class T, int D, class Partials, class Ending, class Out, class Params>
+void merge_with_copies(Partials in, Partials copies, Ending ending, Out out, Params params, int index, ushort lane) {
+  const Row row = row_to_merge(params, index);
+  const int splits = params[metal_layout::kSplits], copy_splits = params[metal_layout::kCopySplits];
+  const ulong first = partial_index(params, splits, row), first_copy = partial_index(params, copy_splits, row);
+  const float m = fmax(largest_score(in, first, splits, lane), largest_score(copies, first_copy, copy_splits, lane));
+  float x[D / 32] = {};
+  float sum = 0.0f;
+  add_splits<D>(in, first, splits, m, sum, x, lane);
+  add_splits<D>(copies, first_copy, copy_splits, m, sum, x, lane);
   finish_row<T, D>(m, sum, x, row, ending, out, params, lane);
 }
 

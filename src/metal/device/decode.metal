@@ -256,7 +256,9 @@ void attend_decode(Shared shared, Query query, Keys keys, Values values, Rules r
   }
   TQ_UNROLL
   for (int i = 0; i < 8 * R * value_slices(D); ++i) softmax.x[i] = 0.0f;
+  const int2 tokens = tokens_of_ring(rules, tile * R, (tile + 1) * R, kv, b);
   for (int block = range.x + metal_layout::kBlock * simdgroup; block < range.y; block += metal_layout::kDecodeThreads) {
+    if (!is_read(rules, tokens, block)) continue;
     float scores[R];
     if (K::kPairTables) {
       score_pairs<D, R>(shared, key_codes, block, range.y, scores, lane);

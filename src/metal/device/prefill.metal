@@ -150,7 +150,9 @@ void attend_prefill(Shared shared, Keys keys, Values values, Rules rules, Ending
   const auto key_scales = scales_of_head(keys, b, kv), value_scales = scales_of_head(values, b, kv);
 
   float m = -INFINITY, mv = -INFINITY, sum = 0.0f;
+  const int2 tokens = tokens_of_ring(rules, first_row, first_row + metal_layout::kTileRows, kv, b);
   for (int block = range.x; block < range.y; block += metal_layout::kBlock) {
+    if (!is_read(rules, tokens, block)) continue;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     unpack_tile<K, D>(shared->key_table + 0, tile, key_codes, block, range.y, thread_index);
     if (thread_index < metal_layout::kBlock) {
