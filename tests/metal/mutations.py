@@ -209,7 +209,11 @@ MUTATIONS = {
     ),
     "search: u of the way back a step off": ("trellis.metal", "back ? 28 - i : i", "back ? 29 - i : i"),
     "search: u of the last steps forgotten": ("trellis.metal", "uint(reversed(start)) << 29", "0u"),
-    "search: the first of 8 states alone": ("trellis.metal", "select(best, its, other < least)", "best"),
+    "search: the first of 8 states alone": (
+        "trellis.metal",
+        "select(best, its, other < least)",
+        "select(best, its, step == 0 && other < least)",
+    ),
     "search: no barrier before costs are read": (
         "trellis.metal",
         "simdgroup_barrier(mem_flags::mem_threadgroup);\n  const uint path",
@@ -236,8 +240,16 @@ MUTATIONS = {
     "copies: the first tokens twice": ("attention.metal", "row.first = max(row.first, row.first_end);", ""),
     "copies: a token in both places read twice": ("attention.metal", "min(row.first_end, row.recent)", "row.first_end"),
     "copies: the ring a token off": ("attention.metal", "return newest - (", "return newest - 1 - ("),
-    "copies: a block's older tokens left out": ("attention.metal", "(before < tokens.y &&", "(false && before < tokens.y &&"),
-    "copies: their splits forgotten": ("attention.metal", "  add_splits<D>(copies, first_copy, copy_splits, m, sum, x, lane);\n", ""),
+    "copies: a block's older tokens left out": (
+        "attention.metal",
+        "(before < tokens.y &&",
+        "(false && before < tokens.y &&",
+    ),
+    "copies: their splits forgotten": (
+        "attention.metal",
+        "  add_splits<D>(copies, first_copy, copy_splits, m, sum, x, lane);\n",
+        "",
+    ),
     "feedback with the sign turned": ("codec.metal", "target -= moved;", "target += moved;"),
     "feedback: errors against the targets": (
         "codec.metal",

@@ -14,7 +14,7 @@ from conftest import ROOT
 from turboquant_mlx import _core, attention, decode, encode
 
 NAME = re.compile(
-    r"K(?P<key_bits>\d)V(?P<value_bits>\d)_D(?P<dim>\d+)_B(?P<batch>\d+)_H(?P<heads>\d+)x(?P<kv_heads>\d+)"
+    r"K(?P<key_bits>\d)(?P<key_code>t?)V(?P<value_bits>\d)(?P<value_code>t?)_D(?P<dim>\d+)_B(?P<batch>\d+)_H(?P<heads>\d+)x(?P<kv_heads>\d+)"
     r"_L(?P<queries>\d+)_N(?P<tokens>\d+)(?P<causal>_causal)?(?:_window(?P<window>\d+))?(?P<ragged>_ragged)?"
     r"(?P<sinks>_sinks)?(?P<centred>_centred)?(?:_(?P<mask>boolean|additive))?(?P<saturated>_saturated)?"
     r"(?:_(?P<dtype>f16|bf16))?"
@@ -77,9 +77,11 @@ def test_attention_matches_the_oracle(name, device):
     if c["centred"]:
         centres = {side: 0.3 * normal(c["kv_heads"], c["dim"]) for side in ("key_centre", "value_centre")}
     sides = [(k, c["key_bits"], centres.get("key_centre")), (v, c["value_bits"], centres.get("value_centre"))]
-    packed = [encode(x, bits, seed=seed, centre=centre) for x, bits, centre in sides]
+    code = "trellis" if c["key_code"] or c["value_code"] else "scalar"
+    packed = [encode(x, bits, seed=seed, centre=centre, code=code) for x, bits, centre in sides]
     history = [
-        decode(*codes, bits, seed=seed, centre=centre) for codes, (_, bits, centre) in zip(packed, sides, strict=True)
+        decode(*codes, bits, seed=seed, centre=centre, code=code)
+        for codes, (_, bits, centre) in zip(packed, sides, strict=True)
     ]
     sinks = normal(c["heads"]) if c["sinks"] else None
     starts = np.arange(c["batch"], dtype=np.int32) * c["tokens"] // (c["batch"] + 1) * bool(c["ragged"])
@@ -100,6 +102,7 @@ def test_attention_matches_the_oracle(name, device):
         mask=mask,
         key_bits=c["key_bits"],
         value_bits=c["value_bits"],
+        code=code,
         seed=seed,
         sinks=sinks,
         starts=mx.array(starts) if c["ragged"] else None,

@@ -150,8 +150,12 @@ inline std::vector<Variant> variants() {
 inline std::vector<std::string> names_for_python() {
   std::vector<Case> rows = turboquant::cases::table();
   for (const auto& v : variants()) rows.push_back(v.c);
-  std::erase_if(rows, [](const Case& c) {  // Python has no other kinds of codes
-    return c.key_code != Code::scalar || c.value_code != Code::scalar || c.key_bits == 8 || c.value_bits == 8;
+  // In Python one kind of code serves both sides, where the width has it.
+  std::erase_if(rows, [](const Case& c) {
+    const bool scalar[] = {c.key_bits < 4 && c.key_code == Code::scalar,
+                           c.value_bits < 4 && c.value_code == Code::scalar};
+    const bool trellis = c.key_code == Code::trellis || c.value_code == Code::trellis;
+    return trellis && (scalar[0] || scalar[1]);
   });
   std::vector<std::string> names;
   for (const auto& c : rows) {
