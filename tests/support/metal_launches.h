@@ -143,6 +143,13 @@ inline std::vector<Variant> variants() {
       }
     }
   }
+  // Exact copies, whose kernels are those of the shared table.
+  Case c{.batch = 2, .kv_len = 200, .ragged = true, .key_code = Code::trellis, .value_code = Code::trellis};
+  c.recent = 40, c.first = 4, c.ring = 96;
+  rows.push_back({c, 1});
+  c = {.query_heads = 8, .kv_heads = 2, .query_len = 17, .kv_len = 190, .causal = true};
+  c.recent = 40, c.first = 140, c.ring = 128;  // first tokens that the ring has too
+  rows.push_back({c, 2});
   return rows;
 }
 
@@ -150,12 +157,12 @@ inline std::vector<Variant> variants() {
 inline std::vector<std::string> names_for_python() {
   std::vector<Case> rows = turboquant::cases::table();
   for (const auto& v : variants()) rows.push_back(v.c);
-  // In Python one kind of code serves both sides, where the width has it.
+  // In Python one kind of code serves both sides, where the width has it, and copies are a cache's.
   std::erase_if(rows, [](const Case& c) {
     const bool scalar[] = {c.key_bits < 4 && c.key_code == Code::scalar,
                            c.value_bits < 4 && c.value_code == Code::scalar};
     const bool trellis = c.key_code == Code::trellis || c.value_code == Code::trellis;
-    return trellis && (scalar[0] || scalar[1]);
+    return c.recent > 0 || (trellis && (scalar[0] || scalar[1]));
   });
   std::vector<std::string> names;
   for (const auto& c : rows) {
