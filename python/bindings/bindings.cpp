@@ -60,6 +60,8 @@ NB_MODULE(_core, m) {
       "value_bits"_a = 3, "seed"_a = 0, "sinks"_a = nb::none(), "starts"_a = nb::none(), "window"_a = 0,
       "key_centre"_a = nb::none(), "value_centre"_a = nb::none(), "code"_a = "scalar", "stream"_a = nb::none());
 
+  m.def("reads_exact_copies", [] { return ops::reads_exact_copies(); });
+
   bind_caches(m);
 
   m.def("gpu_supported", [] {
@@ -87,5 +89,5 @@ NB_MODULE(_core, m) {
   m.def("bytes_per_vector", &tq::bytes_per_vector, "bits"_a, "head_dim"_a);
   m.attr("FORMAT_VERSION") = TQ_FORMAT_VERSION;
   // Raise this and API in _checks.py when a binding changes: an extension of older sources is then refused by name.
-  m.attr("API") = 6;
+  m.attr("API") = 7;
 }

@@ -29,7 +29,7 @@ mx::array numbers(const std::vector<int>& v) { return mx::array(v.data(), {int(v
 using Pair = std::pair<Array, Array>;
 
 ops::Coding coding(int key_bits, int value_bits, uint64_t seed, const Pair& centres, const Pair& feedback,
-                   const std::string& code) {
+                   const std::string& code, int recent = 0, int sink = 0) {
   return {key_bits,
           value_bits,
           seed,
@@ -37,7 +37,30 @@ ops::Coding coding(int key_bits, int value_bits, uint64_t seed, const Pair& cent
           centres.second,
           feedback.first,
           feedback.second,
-          code_from("cache", code)};
+          code_from("cache", code),
+          recent,
+          sink};
+}
+
+/// Exact copies: four arrays, and the first token that their ring holds.
+using PythonCopies = std::optional<std::pair<Arrays, int>>;
+
+std::optional<ops::Copies> copies(const PythonCopies& c) {
+  if (!c) return std::nullopt;
+  return ops::Copies{store(c->first), c->second, std::nullopt};
+}
+
+/// What caches with exact copies have besides.
+template <class Cache>
+void bind_copies(nb::class_<Cache>& cache) {
+  cache.def_prop_ro("recent", [](const Cache& c) { return c.coding().recent; })
+      .def_prop_ro("sink", [](const Cache& c) { return c.coding().sink; })
+      .def_prop_ro("copies",
+                   [](const Cache& c) {
+                     return c.copies() ? PythonCopies({arrays(c.copies()->held), c.copies()->from}) : std::nullopt;
+                   })
+      .def_prop_ro("copies_nbytes", [](const Cache& c) { return c.copies() ? c.copies()->nbytes() : 0; })
+      .def("end_chunk", &Cache::end_chunk);
 }
 
 /// What all four caches have.
@@ -123,28 +146,39 @@ void bind_caches(nb::module_& m) {
           "q"_a, "scale"_a, "mask"_a = nb::none(), "sinks"_a = nb::none(), "stream"_a = nb::none())
       .def("decode", &ops::View::decode, "dtype"_a, "stream"_a = nb::none());
 
-  bind_cache<ops::KVCache>(m, "KVCache")
+  auto single = bind_cache<ops::KVCache>(m, "KVCache");
+  bind_copies(single);
+  single
       .def(
           "__init__",
           [](ops::KVCache* self, int kb, int vb, uint64_t seed, const Pair& centres, const Pair& feedback,
-             const std::string& code) { new (self) ops::KVCache(coding(kb, vb, seed, centres, feedback, code)); },
-          "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(), "feedback"_a = Pair(), "code"_a = "scalar")
+             const std::string& code, int recent,
+             int sink) { new (self) ops::KVCache(coding(kb, vb, seed, centres, feedback, code, recent, sink)); },
+          "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(), "feedback"_a = Pair(), "code"_a = "scalar",
+          "recent"_a = 0, "sink"_a = 0)
       .def(
-          "restore", [](ops::KVCache& c, const Arrays& a, int length) { c.restore(store(a), length); }, "arrays"_a,
-          "length"_a)
+          "restore",
+          [](ops::KVCache& c, const Arrays& a, int length, const PythonCopies& exact) {
+            c.restore(store(a), length, copies(exact));
+          },
+          "arrays"_a, "length"_a, "copies"_a = nb::none())
       .def_prop_ro("offset", &ops::KVCache::offset);
 
-  bind_cache<ops::BatchKVCache>(m, "BatchKVCache")
+  auto batch = bind_cache<ops::BatchKVCache>(m, "BatchKVCache");
+  bind_copies(batch);
+  batch
       .def(
           "__init__",
           [](ops::BatchKVCache* self, std::vector<int> left_padding, int kb, int vb, uint64_t seed, const Pair& centres,
-             const Pair& feedback, const std::string& code) {
-            new (self) ops::BatchKVCache(std::move(left_padding), coding(kb, vb, seed, centres, feedback, code));
+             const Pair& feedback, const std::string& code, int recent, int sink) {
+            new (self)
+                ops::BatchKVCache(std::move(left_padding), coding(kb, vb, seed, centres, feedback, code, recent, sink));
           },
           "left_padding"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(), "feedback"_a = Pair(),
-          "code"_a = "scalar")
+          "code"_a = "scalar", "recent"_a = 0, "sink"_a = 0)
       .def_static("merge", &ops::BatchKVCache::merge, "caches"_a, "stream"_a = nb::none())
-      .def("prepare", &ops::BatchKVCache::prepare, "left_padding"_a, "right_padding"_a)
+      .def("prepare", &ops::BatchKVCache::prepare, "left_padding"_a, "right_padding"_a,
+           "lengths"_a = std::vector<int>())
       .def("finalize", &ops::BatchKVCache::finalize, "stream"_a = nb::none())
       .def("filter", &ops::BatchKVCache::filter, "rows"_a, "stream"_a = nb::none())
       .def("extend", &ops::BatchKVCache::extend, "other"_a, "stream"_a = nb::none())
@@ -152,10 +186,9 @@ void bind_caches(nb::module_& m) {
       .def("mask", &mask<ops::BatchKVCache>, "n"_a, "window"_a = nb::none(), "return_array"_a = false)
       .def(
           "restore",
-          [](ops::BatchKVCache& c, const Arrays& a, int length, std::vector<int> left_padding) {
-            c.restore(store(a), length, std::move(left_padding));
-          },
-          "arrays"_a, "length"_a, "left_padding"_a)
+          [](ops::BatchKVCache& c, const Arrays& a, int length, std::vector<int> left_padding,
+             const PythonCopies& exact) { c.restore(store(a), length, std::move(left_padding), copies(exact)); },
+          "arrays"_a, "length"_a, "left_padding"_a, "copies"_a = nb::none())
       .def_prop_ro("length", &ops::BatchKVCache::length)
       .def_prop_ro("left_padding", [](const ops::BatchKVCache& c) { return numbers(c.left_padding()); })
       .def_prop_ro("offset", [](const ops::BatchKVCache& c) { return numbers(c.offsets()); });

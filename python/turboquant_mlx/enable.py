@@ -135,7 +135,19 @@ def _checked_calibration(model, calibration, seed):
     return calibration
 
 
-def packing(model, bits=3, *, key_bits=None, value_bits=None, code=None, seed=0, calibration=None, start=None):
+def packing(
+    model,
+    bits=3,
+    *,
+    key_bits=None,
+    value_bits=None,
+    code=None,
+    seed=0,
+    calibration=None,
+    start=None,
+    recent=None,
+    sink=None,
+):
     """What `enable` installs, after all its checks, while the model stays as it is.
 
     Arguments and errors are those of `enable`; the patch is applied.
@@ -144,9 +156,9 @@ def packing(model, bits=3, *, key_bits=None, value_bits=None, code=None, seed=0,
         (make_cache, slots): a function that makes the model's caches, packed ones in their places, and the kinds of the
         slots they replace, {path: class}.
     """
-    TurboQuantKVCache(
-        bits, key_bits=key_bits, value_bits=value_bits, code=code, seed=seed
-    )  # refuses wrong widths first
+    TurboQuantKVCache(  # refuses wrong settings first
+        bits, key_bits=key_bits, value_bits=value_bits, code=code, seed=seed, recent=recent, sink=sink
+    )
     if start is not None:
         whole("enable", "start", start)
     shard = sharding.of(model)
@@ -155,7 +167,8 @@ def packing(model, bits=3, *, key_bits=None, value_bits=None, code=None, seed=0,
     else:
         slots = kv_slots(own_caches(model), "enable")
     names = [slot_name(path) for path in slots]
-    settings = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits, "code": code, "seed": seed}
+    widths = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits, "code": code}
+    settings = widths | {"seed": seed, "recent": recent, "sink": sink}
     calibration = shard.own_slots(_checked_calibration(model, calibration, seed))
     unknown = [slot for slot in calibration if slot not in names]
     if unknown:
@@ -193,6 +206,8 @@ def enable(
     seed=0,
     calibration=None,
     start=None,
+    recent=None,
+    sink=None,
     chunked_recurrence=False,
 ):
     """Makes `model.make_cache()` give packed caches in its `KVCache` and `RotatingKVCache` slots; other slots stay.
@@ -208,6 +223,8 @@ def enable(
             turboquant_mlx.calibration makes and loads it.
         start (int): tokens that a cache holds as plain floats before it packs itself (mlx-lm's quantized_kv_start);
             such caches are not batched.
+        recent, sink (int): the newest and the first tokens that queries read exactly, as for TurboQuantKVCache; caches
+            of sliding windows have none.
         chunked_recurrence (bool): off Metal, read prompts through the linear attention of Qwen3.5 and its like 64 tokens
             a step, where mlx-lm loops over tokens: for every model of the process, until
             turboquant_mlx.gated_delta.disable_chunked_recurrence(); without effect on models that have no such layers.
@@ -237,6 +254,8 @@ def enable(
             seed=seed,
             calibration=calibration,
             start=start,
+            recent=recent,
+            sink=sink,
         ),
     )
     before = vars(model).get("make_cache")

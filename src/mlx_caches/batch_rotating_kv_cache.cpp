@@ -17,6 +17,7 @@ void add(std::vector<int>& to, int n) {
 BatchRotatingKVCache::BatchRotatingKVCache(int max_size, std::vector<int> left_padding, Coding coding)
     : coding_(checked_coding(std::move(coding))), max_size_(max_size), left_padding_(std::move(left_padding)) {
   require(max_size >= 1, "[cache] max_size must be at least 1; got ", max_size);
+  check_no_copies(coding_);
   for (int n : left_padding_) {
     require(n >= 0, "[cache] left_padding must be at least 0; got ", n);
     offsets_.push_back(-n);

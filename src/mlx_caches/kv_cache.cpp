@@ -9,6 +9,7 @@ namespace turboquant::ops {
 Coding checked_coding(Coding coding) {
   check_bits("cache", "key_bits", coding.key_bits);
   check_bits("cache", "value_bits", coding.value_bits);
+  check_copies(coding);
   for (auto* centre : {&coding.key_centre, &coding.value_centre}) {
     if (!*centre) continue;
     require((*centre)->ndim() == 2, "[cache] centres must have shape (kv_heads, head_dim); got ", (*centre)->shape());
@@ -32,23 +33,40 @@ Coding checked_coding(Coding coding) {
 KVCache::KVCache(Coding coding) : coding_(checked_coding(std::move(coding))) {}
 
 void KVCache::append(const mx::array& keys, const mx::array& values, mx::StreamOrDevice s) {
-  store_ = append_store(coding_, store_, length_, keys, values, s);
+  const int rows = keys.ndim() == 4 ? keys.shape(0) : 0;
+  auto next = append_store(coding_, store_, length_, keys, values, s);
+  if (has_copies(coding_)) {
+    copies_ = append_copies(coding_, copies_, length_, std::vector<int>(rows), {}, keys, values, s);
+  }
+  store_ = std::move(next);
   length_ += keys.shape(2);
 }
 
 View KVCache::view() const {
   require(store_.has_value(), "[cache] nothing was appended yet");
-  return {coding_, *store_, length_, std::nullopt};
+  View out{coding_, *store_, length_, std::nullopt};
+  if (copies_) out.copies = copies_->readable();
+  return out;
 }
 
 int KVCache::trim(int n) {
   n = std::clamp(n, 0, length_);
+  if (copies_) copies_ = trim_copies(coding_, *copies_, *store_, length_ - n);
   length_ -= n;
   return n;
 }
 
-void KVCache::restore(const Store& store, int length) {
+void KVCache::end_chunk() {
+  if (copies_) copies_->chunk.reset();
+}
+
+void KVCache::restore(const Store& store, int length, const std::optional<Copies>& copies) {
   check_store("restore", coding_, store, length);
+  if (copies && has_copies(coding_)) check_restored("restore", coding_, *copies, store, length);
+  copies_.reset();
+  if (has_copies(coding_)) {
+    copies_ = copies ? *copies : copies_of_codes(coding_, store, length, std::vector<int>(store.batch()));
+  }
   store_ = store;
   length_ = length;
 }

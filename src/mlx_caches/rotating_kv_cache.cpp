@@ -10,6 +10,7 @@ namespace turboquant::ops {
 RotatingKVCache::RotatingKVCache(int max_size, int keep, Coding coding)
     : coding_(checked_coding(std::move(coding))), max_size_(max_size), keep_(keep) {
   require(max_size >= 1, "[cache] max_size must be at least 1; got ", max_size);
+  check_no_copies(coding_);
   require(keep >= 0 && keep < max_size, "[cache] keep must be from 0 to max_size - 1 = ", max_size - 1, "; got ", keep);
 }
 

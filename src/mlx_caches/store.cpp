@@ -1,5 +1,7 @@
 #include "turboquant/mlx/store.h"
 
+#include <algorithm>
+
 #include "mlx_ops/checks.h"
 #include "turboquant/turboquant.h"
 
@@ -27,6 +29,8 @@ void check_same_coding(const char* op, const Coding& a, const Coding& b) {
           " and ", b.value_bits);
   require(a.key_width() == b.key_width() && a.value_width() == b.value_width(), "[", op,
           "] caches must have the same codes; got scalar and trellis");
+  require(a.recent == b.recent && a.sink == b.sink, "[", op, "] caches must keep the same tokens exact; got recent ",
+          a.recent, " and ", b.recent, ", sink ", a.sink, " and ", b.sink);
   require(a.seed == b.seed, "[", op, "] caches must have the same seed; got ", a.seed, " and ", b.seed);
   require(same_array(a.key_centre, b.key_centre) && same_array(a.value_centre, b.value_centre), "[", op,
           "] caches must have the same centres");
@@ -99,10 +103,14 @@ Store Store::roll(const mx::array& amounts, mx::StreamOrDevice s) const {
   const int n = capacity();
   const auto from = mx::remainder(mx::subtract(mx::arange(n, mx::int32, s), mx::expand_dims(amounts, 1, s), s),
                                   mx::array(n), s);  // (B, n): where token t comes from
+  return gather(from, s);
+}
+
+Store Store::gather(const mx::array& index, mx::StreamOrDevice s) const {
   return map([&](const mx::array& x) {
-    auto index = mx::expand_dims(from, 1, s);
-    if (x.ndim() == 4) index = mx::expand_dims(index, 3, s);
-    return mx::take_along_axis(x, index, 2, s);
+    auto at = mx::expand_dims(index, 1, s);
+    if (x.ndim() == 4) at = mx::expand_dims(at, 3, s);
+    return mx::take_along_axis(x, at, 2, s);
   });
 }
 
@@ -182,6 +190,12 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
   o.sinks = sinks;
   o.key_centre = sinks ? coding.key_centre : std::nullopt;  // without sinks the softmax does not see it
   o.value_centre = coding.value_centre;
+  if (copies) {
+    const Store x = copies->settled();
+    o.exact = ExactArrays{x.keys, x.values};
+    o.recent = coding.recent;
+    o.first = coding.sink;
+  }
   o.kernel = last_kernel ? &last_kernel->name : nullptr;
   const auto stream = mx::to_stream(s);
   if (store.written && int(store.written->size()) == length + 1 && can_append_in_place({q}, stream)) {
@@ -193,9 +207,25 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
 }
 
 std::pair<mx::array, mx::array> View::decode(mx::Dtype dtype, mx::StreamOrDevice s) const {
-  const auto held = store.tokens(0, length, s);
-  return {ops::decode(held.keys, coding.key_width(), coding.seed, dtype, coding.key_centre, s),
-          ops::decode(held.values, coding.value_width(), coding.seed, dtype, coding.value_centre, s)};
+  const auto numbers = [&](const Store& held, const Coding& of) {
+    return std::pair{ops::decode(held.keys, of.key_width(), coding.seed, dtype, coding.key_centre, s),
+                     ops::decode(held.values, of.value_width(), coding.seed, dtype, coding.value_centre, s)};
+  };
+  if (!copies || starts) return numbers(store.tokens(0, length, s), coding);
+  // The first tokens, the codes, and the newest in their order.
+  const int ring = copies->capacity() - coding.sink;
+  const int last = std::max(0, length - std::min(coding.recent, ring)), first = std::min(coding.sink, last);
+  std::vector<std::pair<mx::array, mx::array>> parts{numbers(store.tokens(first, last, s), coding)};
+  const Coding eight{8, 8};
+  if (first > 0) parts.insert(parts.begin(), numbers(copies->tokens(ring, ring + first, s), eight));
+  for (int t = last; t < length;) {
+    const int slot = t % ring, n = std::min(length - t, ring - slot);
+    parts.push_back(numbers(copies->tokens(slot, slot + n, s), eight));
+    t += n;
+  }
+  std::vector<mx::array> keys, values;
+  for (const auto& [k, v] : parts) keys.push_back(k), values.push_back(v);
+  return {mx::concatenate(keys, 2, s), mx::concatenate(values, 2, s)};
 }
 
 Store copy_with_room(const std::optional<Store>& held, int length, const Store& like, int needed,

@@ -25,6 +25,9 @@ mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<Widt
 mx::array decode_gpu(const PackedArrays& packed, Width width, uint64_t seed, mx::Dtype dtype,
                      const std::optional<mx::array>& centre, mx::Stream stream);
 
+/// Whether attention_gpu reads exact copies (AttentionOptions::exact) on this GPU.
+bool reads_exact_copies_gpu();
+
 mx::array attention_gpu(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,
                         const AttentionOptions& options, mx::Stream stream);
 

@@ -218,6 +218,21 @@ AttentionOptions checked_options(const mx::array& q, const PackedArrays& keys, c
             o.sinks->shape());
     o.sinks = mx::contiguous(mx::astype(*o.sinks, mx::float32, stream), false, stream);
   }
+  if (o.exact) {
+    for (auto [side, name] : {std::pair{&o.exact->keys, "exact keys"}, {&o.exact->values, "exact values"}}) {
+      check_packed("attention", name, *side, 8);
+      require(side->codes.ndim() == 4 && side->codes.shape(0) == batch && side->codes.shape(1) == kv_heads &&
+                  side->codes.shape(3) == words_per_vector(8, dim),
+              "[attention] ", name, " must fit the keys' batch, heads and head_dim; got codes ", side->codes.shape());
+    }
+    require(o.exact->keys.scales.shape() == o.exact->values.scales.shape(),
+            "[attention] exact keys and values must agree in slots; got ", o.exact->keys.scales.shape(), " and ",
+            o.exact->values.scales.shape());
+    const int ring = o.exact->keys.scales.shape(2) - o.first;
+    require(o.recent >= 0 && o.first >= 0 && ring >= o.recent && ring % 32 == 0,
+            "[attention] the exact copies must be a ring of a multiple of 32 slots, at least recent = ", o.recent,
+            ", and first = ", o.first, " more; got ", o.exact->keys.scales.shape(2), " slots");
+  }
   o.key_centre = checked_centre("attention", "key_centre", o.key_centre, kv_heads, dim, stream);
   o.value_centre = checked_centre("attention", "value_centre", o.value_centre, kv_heads, dim, stream);
   return o;
@@ -235,6 +250,8 @@ const char* cpu_kernel() {
 
 }  // namespace
 
+bool reads_exact_copies(mx::StreamOrDevice s) { return !on_gpu(mx::to_stream(s)) || reads_exact_copies_gpu(); }
+
 mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,
                     const AttentionOptions& options, mx::StreamOrDevice s) {
   const auto stream = mx::to_stream(s);
@@ -243,6 +260,8 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
     if (q.size() == 0) return mx::zeros(q.shape(), q.dtype(), stream);  // no kernel has nothing to do
     auto gpu = o;                                                       // kernels are built for these shapes
     if (gpu.kv_len < 0) gpu.kv_len = keys.codes.shape(2);
+    require(!o.exact || reads_exact_copies_gpu(),
+            "[attention] the kernels of this GPU cannot read exact copies: use recent = 0 and sink = 0");
     const auto dense = [&](const mx::array& x) { return o.dense_rows ? x : mx::contiguous(x, false, stream); };
     return attention_gpu(q, {dense(keys.codes), dense(keys.scales)}, {dense(values.codes), dense(values.scales)}, gpu,
                          stream);
@@ -259,10 +278,17 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
                                      o.starts.has_value(),
                                      o.sinks.has_value(),
                                      o.key_centre.has_value(),
-                                     o.value_centre.has_value()};
+                                     o.value_centre.has_value(),
+                                     o.exact.has_value(),
+                                     o.recent,
+                                     o.first};
   std::vector<mx::array> inputs{q, keys.codes, keys.scales, values.codes, values.scales};
   for (const auto* extra : {&o.mask, &o.starts, &o.sinks, &o.key_centre, &o.value_centre}) {
     if (*extra) inputs.push_back(**extra);
+  }
+  if (o.exact) {
+    const auto& [k, v] = *o.exact;
+    inputs.insert(inputs.end(), {k.codes, k.scales, v.codes, v.scales});
   }
   return mx::array(q.shape(), q.dtype(), std::make_shared<Attention>(stream, settings), std::move(inputs));
 }

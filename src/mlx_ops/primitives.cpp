@@ -184,6 +184,12 @@ void Attention::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::a
   if (settings_.sinks) p.sinks = inputs[next++].data<float>();
   if (settings_.key_centre) p.key_centre = inputs[next++].data<float>();
   if (settings_.value_centre) p.value_centre = inputs[next++].data<float>();
+  if (settings_.exact) {
+    const auto k = dense(inputs[next], 2, encoder), k_scales = dense(inputs[next + 1], 1, encoder);
+    const auto v = dense(inputs[next + 2], 2, encoder), v_scales = dense(inputs[next + 3], 1, encoder);
+    p.exact = {packed(k, k_scales, Width(8)), packed(v, v_scales, Width(8)), k.shape(2) - settings_.first,
+               settings_.recent, settings_.first};
+  }
   p.out = tensor<void*>(out, out.data<void>());
   encoder.dispatch([p] { turboquant::attend(p); });
 }

@@ -54,7 +54,7 @@ class Decode : public CorePrimitive {
 };
 
 /// q, key codes, key scales, value codes, value scales, then the optional arrays that the options hold, in their order
-/// there -> out.  The arrays themselves travel as inputs; the options keep only which exist.
+/// there, then the exact copies' four -> out.  The arrays themselves travel as inputs; the options keep only which exist.
 class Attention : public CorePrimitive {
  public:
   struct Settings {
@@ -63,7 +63,8 @@ class Attention : public CorePrimitive {
     uint64_t seed;
     int kv_len;  // -1: as many as the keys hold, whatever their number when it runs (shapeless compilation)
     int window;
-    bool causal, mask, starts, sinks, key_centre, value_centre;
+    bool causal, mask, starts, sinks, key_centre, value_centre, exact;
+    int recent, first;  // of the exact copies
     bool operator==(const Settings&) const = default;
   };
   Attention(mx::Stream stream, const Settings& settings) : CorePrimitive(stream), settings_(settings) {}

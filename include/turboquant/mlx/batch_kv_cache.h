@@ -26,8 +26,11 @@ class BatchKVCache {
   int trim(int n);
 
   /// Announces padding of the tokens to come: pads in front (only while the batch is empty) or behind each row.
-  /// An empty vector announces nothing.
-  void prepare(const std::vector<int>& left_padding, const std::vector<int>& right_padding);
+  /// An empty vector announces nothing.  `lengths`, the tokens to come of each row without its pads, keeps exact copies
+  /// of a row's newest tokens while pads follow behind them; without it those copies are made from the codes in the
+  /// end.
+  void prepare(const std::vector<int>& left_padding, const std::vector<int>& right_padding,
+               const std::vector<int>& lengths = {});
   /// Moves the pads announced behind the rows to their front.
   void finalize(mx::StreamOrDevice s = {});
 
@@ -39,8 +42,10 @@ class BatchKVCache {
   /// any mx::async_eval, a program that may end before it reads the row calls mx::synchronize() first.
   KVCache extract(int row, mx::StreamOrDevice s = {}) const;
 
-  /// Takes over packed vectors: `length` tokens of `store`.
-  void restore(const Store& store, int length, std::vector<int> left_padding);
+  /// Takes over packed vectors: `length` tokens of `store`, and exact copies; without them they are made from the
+  /// codes.
+  void restore(const Store& store, int length, std::vector<int> left_padding,
+               const std::optional<Copies>& copies = std::nullopt);
 
   /// None, causal or an array for `queries` coming tokens; the view itself hides the padding.
   Mask mask(int queries, int window, bool as_array, mx::StreamOrDevice s = {}) const;
@@ -51,23 +56,29 @@ class BatchKVCache {
   const std::vector<int>& left_padding() const { return left_padding_; }
   /// Next position of each row: length() less its padding.
   std::vector<int> offsets() const;
-  /// Makes whatever reads the history wait for `to`: a model under pipeline parallelism ties what it sends to its cache.
+  /// Makes whatever reads the history wait for `to`: a model under pipeline parallelism ties what it sends to its
+  /// cache.
   void tie(const mx::array& to) {
     if (store_) store_ = store_->tied(to);
   }
   bool empty() const { return !store_; }
-  size_t nbytes() const { return store_ ? store_->nbytes() : 0; }
+  size_t nbytes() const { return (store_ ? store_->nbytes() : 0) + (copies_ ? copies_->nbytes() : 0); }
   const Coding& coding() const { return coding_; }
   const std::optional<Store>& store() const { return store_; }
+  /// As KVCache's.
+  const std::optional<Copies>& copies() const { return copies_; }
+  void end_chunk();
 
  private:
   void set_padding(std::vector<int> left_padding);
 
   Coding coding_;
   std::optional<Store> store_;
+  std::optional<Copies> copies_;
   int length_ = 0;
   std::vector<int> left_padding_;
   std::vector<int> right_padding_;   // announced and not yet finalized
+  std::vector<int> ends_;            // where each row's tokens then end, its pads excluded; empty: unknown
   std::optional<mx::array> starts_;  // left_padding_ for attention; none when no row has any
 };
 

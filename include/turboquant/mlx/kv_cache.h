@@ -6,7 +6,7 @@
 
 #include <optional>
 
-#include "turboquant/mlx/store.h"
+#include "turboquant/mlx/exact.h"
 
 namespace turboquant::ops {
 
@@ -26,22 +26,29 @@ class KVCache {
   int trim(int n);
 
   int offset() const { return length_; }
-  /// Makes whatever reads the history wait for `to`: a model under pipeline parallelism ties what it sends to its cache.
+  /// Makes whatever reads the history wait for `to`: a model under pipeline parallelism ties what it sends to its
+  /// cache.
   void tie(const mx::array& to) {
     if (store_) store_ = store_->tied(to);
   }
   bool empty() const { return !store_; }
   /// Resident bytes: the buffers, spare room included.
-  size_t nbytes() const { return store_ ? store_->nbytes() : 0; }
+  size_t nbytes() const { return (store_ ? store_->nbytes() : 0) + (copies_ ? copies_->nbytes() : 0); }
   const Coding& coding() const { return coding_; }
   const std::optional<Store>& store() const { return store_; }
+  /// Exact copies of the newest and the first tokens, when the coding has such and tokens were appended.
+  const std::optional<Copies>& copies() const { return copies_; }
+  /// Lets go of what only the queries of the chunk appended last read; other queries see no difference.
+  void end_chunk();
 
-  /// Takes over packed vectors: `length` tokens of `store`.
-  void restore(const Store& store, int length);
+  /// Takes over packed vectors: `length` tokens of `store`, and exact copies; without them they are made from the
+  /// codes.
+  void restore(const Store& store, int length, const std::optional<Copies>& copies = std::nullopt);
 
  private:
   Coding coding_;
   std::optional<Store> store_;
+  std::optional<Copies> copies_;
   int length_ = 0;
 };
 

@@ -70,6 +70,11 @@ mx::array nothing_to_wait_for(int n, mx::StreamOrDevice s = {});
 mx::array decode(const PackedArrays& packed, Width width, uint64_t seed, mx::Dtype dtype = mx::float32,
                  const std::optional<mx::array>& centre = std::nullopt, mx::StreamOrDevice s = {});
 
+/// Exact copies beside the codes, (B, H_kv, ring + first, ...) of 8 bits: ExactTier in turboquant/turboquant.h.
+struct ExactArrays {
+  PackedArrays keys, values;
+};
+
 /// How attention reads its inputs.  See AttendParams in turboquant/turboquant.h for the meaning of each rule.
 struct AttentionOptions {
   float scale = 1;
@@ -87,10 +92,15 @@ struct AttentionOptions {
   const char** kernel = nullptr;          // receives the name of the kernel that was chosen, a literal, for people
   std::optional<mx::array> written;       // of append_kv, to be waited for; (kv_len + 1,)
   Code code = Code::scalar;               // of widths of 2 and 3 bits
+  std::optional<ExactArrays> exact;       // what of it is read: `recent` and `first` of ExactTier
+  int recent = 0, first = 0;
 
   Width key_width() const { return {key_bits, code}; }
   Width value_width() const { return {value_bits, code}; }
 };
+
+/// Whether attention on this stream can read exact copies.
+bool reads_exact_copies(mx::StreamOrDevice s = {});
 
 /// Attention of q (B, H_q, L, D) over packed keys and values (B, H_kv, N, ...); returns q's shape and dtype.
 mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,

@@ -18,6 +18,7 @@ struct Coding {
   std::optional<mx::array> key_centre = {}, value_centre = {};      // (H_kv, D) float32
   std::optional<mx::array> key_feedback = {}, value_feedback = {};  // (H_kv, D, D) float16
   Code code = Code::scalar;                                         // of widths of 2 and 3 bits
+  int recent = 0, sink = 0;  // newest and first tokens that queries read from exact copies (exact.h)
 
   Width key_width() const { return {key_bits, code}; }
   Width value_width() const { return {value_bits, code}; }
@@ -60,6 +61,8 @@ struct Store {
   Store take(const mx::array& rows, mx::StreamOrDevice s = {}) const;
   /// Each row's tokens rolled to the right by its own amount (B,).
   Store roll(const mx::array& amounts, mx::StreamOrDevice s = {}) const;
+  /// Of each row the tokens of `index` (B, n), in that order.
+  Store gather(const mx::array& index, mx::StreamOrDevice s = {}) const;
 };
 
 /// Zero tokens of the same kind: (batch, H_kv, tokens, ...).
@@ -102,6 +105,7 @@ struct View {
   std::optional<mx::array> starts = std::nullopt;     // (B,) first real token of each row, for left-padded batches
   mx::Dtype dtype = mx::float16;                      // of the vectors as they came, for models that ask
   std::shared_ptr<LastKernel> last_kernel = nullptr;  // if given, `attend` notes its kernel there
+  std::optional<Store> copies = std::nullopt;         // exact copies of the newest and the first tokens (exact.h)
 
   int head_dim() const { return store.head_dim(coding); }
   /// Attention of q (B, H_q, L, D) over the history.

@@ -7,8 +7,11 @@ from typing import TypeAlias
 
 import mlx.core as mx
 
+from .. import _core
+
 CODES = ("scalar", "trellis")
 DEFAULT_CODE = "scalar"  # of widths of 2 and 3 bits
+RECENT, SINK = 0, 0  # tokens that queries read exactly unless asked for otherwise
 Centres: TypeAlias = "tuple[mx.array | None, mx.array | None]"
 Feedback: TypeAlias = "tuple[mx.array | None, mx.array | None]"
 
@@ -66,6 +69,18 @@ def coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback):
     centres = _pair(owner, "centres", "(H_kv, D)", centres)
     feedback = _pair(owner, "feedback", "(H_kv, D, D)", feedback)
     return key_bits, value_bits, whole(owner, "seed", seed, below=2**64), centres, feedback, code_name(owner, code)
+
+
+def exact_tokens(owner: str, recent: int | None, sink: int | None) -> tuple[int, int]:
+    """(recent, sink) as whole numbers, None being the defaults; ValueError where no kernel reads exact copies."""
+    recent = RECENT if recent is None else whole(owner, "recent", recent, below=2**20)
+    sink = SINK if sink is None else whole(owner, "sink", sink, below=2**20)
+    if (recent or sink) and not _core.reads_exact_copies():
+        raise ValueError(
+            f"[{owner}] the kernels of this GPU cannot read exact copies: recent and sink must be 0; got {recent} and "
+            f"{sink}"
+        )
+    return recent, sink
 
 
 def as_list(numbers) -> list[int]:

@@ -24,12 +24,14 @@ def to_turboquant(
     seed: int = 0,
     centres: Centres | None = None,
     feedback: Feedback | None = None,
+    recent: int | None = None,
+    sink: int | None = None,
 ) -> TurboQuantKVCache | TurboQuantRotatingKVCache:
     """The packed copy of a filled float cache, which stays as it is; `to_float()` of the result goes back.
 
     Args:
         cache: mlx-lm's KVCache or RotatingKVCache.
-        bits and the rest: as for TurboQuantKVCache.
+        bits and the rest: as for TurboQuantKVCache; a window has no exact copies, whatever `recent` and `sink` say.
 
     Raises:
         ValueError: another kind of cache, or vectors that cannot be packed.
@@ -44,10 +46,11 @@ def to_turboquant(
         "centres": centres,
         "feedback": feedback,
     }
-    packed = TurboQuantKVCache(bits, **settings)
+    window = isinstance(cache, RotatingKVCache)
+    packed = TurboQuantKVCache(bits, **settings, recent=0 if window else recent, sink=0 if window else sink)
     if not cache.empty() and cache.offset > 0:
         packed.update_and_fetch(*cache.keys_and_values())
-    if not isinstance(cache, RotatingKVCache):
+    if not window:
         return packed
     window = TurboQuantRotatingKVCache(cache.max_size, cache.keep, bits, **settings)
     if not packed.empty():
@@ -76,11 +79,21 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
         seed: int = 0,
         centres: Centres | None = None,
         feedback: Feedback | None = None,
+        recent: int | None = None,
+        sink: int | None = None,
     ) -> None:
         self.start = whole(type(self).__name__, "start", start)
         self._floats = KVCache()
         super().__init__(
-            bits, key_bits=key_bits, value_bits=value_bits, code=code, seed=seed, centres=centres, feedback=feedback
+            bits,
+            key_bits=key_bits,
+            value_bits=value_bits,
+            code=code,
+            seed=seed,
+            centres=centres,
+            feedback=feedback,
+            recent=recent,
+            sink=sink,
         )
 
     @property
@@ -168,7 +181,7 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
     def _position(self):
         return {"start": self.start, "packed": self.packed, "offset": self.offset}
 
-    def _restore(self, coding, position, arrays):
+    def _restore(self, coding, position, arrays, copies=None):
         packed, start, offset = position["packed"], position["start"], position["offset"]
         held = arrays[0].shape[2] if arrays else 0
         if not isinstance(packed, bool) or (not packed and offset != held):
@@ -176,5 +189,5 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
         floats = None if packed else KVCache()
         if arrays and not packed:
             floats.state = (*arrays[:2], offset)
-        super()._restore(coding, position, arrays if packed else None)
+        super()._restore(coding, position, arrays if packed else None, copies)
         self.start, self._floats = start, floats

@@ -7,7 +7,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from .. import _core
-from .arguments import Centres, Feedback, as_list, coding, padding
+from .arguments import Centres, Feedback, as_list, coding, exact_tokens, padding
 from .packed import PackedCache
 
 
@@ -25,6 +25,10 @@ class TurboQuantKVCache(PackedCache):
         seed (int): of the random signs, from 0 to 2^64 - 1.
         centres: a pair (keys, values) of (H_kv, D) arrays, taken from every vector before coding; see calibration.
         feedback: a pair (keys, values) of (H_kv, D, D) float16 arrays, which feed errors forward; made for one seed.
+        recent (int): a query reads this many of the newest tokens, its own included, from 8-bit copies instead of the
+            codes; (recent + sink + 256) * 2 * (D + 2) bytes a KV head at most.  None or 0: none; 128 takes off most of
+            the codes' divergence (docs/quality.md).
+        sink (int): likewise this many of a row's first tokens.  None or 0: none; 4 is what models attend to most.
 
     Raises:
         ValueError: a width or seed that is no whole number or out of range, centres or feedback that are no pair; from
@@ -42,10 +46,12 @@ class TurboQuantKVCache(PackedCache):
         seed: int = 0,
         centres: Centres | None = None,
         feedback: Feedback | None = None,
+        recent: int | None = None,
+        sink: int | None = None,
     ) -> None:
-        self._core = _core.KVCache(
-            *coding(type(self).__name__, bits, key_bits, value_bits, code, seed, centres, feedback)
-        )
+        owner = type(self).__name__
+        settings = coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback)
+        self._core = _core.KVCache(*settings, *exact_tokens(owner, recent, sink))
         self._last_kernel = _core.LastKernel()
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
@@ -59,10 +65,10 @@ class TurboQuantKVCache(PackedCache):
     def _position(self):
         return {"offset": self.offset}
 
-    def _restore(self, coding, position, arrays):
+    def _restore(self, coding, position, arrays, copies=None):
         core = _core.KVCache(*coding)
         if arrays:
-            core.restore(arrays, position["offset"])
+            core.restore(arrays, position["offset"], copies)
         self._core = core
 
     @classmethod
@@ -154,10 +160,12 @@ class BatchTurboQuantKVCache(PackedBatch):
         seed: int = 0,
         centres: Centres | None = None,
         feedback: Feedback | None = None,
+        recent: int | None = None,
+        sink: int | None = None,
     ) -> None:
         owner = type(self).__name__
         settings = coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback)
-        self._core = _core.BatchKVCache(padding(owner, left_padding), *settings)
+        self._core = _core.BatchKVCache(padding(owner, left_padding), *settings, *exact_tokens(owner, recent, sink))
         self._last_kernel = _core.LastKernel()
 
     @classmethod
@@ -175,19 +183,19 @@ class BatchTurboQuantKVCache(PackedBatch):
 
         Args:
             left_padding: pads in front of each row, only while the batch is empty.
-            lengths: real tokens of each row of the prompt (not needed here).
+            lengths: real tokens of each row of the prompt; with right padding, so that the newest of them stay exact.
             right_padding: pads after each row; `finalize` moves them to the front.
 
         Raises:
             ValueError: numbers below 0, or not one a row; left padding when tokens are held.
         """
-        self._core.prepare(as_list(left_padding), as_list(right_padding))
+        self._core.prepare(as_list(left_padding), as_list(right_padding), as_list(lengths))
 
     def _position(self):
         return {"length": self.size(), "left_padding": self.left_padding.tolist()}
 
-    def _restore(self, coding, position, arrays):
+    def _restore(self, coding, position, arrays, copies=None):
         core = _core.BatchKVCache(position["left_padding"], *coding)
         if arrays:
-            core.restore(arrays, **position)
+            core.restore(arrays, **position, copies=copies)
         self._core = core

@@ -17,7 +17,8 @@ def packed_like(original, start, coding):
     if type(original) not in REPLACED:
         return None
     if type(original) is RotatingKVCache:
-        return TurboQuantRotatingKVCache(original.max_size, original.keep, **coding)
+        codes = {name: value for name, value in coding.items() if name not in ("recent", "sink")}
+        return TurboQuantRotatingKVCache(original.max_size, original.keep, **codes)
     return DelayedTurboQuantKVCache(start, **coding) if start else TurboQuantKVCache(**coding)
 
 
@@ -29,7 +30,7 @@ class CacheMaker:
 
     Args:
         model: whose caches it makes.
-        settings (dict): bits, key_bits, value_bits, code and seed, as TurboQuantKVCache takes them.
+        settings (dict): bits, key_bits, value_bits, code, seed, recent and sink, as TurboQuantKVCache takes them.
         extras: {slot of this process: its centres and feedback, as keywords}.
         start (int): tokens held as floats first, or None.
     """

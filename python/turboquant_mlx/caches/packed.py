@@ -120,6 +120,16 @@ class PackedCache(_BaseCache):
         return self._core.seed
 
     @property
+    def recent(self) -> int:
+        """Newest tokens that a query reads from exact copies; 0 of a window, which has none."""
+        return getattr(self._core, "recent", 0)
+
+    @property
+    def sink(self) -> int:
+        """First tokens of a row that queries read from exact copies; 0 of a window."""
+        return getattr(self._core, "sink", 0)
+
+    @property
     def centres(self) -> Centres | None:
         """(keys, values) as given, each (H_kv, D), or None."""
         pair = self._core.centres
@@ -138,7 +148,7 @@ class PackedCache(_BaseCache):
 
     @property
     def nbytes(self) -> int:
-        """Resident bytes of codes and scales, the spare room of the buffers included."""
+        """Resident bytes of codes, scales and exact copies, the spare room of the buffers included."""
         return self._core.nbytes
 
     @property
@@ -205,6 +215,8 @@ class PackedCache(_BaseCache):
 
     def _arrays(self):
         """What is held, as four arrays, without spare room."""
+        if hasattr(self._core, "end_chunk"):  # mlx-lm evaluates the state after each chunk of a prompt
+            self._core.end_chunk()
         return [None] * 4 if self.empty() else self._core.view().arrays
 
     def _position(self):
@@ -221,12 +233,14 @@ class PackedCache(_BaseCache):
 
         A tuple of key codes (B, H_kv, N, key_bits * D / 32) uint32, key scales (B, H_kv, N) float16, value codes and
         value scales likewise (these four None when nothing was appended), key centre and value centre (H_kv, D) or
-        None, key feedback and value feedback (H_kv, D, D) or None, and the Identity: JSON with the settings, the position and a checksum.
+        None, key feedback and value feedback (H_kv, D, D) or None, of exact copies the four arrays, if there are any,
+        and the Identity: JSON with the settings, the position and a checksum.
 
         Setting it raises ValueError when it is no such tuple, was saved by another kind of cache or format, or does
         not match its checksum; the cache then stays as it was.
         """
-        arrays = (*self._arrays(), *self._core.centres, *self._core.feedback)
+        copies, begin = getattr(self._core, "copies", None) or ((), 0)
+        arrays = (*self._arrays(), *self._core.centres, *self._core.feedback, *copies)
         fields = {
             "format": _core.FORMAT_VERSION,
             "kind": type(self).__name__,
@@ -238,6 +252,8 @@ class PackedCache(_BaseCache):
             "model": self.fingerprint,
             "position": self._position(),
         }
+        if self.recent or self.sink:
+            fields["exact"] = {"recent": self.recent, "sink": self.sink, "from": begin}
         return (*arrays, Identity(fields, arrays))
 
     @state.setter
@@ -247,13 +263,32 @@ class PackedCache(_BaseCache):
         except (TypeError, ValueError) as error:
             raise ValueError(f"[load] this is not the state of a {type(self).__name__}") from error
         fields = read(identity, arrays, type(self).__name__)
-        if len(arrays) != 8:
-            raise ValueError(f"[load] a {type(self).__name__} has eight arrays; got {len(arrays)}")
+        exact = fields.get("exact")
+        if len(arrays) not in ((8, 12) if exact else (8,)):
+            raise ValueError(f"[load] a {type(self).__name__} has eight arrays and four of copies; got {len(arrays)}")
         code = fields.get("code", "scalar")  # version 1 had no other
-        coding = (fields["key_bits"], fields["value_bits"], fields["seed"], tuple(arrays[4:6]), tuple(arrays[6:]), code)
-        self._restore(coding, fields["position"], None if arrays[0] is None else arrays[:4])
+        coding = (
+            fields["key_bits"],
+            fields["value_bits"],
+            fields["seed"],
+            tuple(arrays[4:6]),
+            tuple(arrays[6:8]),
+            code,
+        )
+        held = [fields["position"], None if arrays[0] is None else arrays[:4]]
+        if exact:
+            coding += (exact["recent"], exact["sink"])
+            held.append((arrays[8:], exact["from"]) if len(arrays) == 12 else None)
+        self._restore(coding, *held)
         self._last_kernel = _core.LastKernel()
         self.fingerprint = fields["model"]
+
+    def keep_exact(self, recent: int, sink: int) -> None:
+        """Keeps other tokens exact from now on; those held already are as exact as their codes."""
+        if (recent, sink) == (self.recent, self.sink):
+            return
+        settings = (self.key_bits, self.value_bits, self.seed, self._core.centres, self._core.feedback, self.code)
+        self._restore((*settings, recent, sink), self._position(), None if self.empty() else self._arrays())
 
     def _shape(self):
         """(B, H_kv, tokens held, D)."""
@@ -267,8 +302,11 @@ class PackedCache(_BaseCache):
             "key_bits": self.key_bits,
             "value_bits": self.value_bits,
             "code": self.code,
+            "recent": self.recent,
+            "sink": self.sink,
             "tokens": self.size(),
             "resident_bytes": self.nbytes,
+            "exact_bytes": getattr(self._core, "copies_nbytes", 0),  # of the former
             "float16_bytes": 0 if shape is None else 2 * 2 * shape[0] * shape[1] * shape[2] * shape[3],
             "kernel": self.route,
         }

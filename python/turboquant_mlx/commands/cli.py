@@ -35,6 +35,13 @@ def tq_options():
     group.add_argument("--tq-key-bits", **widths, help="bits of keys (default: --tq-bits)")
     group.add_argument("--tq-value-bits", **widths, help="bits of values (default: --tq-bits)")
     group.add_argument("--tq-code", choices=("scalar", "trellis"), help="codes of 2 and 3 bits (default: scalar)")
+    for name, tokens in (("recent", "newest"), ("sink", "first")):
+        group.add_argument(
+            f"--tq-{name}",
+            type=_tokens(0),
+            metavar="N",
+            help=f"let queries read the {tokens} N tokens of a sequence exactly (default: 0; no kernel of a GPU can yet)",
+        )
     group.add_argument(
         "--tq-start",
         type=_tokens(0),
@@ -129,6 +136,8 @@ def prepare(model, args, where, max_kv_size=None, main=True):
             seed=args.tq_seed,
             calibration=calibration,
             start=args.tq_start,
+            recent=args.tq_recent,
+            sink=args.tq_sink,
             chunked_recurrence=True,
         )
         return calibration

@@ -7,6 +7,7 @@ tq3t, tq3s   the same in trellis codes, in scalar codes
 k4v3         TurboQuant, keys 4 and values 3 bits
 tq3c, k4v3c  the same with the model's centres
 tq3f, k4v3f  with its centres and its feedback
+tq3r128s4    TurboQuant, 3 bits, with the newest 128 and the first 4 tokens exact (without r and s none are)
 """
 
 import re
@@ -84,6 +85,8 @@ class Mode:
     centred: bool = False
     fed: bool = False  # with feedback
     code: str | None = None
+    recent: int = 0  # newest and first tokens that queries read exactly
+    sink: int = 0
 
     def bytes_per_token(self, head_dim):
         """Bytes of one head's key and value."""
@@ -107,7 +110,13 @@ class Mode:
         elif not any(found.feedback for found in calibration.values()):
             raise ValueError(f"[eval] {self.name} needs feedback, and the calibration has none")
         make, _ = packing(
-            model, key_bits=self.key_bits, value_bits=self.value_bits, code=self.code, calibration=calibration
+            model,
+            key_bits=self.key_bits,
+            value_bits=self.value_bits,
+            code=self.code,
+            calibration=calibration,
+            recent=self.recent,
+            sink=self.sink,
         )
         return make()
 
@@ -126,11 +135,13 @@ def parse_mode(name):
         return Mode(name, "fp16", 16, 16)
     if match := re.fullmatch(r"affine([2348])", name):
         return Mode(name, "affine", int(match[1]), int(match[1]))
-    if match := re.fullmatch(r"(?:tq([2348])|k([2348])v([2348]))([ts]?)([cf]?)", name):
-        both, key, value, code, centred = match.groups()
+    if match := re.fullmatch(r"(?:tq([2348])|k([2348])v([2348]))([ts]?)([cf]?)(?:r(\d+))?(?:s(\d+))?", name):
+        both, key, value, code, centred, recent, sink = match.groups()
         code = {"t": "trellis", "s": "scalar", "": None}[code]
-        return Mode(name, "tq", int(both or key), int(both or value), bool(centred), centred == "f", code)
+        widths = int(both or key), int(both or value)
+        return Mode(name, "tq", *widths, bool(centred), centred == "f", code, int(recent or 0), int(sink or 0))
     raise ValueError(
         f"[eval] modes are fp16, affine2/3/4/8, tq2/3/4/8 and k3v4 and the like, with a t for trellis codes or an s for "
-        f"scalar ones, and then a c for centred or an f for centred with feedback; got {name!r}"
+        f"scalar ones, then a c for centred or an f for centred with feedback, then r128 and s4 for that many newest and "
+        f"first tokens exact; got {name!r}"
     )

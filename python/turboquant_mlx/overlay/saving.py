@@ -64,7 +64,8 @@ def _difference(saved, wanted):
 
 
 def check_fits(caches, model, source="the cache"):
-    """ValueError unless `caches` are of the kinds, settings and model of `model.make_cache()`; says what differs."""
+    """ValueError unless `caches` are of the kinds, settings and model of `model.make_cache()`; says what differs.  Where
+    only the tokens kept exact differ, the caches keep those of the model from then on."""
     maker = vars(model).get("make_cache")
     if isinstance(maker, CacheMaker):
         maker.of(model).names.current(fresh=True)
@@ -78,6 +79,8 @@ def check_fits(caches, model, source="the cache"):
     for path, cache in saved.items():
         if isinstance(cache, PackedCache):
             cache._named_like(wanted[path])
+            if (cache.recent, cache.sink) != (wanted[path].recent, wanted[path].sink):  # an earlier version's has none
+                cache.keep_exact(wanted[path].recent, wanted[path].sink)
 
 
 def load_prompt_cache(file_name, model=None, return_metadata=False):
