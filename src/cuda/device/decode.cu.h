@@ -2,9 +2,9 @@
 //
 // A block handles four query rows of a KV head at a time; its warps are independent until the end of a segment, each
 // with its own ring of 32-token tiles.  Queries and softmax weights are split into high and low int8 parts, which fill
-// eight rows or columns of an m16n8k32 product; keys and values are the bytes that the codebook lookup gives.  Scores
-// come out with a query row and tokens t, 7 - t of every eight in each thread, which is how the product with the values
-// takes its weights, so nothing moves between threads.
+// eight columns of an m16n8k32 product; keys and values are the bytes that the codebook lookup gives.  Scores come out
+// with query row t and tokens g, g + 8, ... in each thread; two shuffles bring weights to where the product with the
+// values takes them.
 #pragma once
 
 #include "cuda/device/int8.cu.h"
@@ -57,7 +57,7 @@ struct Decode {
 
   // Of the segment in hand.
   int b, kv_head, first_row;
-  int row_query, row_head;  // of this thread's query row, g & 3
+  int row_query, row_head;  // of this thread's query row, t
   Range row_range;
   int acc[kValueTiles][4];
   int weight_sum;  // of this thread's column, where values' bytes are unsigned
@@ -96,7 +96,7 @@ struct Decode {
   __device__ void segment(int batch_row, int local, int first_tile, int last_tile, int slot) {
     const int row_blocks = (a.rows() + kRows - 1) / kRows;
     b = batch_row, kv_head = local / row_blocks, first_row = local % row_blocks * kRows;
-    const int row = min(first_row + (g & 3), a.rows() - 1);
+    const int row = min(first_row + t, a.rows() - 1);
     row_query = row / a.group(), row_head = kv_head * a.group() + row % a.group();
     row_range = visible_keys(a, b, row_query);
 
@@ -128,17 +128,17 @@ struct Decode {
 #pragma unroll
     for (int s = 1; s < STAGES - 1; ++s) start_copy(copies, mine + s * WARPS, last_tile, s);
 
-    unsigned q_parts[kKeySteps][4];
+    unsigned q_parts[kKeySteps][2];  // of row g / 2, high or low parts
     const KeyShare share(t);
 #pragma unroll
     for (int step = 0; step < kKeySteps; ++step) {
       const int i = step / KeyShare::words, at = share.coordinate(i, step % KeyShare::words);
-      const uint4 x = share.has(i) ? shared.q[g & 3][at / 8] : make_uint4(0, 0, 0, 0);
-      q_parts[step][0] = x.x, q_parts[step][1] = x.y, q_parts[step][2] = x.z, q_parts[step][3] = x.w;
+      const uint4 x = share.has(i) ? shared.q[g / 2][at / 8] : make_uint4(0, 0, 0, 0);
+      q_parts[step][0] = g & 1 ? x.y : x.x, q_parts[step][1] = g & 1 ? x.w : x.z;
     }
-    const float q_scale = shared.q_scale[g & 3];
-    const int high_offset = KeyTable::kBias ? shared.q_offset[g & 3][0] : 0;
-    const int low_offset = KeyTable::kBias ? shared.q_offset[g & 3][1] : 0;
+    const float q_scale = shared.q_scale[t];
+    const int high_offset = KeyTable::kBias ? shared.q_offset[t][0] : 0;
+    const int low_offset = KeyTable::kBias ? shared.q_offset[t][1] : 0;
 
 #pragma unroll
     for (auto& x : acc) x[0] = x[1] = x[2] = x[3] = 0;
@@ -156,17 +156,17 @@ struct Decode {
       stage = stage == STAGES - 1 ? 0 : stage + 1;
       unpack_scales(reinterpret_cast<const __half*>(values + Values::size));
 
-      int dots[4][4];
-      const KeyReader reader(keys, g & 1 ? 7 - g / 2 : g / 2, share);
+      int dots[2][4];
+      const KeyReader reader(keys, g, share);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        dots[j][0] = dots[j][1] = high_offset, dots[j][2] = dots[j][3] = low_offset;
-        multiply_keys(dots[j], reader, 8 * j, share, q_parts);
+      for (int j = 0; j < 2; ++j) {
+        dots[j][0] = dots[j][2] = high_offset, dots[j][1] = dots[j][3] = low_offset;
+        multiply_keys(dots[j], reader, 16 * j, share, q_parts);
       }
-      float s[8];
+      float s[4];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int dot = dots[i / 2][i % 2] * 256 + dots[i / 2][2 + i % 2];
+      for (int i = 0; i < 4; ++i) {
+        const int dot = dots[i / 2][i % 2 * 2] * 256 + dots[i / 2][i % 2 * 2 + 1];
         s[i] = float(dot) * (token_scale(i).x * q_scale);
       }
       unsigned bytes[kValueTiles][4], weights[2];
@@ -185,17 +185,17 @@ struct Decode {
   }
 
   /// The token of this thread's i-th score within a tile.
-  __device__ int token(int i) const { return 8 * (i / 2) + (i % 2 ? 7 - t : t); }
+  __device__ int token(int i) const { return 8 * i + g; }
   __device__ float2 token_scale(int i) const { return shared.token_scales[warp][token(i)]; }
 
   /// Hides scores and adds the mask's terms; `key` is the tile's first.
-  __device__ void apply_mask(float (&s)[8], int key) const {
+  __device__ void apply_mask(float (&s)[4], int key) const {
     if constexpr (MASK == kNoMask) {
       if (__all_sync(~0u, key >= row_range.first && key + kTile <= row_range.last)) return;
     }
     const float hidden = -__uint_as_float(0x7f800000);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < 4; ++i) {
       const int at = key + token(i);
       float term = hidden;
       if (at >= row_range.first && at < row_range.last) term = mask_term<MASK, MaskT>(a, b, row_head, row_query, at);
@@ -234,34 +234,40 @@ struct Decode {
     }
   };
 
-  /// Products of four query rows, high and low, with the keys of eight tokens; this thread brings those of one.
+  /// Products of the keys of sixteen tokens with four query rows, high and low parts; this thread brings the keys of
+  /// two, eight apart.
   __device__ void multiply_keys(int (&dots)[4], const KeyReader& keys, int further, const KeyShare& share,
-                                const unsigned (&q)[kKeySteps][4]) const {
+                                const unsigned (&q)[kKeySteps][2]) const {
     constexpr int n = KeyShare::per_thread;
-    unsigned packed[n][bits_of(KEYS)];
-    keys.load(further, packed);
+    unsigned packed[2][n][bits_of(KEYS)];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) keys.load(further + 8 * k, packed[k]);
 #pragma unroll
     for (int i = 0; i < n; ++i) {
-      const Group<KEYS, kOrders> group(packed[i]);
+      const Group<KEYS, kOrders> groups[2] = {Group<KEYS, kOrders>(packed[0][i]), Group<KEYS, kOrders>(packed[1][i])};
 #pragma unroll
       for (int w = 0; w < KeyShare::words; ++w) {
-        const unsigned x = share.pick(group.word, w) & group.mask;
-        const auto& f = q[i * KeyShare::words + w];
-        unsigned low, high;
-        if constexpr (KEYS == 8) {
-          low = x, high = share.pick(group.more, w);
-        } else {
-          low = levels.keys(x, w), high = levels.keys(x >> 16, w);
+        unsigned bytes[2][2];  // [four coordinates][token]
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const unsigned x = share.pick(groups[k].word, w) & groups[k].mask;
+          if constexpr (KEYS == 8) {
+            bytes[0][k] = x, bytes[1][k] = share.pick(groups[k].more, w);
+          } else {
+            bytes[0][k] = levels.keys(x, w), bytes[1][k] = levels.keys(x >> 16, w);
+          }
         }
-        mma_int8<false, KeyTable::kBias != 0>(dots, f[0], f[1], f[2], f[3], low, high);
+        const auto& f = q[i * KeyShare::words + w];
+        mma_int8<KeyTable::kBias != 0, false>(dots, bytes[0][0], bytes[0][1], bytes[1][0], bytes[1][1], f[0], f[1]);
       }
     }
   }
 
-  /// Weights exp2(s - top) times the value scale as bytes: the high part in threads of g < 4, else the low part.
-  __device__ void softmax(const float (&s)[8], unsigned (&weights)[2]) {
+  /// Weights exp2(s - top) times the value scale as bytes, of row g & 3: the high part in threads of g < 4, else the
+  /// low part, of tokens t + 8 k and t + 4 + 8 k, k < 4.
+  __device__ void softmax(const float (&s)[4], unsigned (&weights)[2]) {
     constexpr float shift = 8388608.f;  // 2^23: adding it leaves a rounded integer in the low bits
-    float fixed[8], tile_sum;
+    float fixed[4], tile_sum;
     bool fresh = __all_sync(~0u, top == kNothing);  // no weights yet, so nothing to compare with or rescale
 #pragma unroll 1
     for (bool raised = false;; raised = true) {
@@ -269,7 +275,7 @@ struct Decode {
         float largest = 0;
         tile_sum = 0;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < 4; ++i) {
           const float p = exp2_fast(s[i] - top);
           tile_sum += p;
           fixed[i] = fmaf(p, token_scale(i).y, shift);
@@ -280,20 +286,26 @@ struct Decode {
       }
       float up = kNothing;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) up = fmaxf(up, s[i] + fmaxf(log2_fast(token_scale(i).y * (1 / kWeightOne)), -40.f));
-      up = fmaxf(up, __shfl_xor_sync(~0u, up, 1));
-      up = fmaxf(top, ceilf(fmaxf(up, __shfl_xor_sync(~0u, up, 2))));
+      for (int i = 0; i < 4; ++i) up = fmaxf(up, s[i] + fmaxf(log2_fast(token_scale(i).y * (1 / kWeightOne)), -40.f));
+#pragma unroll
+      for (int step = 4; step < 32; step *= 2) up = fmaxf(up, __shfl_xor_sync(~0u, up, step));
+      up = fmaxf(top, ceilf(up));
       if (!fresh) rescale(up);
       top = up;
     }
     sum += tile_sum;
-    const unsigned pick = g < 4 ? 0x51 : 0x40;
+    // A thread has four tokens of row t, and the product takes those of row g & 3.  Lanes of g < 4 have the first
+    // tokens that others need, so each shuffle brings one half of the lanes high parts and the other half low ones.
+    unsigned bytes[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const unsigned first = prmt(__float_as_uint(fixed[4 * i]), __float_as_uint(fixed[4 * i + 1]), pick);
-      const unsigned second = prmt(__float_as_uint(fixed[4 * i + 2]), __float_as_uint(fixed[4 * i + 3]), pick);
-      weights[i] = prmt(first, second, 0x5410);
+      const unsigned pick = (g < 4) == (i == 0) ? 0x51 : 0x40;
+      bytes[i] = prmt(prmt(__float_as_uint(fixed[0]), __float_as_uint(fixed[1]), pick),
+                      prmt(__float_as_uint(fixed[2]), __float_as_uint(fixed[3]), pick), 0x5410);
     }
+    const int from = 4 * t + (g & 3) + (g & 4) * 4;
+    bytes[0] = __shfl_sync(~0u, bytes[0], from), bytes[1] = __shfl_sync(~0u, bytes[1], from ^ 16);
+    weights[0] = g < 4 ? bytes[0] : bytes[1], weights[1] = g < 4 ? bytes[1] : bytes[0];
     if constexpr (ValueTable::kBias) {
       weight_sum = int(__dp4a(weights[0], 0x01010101u, __dp4a(weights[1], 0x01010101u, unsigned(weight_sum))));
     }
@@ -322,7 +334,7 @@ struct Decode {
     sum *= exp2_fast(down);
     settle();
     const auto shift = [](int x, int bits) { return bits > 29 ? 0 : (x + (1 << bits >> 1)) >> bits; };
-    const int even = __shfl_sync(~0u, bits, 4 * (2 * t & 3)), odd = __shfl_sync(~0u, bits, 4 * (2 * t & 3) + 4);
+    const int even = __shfl_sync(~0u, bits, 2 * t & 3), odd = __shfl_sync(~0u, bits, (2 * t & 3) + 1);
 #pragma unroll
     for (auto& x : acc) {
       x[0] = shift(x[0], even), x[1] = shift(x[1], odd);
@@ -335,14 +347,14 @@ struct Decode {
     constexpr int kBits = bits_of(VALUES);
     const ValueShare share(g);
     const typename Values::template Reader<kBits> readers[2] = {{values, t, share.clamped(0) * kBits},
-                                                                {values, 7 - t, share.clamped(0) * kBits}};
+                                                                {values, t + 4, share.clamped(0) * kBits}};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       unsigned nibbles[ValueShare::words][4], more[ValueShare::words][4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         unsigned packed[kBits];
-        readers[i % 2].load(16 * half + 8 * (i / 2), packed);  // of token(4 * half + i)
+        readers[half].load(8 * i, packed);
         const Group<VALUES, kOrders> group(packed);
 #pragma unroll
         for (int w = 0; w < ValueShare::words; ++w) {
@@ -375,10 +387,10 @@ struct Decode {
 
   /// Merges the first `active` warps of the block, the others had no tile, and writes the segment's partial result.
   __device__ void finish(int slot, int active) {
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
     settle();
-    if (t == 0 && g < kRows) shared.sums[warp][g] = make_float2(top, sum);
+    if (g == 0) shared.sums[warp][t] = make_float2(top, sum);
     wait_copies<0>();
     __syncthreads();
     float* out = reinterpret_cast<float*>(shared.ring[warp]);
