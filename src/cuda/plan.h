@@ -166,13 +166,21 @@ inline bool plan_many(const AttentionShape& s, const Device& device, AttentionPl
   return true;
 }
 
+/// Most tiles to a multiprocessor of which up to four rows go through `many`: there, on an H200, both kernels take as
+/// long (32K tokens of four KV heads; 16K of trellis codes of 3 bits, which cost more to unpack).
+inline int most_tiles_of_many(const AttentionShape& s) {
+  const auto trellis3 = [](int bits, Code code) { return bits == 3 && code == Code::trellis; };
+  return trellis3(s.key_bits, s.key_code) || trellis3(s.value_bits, s.value_code) ? 14 : 31;
+}
+
 /// Heads of more than 128 coordinates (measured with 256): `many` for up to 32 rows, but up to four rows over long
-/// contexts are decoded; on an H100 both take as long at 64K tokens of four KV heads.  Smaller heads: up to twenty rows
+/// contexts are decoded (most_tiles_of_many).  Smaller heads: up to twenty rows
 /// are decoded, four at a time; six passes take as long as one over fp16 tiles.  More rows go through fp16 tiles; where
 /// shared memory has no room for those (head_dim 256 below 112 KiB), all are decoded.
 inline AttentionPlan plan_attention(const AttentionShape& s, const Device& device) {
   AttentionPlan p;
-  const bool many = s.rows() <= 32 && s.head_dim > 128 && (s.rows() > 4 || tiles_each(s, device) <= 62);
+  const bool many =
+      s.rows() <= 32 && s.head_dim > 128 && (s.rows() > 4 || tiles_each(s, device) <= most_tiles_of_many(s));
   if (many && plan_many(s, device, p)) return p;
   if (s.rows() <= 20) return plan_decode(s, device);
   p = {};
