@@ -147,8 +147,9 @@ inline std::vector<Variant> variants() {
   Case c{.batch = 2, .kv_len = 200, .ragged = true, .key_code = Code::trellis, .value_code = Code::trellis};
   c.recent = 40, c.first = 4, c.ring = 96;
   rows.push_back({c, 1});
-  c = {.query_heads = 8, .kv_heads = 2, .query_len = 17, .kv_len = 190, .causal = true};
-  c.recent = 40, c.first = 140, c.ring = 128;  // first tokens that the ring has too
+  c = {.query_heads = 8, .kv_heads = 2, .query_len = 40, .kv_len = 190, .causal = true};
+  c.recent = 128, c.first = 140,
+  c.ring = 128;  // first tokens that the ring has too, and blocks of which the older are read
   rows.push_back({c, 2});
   return rows;
 }
