@@ -87,7 +87,7 @@ mx::array decode_gpu(const PackedArrays& packed, Width width, uint64_t seed, mx:
   return cuda_backend::decode(packed, width, seed, dtype, centre, stream);
 }
 
-bool reads_exact_copies_gpu() { return false; }  // the kernels of neither backend do so far
+bool reads_exact_copies_gpu() { return on_metal(); }  // the kernels of CUDA do not so far
 
 mx::array attention_gpu(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,
                         const AttentionOptions& options, mx::Stream stream) {

@@ -113,10 +113,18 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
   shape.window = o.window;
   if (o.mask) shape.mask = o.mask->dtype() == mx::bool_ ? MaskKind::boolean : MaskKind::additive;
   if (o.kernel) *o.kernel = metal::route(q.shape(1), keys.codes.shape(1), q.shape(2), q.shape(3));
+  metal::AttentionArrays<mx::array> arrays{q,        keys.codes, keys.scales, values.codes, values.scales,
+                                           o.starts, o.mask,     o.sinks,     o.key_centre, o.value_centre};
+  if (o.exact) {
+    shape.recent = o.recent;
+    shape.first = o.first;
+    arrays.exact_key_codes = o.exact->keys.codes;
+    arrays.exact_key_scales = o.exact->keys.scales;
+    arrays.exact_value_codes = o.exact->values.codes;
+    arrays.exact_value_scales = o.exact->values.scales;
+  }
   Launcher launcher{stream};
-  return metal::launch_attention(launcher, shape,
-                                 {q, keys.codes, keys.scales, values.codes, values.scales, o.starts, o.mask, o.sinks,
-                                  o.key_centre, o.value_centre});
+  return metal::launch_attention(launcher, shape, arrays);
 }
 
 }  // namespace turboquant::ops::metal_backend

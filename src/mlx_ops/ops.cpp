@@ -263,6 +263,9 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
     require(!o.exact || reads_exact_copies_gpu(),
             "[attention] the kernels of this GPU cannot read exact copies: use recent = 0 and sink = 0");
     const auto dense = [&](const mx::array& x) { return o.dense_rows ? x : mx::contiguous(x, false, stream); };
+    if (gpu.exact) {
+      for (auto* side : {&gpu.exact->keys, &gpu.exact->values}) *side = {dense(side->codes), dense(side->scales)};
+    }
     return attention_gpu(q, {dense(keys.codes), dense(keys.scales)}, {dense(values.codes), dense(values.scales)}, gpu,
                          stream);
   }

@@ -162,5 +162,55 @@ TEST_F(MetalExport, Attends) {
   }
 }
 
+TEST_F(MetalExport, AttendsToExactCopies) {
+  for (int query_len : {1, 700}) {
+    const auto shapes = export_shapes(
+        [&](const Arrays& in) {
+          AttentionOptions o;
+          o.kv_len = 1000;
+          o.causal = true;
+          o.recent = 32, o.first = 4;
+          o.exact = ExactArrays{{in[5], in[6]}, {in[7], in[8]}};
+          const auto out = metal_backend::attention(in[0], {in[1], in[2]}, {in[3], in[4]}, o, kGpu);
+          const auto plan = metal::plan_attention({.batch = 2,
+                                                   .query_heads = 8,
+                                                   .kv_heads = 2,
+                                                   .query_len = query_len,
+                                                   .kv_len = 1000,
+                                                   .head_dim = 64,
+                                                   .keys = 3,
+                                                   .values = 3,
+                                                   .dtype = Dtype::float16,
+                                                   .ring = 64,
+                                                   .recent = 32,
+                                                   .first = 4});
+          const auto sides = [&](size_t first) {
+            return std::map<std::string, mx::array>{{"q", in[0]},
+                                                    {"key_codes", in[first]},
+                                                    {"key_scales", in[first + 1]},
+                                                    {"value_codes", in[first + 2]},
+                                                    {"value_scales", in[first + 3]}};
+          };
+          const auto &partial = out.inputs()[1], &copy_partial = out.inputs()[3];
+          EXPECT_EQ(copy_partial.shape(-2), plan.copy_params[metal_layout::kSplits]);
+          expect_bound(partial, plan.attend.inputs, sides(1));
+          expect_bound(copy_partial, plan.attend_copies.inputs, sides(5));
+          expect_bound(out, plan.merge.inputs,
+                       {{"q", in[0]},
+                        {"partial", partial},
+                        {"stats", out.inputs()[2]},
+                        {"copy_partial", copy_partial},
+                        {"copy_stats", out.inputs()[4]}});
+          return Arrays{out};
+        },
+        {mx::zeros({2, 8, query_len, 64}, mx::float16), mx::zeros({2, 2, 1024, 6}, mx::uint32),
+         mx::zeros({2, 2, 1024}, mx::float16), mx::zeros({2, 2, 1024, 6}, mx::uint32),
+         mx::zeros({2, 2, 1024}, mx::float16), mx::zeros({2, 2, 68, 16}, mx::uint32),
+         mx::zeros({2, 2, 68}, mx::float16), mx::zeros({2, 2, 68, 16}, mx::uint32),
+         mx::zeros({2, 2, 68}, mx::float16)});
+    EXPECT_EQ(shapes, (std::vector<mx::Shape>{{2, 8, query_len, 64}}));
+  }
+}
+
 }  // namespace
 }  // namespace turboquant::ops

@@ -97,6 +97,18 @@ TEST(MetalFeedback, ZeroStaysZeroAndBadVectorsSpoilThemselvesAlone) {
   }
 }
 
+// Feedback that moves targets beyond the largest level, which codes of 8 bits must not pass.
+TEST(MetalFeedback, EightBitsStopAtTheLargestLevel) {
+  const auto c = emulator::feedback_edge_cases().back();
+  ASSERT_EQ(c.sides[0].coding.bits, 8);
+  const int tokens = 24;
+  const Buffer x = gaussian(size_t(tokens) * c.head_dim, c.dtype, 8);
+  auto g = random_feedback(1, c.head_dim);
+  for (auto& v : g) v = float_to_half(half_to_float(v) * 40);
+  EXPECT_EQ(wrong_rows(x, encoder(Code::scalar)(x, 1, tokens, c.head_dim, 8, g.data()), 1, kSeed, nullptr, g.data()),
+            "");
+}
+
 TEST(MetalPlan, FeedbackHasKernelsOfItsOwnWhereItDoesSomething) {
   const metal::EncodeShape plain{1, 2, 3, 64, {3, 3}, {false, false}, 1};
   auto fed = plain;
