@@ -11,6 +11,7 @@ struct BackendTable {
   void (*encode)(const EncodeParams&);
   void (*decode)(const DecodeParams&);
   void (*attend)(const AttendParams&);
+  void (*transform)(const TransformParams&);
 };
 
 namespace reference {

@@ -76,6 +76,20 @@ void decode(const DecodeParams& p, Backend backend) {
   table_of(backend).decode(p);
 }
 
+void transform(const TransformParams& p, Backend backend) {
+  require(valid_head_dim(p.head_dim), "[transform] head_dim must be a multiple of 32 from 32 to 256; got ", p.head_dim);
+  check_size("transform", "batch", p.batch, 0);
+  check_size("transform", "heads", p.heads, 0);
+  check_size("transform", "tokens", p.tokens, 0);
+  check_size("transform", "matrices", p.matrices, 1);
+  require(p.heads % p.matrices == 0, "[transform] heads must be a multiple of matrices; got ", p.heads, " and ",
+          p.matrices);
+  require(p.out.dtype == Dtype::float32, "[transform] out must be float32");
+  if (int64_t(p.batch) * p.heads * p.tokens == 0) return;
+  require(p.x.data && p.matrix && p.out.data, "[transform] x, matrix and out must not be null");
+  table_of(backend).transform(p);
+}
+
 void attend(const AttendParams& p, Backend backend) {
   check_vectors("attend", p.head_dim, p.keys.bits, p.keys.code, backend);
   check_vectors("attend", p.head_dim, p.values.bits, p.values.code, backend);

@@ -83,6 +83,19 @@ struct DecodeParams {
   MutableTensor out;              // [batch, heads, tokens, head_dim]
 };
 
+/// What `transform` does: y = (x - c) W, vectors as rows, with a matrix W for each of `matrices` equal groups of heads.
+/// Balanced keys are coded this way (docs/algorithm.md): W takes keys to what is coded, the transpose of its inverse
+/// takes queries along, so that their products stay, and its inverse takes decoded keys back.  A vector's arithmetic
+/// does not depend on the others in the call.
+struct TransformParams {
+  int batch = 0, heads = 0, tokens = 0, head_dim = 0;
+  int matrices = 1;               // head h takes matrix h / (heads / matrices)
+  Tensor x;                       // [batch, heads, tokens, head_dim]
+  const float* centre = nullptr;  // [matrices, head_dim], taken from every vector; null: none
+  const float* matrix = nullptr;  // [matrices, head_dim, head_dim], row-major
+  MutableTensor out;              // as x; its dtype must be float32
+};
+
 enum class MaskKind : uint8_t {
   none,
   boolean,   // one byte a pair; zero hides the key
@@ -136,6 +149,8 @@ enum class Backend : uint8_t { reference, cpu };
 /// trellis), the rest >= 0 (heads >= 1).
 void encode(const EncodeParams& params, Backend backend = Backend::cpu);
 void decode(const DecodeParams& params, Backend backend = Backend::cpu);
+/// Also: heads a multiple of matrices.
+void transform(const TransformParams& params, Backend backend = Backend::cpu);
 /// Also: query_heads a multiple of kv_heads, a finite scale; of exact copies: 0 <= recent <= ring.
 void attend(const AttendParams& params, Backend backend = Backend::cpu);
 

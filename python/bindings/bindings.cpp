@@ -61,6 +61,9 @@ NB_MODULE(_core, m) {
       "key_centre"_a = nb::none(), "value_centre"_a = nb::none(), "code"_a = "scalar", "stream"_a = nb::none());
 
   m.def("reads_exact_copies", [] { return ops::reads_exact_copies(); });
+  m.def("transform", &ops::transform, "x"_a, "matrix"_a, nb::kw_only(), "centre"_a = nb::none(),
+        "stream"_a = nb::none());
+  m.def("inverse_transpose", &ops::inverse_transpose, "key_map"_a);
 
   bind_caches(m);
 

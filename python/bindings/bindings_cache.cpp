@@ -29,7 +29,7 @@ mx::array numbers(const std::vector<int>& v) { return mx::array(v.data(), {int(v
 using Pair = std::pair<Array, Array>;
 
 ops::Coding coding(int key_bits, int value_bits, uint64_t seed, const Pair& centres, const Pair& feedback,
-                   const std::string& code, int recent = 0, int sink = 0) {
+                   const std::string& code, const Pair& maps, int recent = 0, int sink = 0) {
   return {key_bits,
           value_bits,
           seed,
@@ -39,7 +39,9 @@ ops::Coding coding(int key_bits, int value_bits, uint64_t seed, const Pair& cent
           feedback.second,
           code_from("cache", code),
           recent,
-          sink};
+          sink,
+          maps.first,
+          maps.second};
 }
 
 /// Exact copies: four arrays, and the first token that their ring holds.
@@ -103,6 +105,7 @@ nb::class_<Cache> bind_cache(nb::module_& m, const char* name) {
                    [](const Cache& c) {
                      return Pair{c.coding().key_feedback, c.coding().value_feedback};
                    })
+      .def_prop_ro("key_map", [](const Cache& c) { return c.coding().key_map; })
       .def_prop_ro("arrays",
                    [](const Cache& c) { return c.store() ? std::optional(arrays(*c.store())) : std::nullopt; });
 }
@@ -152,10 +155,10 @@ void bind_caches(nb::module_& m) {
       .def(
           "__init__",
           [](ops::KVCache* self, int kb, int vb, uint64_t seed, const Pair& centres, const Pair& feedback,
-             const std::string& code, int recent,
-             int sink) { new (self) ops::KVCache(coding(kb, vb, seed, centres, feedback, code, recent, sink)); },
+             const std::string& code, const Pair& maps, int recent,
+             int sink) { new (self) ops::KVCache(coding(kb, vb, seed, centres, feedback, code, maps, recent, sink)); },
           "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(), "feedback"_a = Pair(), "code"_a = "scalar",
-          "recent"_a = 0, "sink"_a = 0)
+          "maps"_a = Pair(), "recent"_a = 0, "sink"_a = 0)
       .def(
           "restore",
           [](ops::KVCache& c, const Arrays& a, int length, const PythonCopies& exact) {
@@ -170,12 +173,12 @@ void bind_caches(nb::module_& m) {
       .def(
           "__init__",
           [](ops::BatchKVCache* self, std::vector<int> left_padding, int kb, int vb, uint64_t seed, const Pair& centres,
-             const Pair& feedback, const std::string& code, int recent, int sink) {
-            new (self)
-                ops::BatchKVCache(std::move(left_padding), coding(kb, vb, seed, centres, feedback, code, recent, sink));
+             const Pair& feedback, const std::string& code, const Pair& maps, int recent, int sink) {
+            new (self) ops::BatchKVCache(std::move(left_padding),
+                                         coding(kb, vb, seed, centres, feedback, code, maps, recent, sink));
           },
           "left_padding"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(), "feedback"_a = Pair(),
-          "code"_a = "scalar", "recent"_a = 0, "sink"_a = 0)
+          "code"_a = "scalar", "maps"_a = Pair(), "recent"_a = 0, "sink"_a = 0)
       .def_static("merge", &ops::BatchKVCache::merge, "caches"_a, "stream"_a = nb::none())
       .def("prepare", &ops::BatchKVCache::prepare, "left_padding"_a, "right_padding"_a,
            "lengths"_a = std::vector<int>())
@@ -197,11 +200,11 @@ void bind_caches(nb::module_& m) {
       .def(
           "__init__",
           [](ops::RotatingKVCache* self, int max_size, int keep, int kb, int vb, uint64_t seed, const Pair& centres,
-             const Pair& feedback, const std::string& code) {
-            new (self) ops::RotatingKVCache(max_size, keep, coding(kb, vb, seed, centres, feedback, code));
+             const Pair& feedback, const std::string& code, const Pair& maps) {
+            new (self) ops::RotatingKVCache(max_size, keep, coding(kb, vb, seed, centres, feedback, code, maps));
           },
           "max_size"_a, "keep"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(),
-          "feedback"_a = Pair(), "code"_a = "scalar")
+          "feedback"_a = Pair(), "code"_a = "scalar", "maps"_a = Pair())
       .def("mask", &mask<ops::RotatingKVCache>, "n"_a, "window"_a = nb::none(), "return_array"_a = false)
       .def(
           "restore",
@@ -220,11 +223,11 @@ void bind_caches(nb::module_& m) {
       .def(
           "__init__",
           [](Batch* self, int max_size, std::vector<int> left_padding, int kb, int vb, uint64_t seed,
-             const Pair& centres, const Pair& feedback, const std::string& code) {
-            new (self) Batch(max_size, std::move(left_padding), coding(kb, vb, seed, centres, feedback, code));
+             const Pair& centres, const Pair& feedback, const std::string& code, const Pair& maps) {
+            new (self) Batch(max_size, std::move(left_padding), coding(kb, vb, seed, centres, feedback, code, maps));
           },
           "max_size"_a, "left_padding"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(),
-          "feedback"_a = Pair(), "code"_a = "scalar")
+          "feedback"_a = Pair(), "code"_a = "scalar", "maps"_a = Pair())
       .def_static("merge", &Batch::merge, "caches"_a, "stream"_a = nb::none())
       .def("prepare", &Batch::prepare, "left_padding"_a, "lengths"_a, "right_padding"_a)
       .def("finalize", &Batch::finalize, "stream"_a = nb::none())

@@ -61,4 +61,22 @@ void decode(const DecodeParams& p) {
   });
 }
 
+void transform(const TransformParams& p) {
+  const Kernels& k = kernels();
+  for_rows(p, [&](int b, int h, int t, int count) {
+    const int64_t m = h / (p.heads / p.matrices);
+    TransformRows rows;
+    rows.dim = p.head_dim;
+    rows.count = count;
+    rows.x = static_cast<const std::byte*>(p.x.data) + row_offset(p.x, b, h, t) * size_of(p.x.dtype);
+    rows.dtype = p.x.dtype;
+    rows.stride = p.x.token_stride;
+    rows.centre = p.centre ? p.centre + m * p.head_dim : nullptr;
+    rows.matrix = p.matrix + m * p.head_dim * p.head_dim;
+    rows.out = static_cast<float*>(p.out.data) + row_offset(p.out, b, h, t);
+    rows.out_stride = p.out.token_stride;
+    k.transform(rows);
+  });
+}
+
 }  // namespace turboquant::cpu

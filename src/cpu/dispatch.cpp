@@ -58,7 +58,7 @@ const Kernels& kernels() {
   return first;
 }
 
-const BackendTable table = {"cpu", encode, decode, attend};
+const BackendTable table = {"cpu", encode, decode, attend, transform};
 
 }  // namespace cpu
 

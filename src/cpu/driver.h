@@ -10,6 +10,7 @@ namespace turboquant::cpu {
 void encode(const EncodeParams& params);
 void decode(const DecodeParams& params);
 void attend(const AttendParams& params);
+void transform(const TransformParams& params);
 
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 

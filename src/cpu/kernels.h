@@ -78,6 +78,18 @@ struct DecodeRows {
   int64_t stride;
 };
 
+/// Vectors of one head, `count` rows, by one matrix.
+struct TransformRows {
+  int dim, count;
+  const void* x;
+  Dtype dtype;
+  int64_t stride;       // of x, in elements
+  const float* centre;  // [dim] or null
+  const float* matrix;  // [dim, dim]
+  float* out;
+  int64_t out_stride;
+};
+
 struct Kernels {
   const char* name;
   bool (*runs_here)();
@@ -86,6 +98,7 @@ struct Kernels {
   void (*encode)(const EncodeRows&);
   void (*encode_feedback)(const EncodeRows&);  // dim > 32
   void (*decode)(const DecodeRows&);
+  void (*transform)(const TransformRows&);
   void (*hadamard)(float* x, int dim);  // the symmetric orthonormal H of rotation.h, in place
 };
 

@@ -9,8 +9,8 @@ namespace {
 
 /// `rows` encoded as copies are: at 8 bits, without feedback.
 Store encode_copies(const Coding& coding, const mx::array& keys, const mx::array& values, mx::StreamOrDevice s) {
-  auto [k, v] =
-      encode_kv(keys, values, 8, 8, coding.seed, coding.key_centre, coding.value_centre, std::nullopt, std::nullopt, s);
+  const auto [coded, centre] = mapped_keys(coding, keys, s);
+  auto [k, v] = encode_kv(coded, values, 8, 8, coding.seed, centre, coding.value_centre, std::nullopt, std::nullopt, s);
   return {k, v};
 }
 

@@ -27,6 +27,17 @@ Coding checked_coding(Coding coding) {
     *feedback = mx::contiguous(**feedback);
     mx::eval(**feedback);
   }
+  if (!coding.key_map) {
+    coding.query_map = std::nullopt;
+    return coding;
+  }
+  if (!coding.query_map) coding.query_map = inverse_transpose(*coding.key_map);
+  for (auto* map : {&coding.key_map, &coding.query_map}) {
+    require((*map)->dtype() == mx::float32 && (*map)->ndim() == 3 && (*map)->shape(1) == (*map)->shape(2),
+            "[cache] maps must be float32 of shape (kv_heads, head_dim, head_dim); got ", (*map)->dtype(), " of shape ",
+            (*map)->shape());
+    if (!((*map)->is_available() && (*map)->flags().row_contiguous)) *map = mx::contiguous(**map);
+  }
   return coding;
 }
 

@@ -36,6 +36,30 @@ void check_same_coding(const char* op, const Coding& a, const Coding& b) {
           "] caches must have the same centres");
   require(same_array(a.key_feedback, b.key_feedback) && same_array(a.value_feedback, b.value_feedback), "[", op,
           "] caches must have the same feedback");
+  require(same_array(a.key_map, b.key_map), "[", op, "] caches must have the same key map");
+}
+
+mx::array inverse_transpose(const mx::array& key_map) {
+  require(key_map.dtype() == mx::float32 && key_map.ndim() == 3 && key_map.shape(1) == key_map.shape(2),
+          "[key_map] must be float32 of shape (kv_heads, head_dim, head_dim); got ", key_map.dtype(), " of shape ",
+          key_map.shape());
+  const mx::Device cpu = mx::Device::cpu;
+  auto inverse = mx::array(0.0f);
+  try {
+    const auto exact = mx::linalg::inv(mx::astype(key_map, mx::float64, cpu), cpu);
+    inverse = mx::contiguous(mx::swapaxes(mx::astype(exact, mx::float32, cpu), 1, 2, cpu), false, cpu);
+    mx::eval(inverse);
+  } catch (const std::exception& error) {
+    throw std::invalid_argument(std::string("[key_map] a matrix has no inverse: ") + error.what());
+  }
+  require(mx::all(mx::isfinite(inverse, cpu), cpu).item<bool>(), "[key_map] a matrix has no inverse");
+  return inverse;
+}
+
+std::pair<mx::array, std::optional<mx::array>> mapped_keys(const Coding& coding, const mx::array& keys,
+                                                           mx::StreamOrDevice s) {
+  if (!coding.key_map) return {keys, coding.key_centre};
+  return {ops::transform(keys, *coding.key_map, coding.key_centre, s), std::nullopt};
 }
 
 size_t Store::nbytes() const {
@@ -168,7 +192,9 @@ void check_follows(const Coding& coding, const mx::Shape& shape, const Store& he
 
 Store encode_store(const Coding& coding, const mx::array& keys, const mx::array& values,
                    const std::optional<Store>& held, mx::StreamOrDevice s) {
-  auto [k, v] = encode_kv(keys, values, coding.key_width(), coding.value_width(), coding.seed, coding.key_centre,
+  check_sides("encode", keys, values);
+  const auto [coded, centre] = mapped_keys(coding, keys, s);
+  auto [k, v] = encode_kv(coded, values, coding.key_width(), coding.value_width(), coding.seed, centre,
                           coding.value_centre, coding.key_feedback, coding.value_feedback, s);
   if (held) check_follows(coding, keys.shape(), *held);
   return {k, v};
@@ -188,7 +214,11 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
   o.mask = mask;
   o.starts = starts;
   o.sinks = sinks;
-  o.key_centre = sinks ? coding.key_centre : std::nullopt;  // without sinks the softmax does not see it
+  if (sinks && coding.key_centre) {  // without sinks the softmax does not see it
+    o.key_centre = coding.key_map
+                       ? mx::squeeze(mx::matmul(mx::expand_dims(*coding.key_centre, 1, s), *coding.key_map, s), 1, s)
+                       : coding.key_centre;
+  }
   o.value_centre = coding.value_centre;
   if (copies) {
     const Store x = copies->settled();
@@ -198,17 +228,32 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
   }
   o.kernel = last_kernel ? &last_kernel->name : nullptr;
   const auto stream = mx::to_stream(s);
-  if (store.written && int(store.written->size()) == length + 1 && can_append_in_place({q}, stream)) {
-    o.written = store.written;
-    return attention(q, store.keys, store.values, o, stream);
-  }
-  const Store x = store.settled();
-  return attention(q, x.keys, x.values, o, stream);
+  const auto asked = coding.query_map ? ops::transform(q, *coding.query_map, std::nullopt, stream) : q;
+  const bool waits = store.written && int(store.written->size()) == length + 1 && can_append_in_place({q}, stream);
+  if (waits) o.written = store.written;
+  const Store x = waits ? store : store.settled();
+  const auto out = attention(asked, x.keys, x.values, o, stream);
+  return out.dtype() == q.dtype() ? out : mx::astype(out, q.dtype(), stream);
 }
+
+namespace {
+
+/// Keys as they came, from codes of a width.
+mx::array decoded_keys(const Coding& coding, const PackedArrays& keys, Width width, mx::Dtype dtype,
+                       mx::StreamOrDevice s) {
+  if (!coding.query_map) return ops::decode(keys, width, coding.seed, dtype, coding.key_centre, s);
+  const auto coded = ops::decode(keys, width, coding.seed, mx::float32, std::nullopt, s);
+  const auto inverse = mx::contiguous(mx::swapaxes(*coding.query_map, 1, 2, s), false, s);
+  const auto back = ops::transform(coded, inverse, std::nullopt, s);
+  const auto shifted = coding.key_centre ? mx::add(back, mx::expand_dims(*coding.key_centre, 1, s), s) : back;
+  return mx::astype(shifted, dtype, s);
+}
+
+}  // namespace
 
 std::pair<mx::array, mx::array> View::decode(mx::Dtype dtype, mx::StreamOrDevice s) const {
   const auto numbers = [&](const Store& held, const Coding& of) {
-    return std::pair{ops::decode(held.keys, of.key_width(), coding.seed, dtype, coding.key_centre, s),
+    return std::pair{decoded_keys(coding, held.keys, of.key_width(), dtype, s),
                      ops::decode(held.values, of.value_width(), coding.seed, dtype, coding.value_centre, s)};
   };
   if (!copies || starts) return numbers(store.tokens(0, length, s), coding);
@@ -270,7 +315,8 @@ Store append_store(const Coding& coding, const std::optional<Store>& held, int l
                       : zeros(coding, keys.shape(0), keys.shape(1), round_up(added), keys.shape(3), stream);
   if (!next.frontier) next.frontier = std::make_shared<int>(length);
   const bool follows = next.written && int(next.written->size()) == length + 1;
-  next.written = append_kv(keys, values, coding.key_width(), coding.value_width(), coding.seed, coding.key_centre,
+  const auto [coded, centre] = mapped_keys(coding, keys, stream);
+  next.written = append_kv(coded, values, coding.key_width(), coding.value_width(), coding.seed, centre,
                            coding.value_centre, coding.key_feedback, coding.value_feedback, next.keys, next.values,
                            follows ? *next.written : nothing_to_wait_for(length, stream), stream);
   *next.frontier = length + added;

@@ -80,4 +80,15 @@ inline std::optional<mx::array> checked_feedback(const char* op, const char* nam
   return mx::contiguous(*feedback, false, s);
 }
 
+/// Matrices as `transform` takes them: float32, (heads, head_dim, head_dim), row-contiguous.
+inline std::optional<mx::array> checked_matrix(const char* op, const char* name, const std::optional<mx::array>& matrix,
+                                               int heads, int head_dim, mx::StreamOrDevice s) {
+  if (!matrix) return std::nullopt;
+  require(matrix->dtype() == mx::float32, "[", op, "] ", name, " must be float32; got ", matrix->dtype());
+  require(matrix->shape() == mx::Shape{heads, head_dim, head_dim}, "[", op, "] ", name, " must have shape (", heads,
+          ",", head_dim, ",", head_dim, "); got ", matrix->shape());
+  if (matrix->is_available() && matrix->flags().row_contiguous) return matrix;
+  return mx::contiguous(*matrix, false, s);
+}
+
 }  // namespace turboquant::ops

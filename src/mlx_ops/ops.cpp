@@ -108,6 +108,36 @@ std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx:
           encode_rank4(values, value_width, seed, centres[1], feedback[1], stream)};
 }
 
+namespace {
+
+/// The same as MLX's own operations, for a GPU.
+mx::array transform_gpu(const mx::array& x, const mx::array& matrix, const std::optional<mx::array>& centre,
+                        mx::Stream stream) {
+  const int heads = x.shape(1), dim = x.shape(3), matrices = matrix.shape(0);
+  auto rows = mx::reshape(mx::astype(x, mx::float32, stream),
+                          {x.shape(0), matrices, heads / matrices * x.shape(2), dim}, stream);
+  if (centre) rows = mx::subtract(rows, mx::expand_dims(*centre, 1, stream), stream);
+  return mx::reshape(mx::matmul(rows, matrix, stream), x.shape(), stream);
+}
+
+}  // namespace
+
+mx::array transform(const mx::array& x, const mx::array& matrix, const std::optional<mx::array>& centre,
+                    mx::StreamOrDevice s) {
+  check_vectors("transform", "x", x);
+  require(x.ndim() == 4, "[transform] x must have shape (batch, heads, tokens, head_dim); got ", x.shape());
+  require(matrix.ndim() == 3 && matrix.shape(0) > 0 && x.shape(1) % matrix.shape(0) == 0,
+          "[transform] matrix must have shape (matrices, head_dim, head_dim), as many as divide the heads; got ",
+          matrix.shape(), " for x of shape ", x.shape());
+  const auto stream = mx::to_stream(s);
+  const auto checked = *checked_matrix("transform", "matrix", matrix, matrix.shape(0), x.shape(3), stream);
+  const auto shift = checked_centre("transform", "centre", centre, matrix.shape(0), x.shape(3), stream);
+  if (on_gpu(stream)) return transform_gpu(x, checked, shift, stream);
+  std::vector<mx::array> inputs{x, checked};
+  if (shift) inputs.push_back(*shift);
+  return mx::array(x.shape(), mx::float32, std::make_shared<Transform>(stream), std::move(inputs));
+}
+
 bool can_append_in_place(const std::vector<mx::array>& arrays, mx::Stream stream) {
   return on_gpu(stream) && appends_in_place_gpu() &&
          std::none_of(arrays.begin(), arrays.end(), [](const mx::array& x) { return x.is_tracer(); });

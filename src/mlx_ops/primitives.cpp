@@ -155,6 +155,25 @@ std::vector<mx::Shape> Decode::output_shapes(const std::vector<mx::array>& input
   return {shape};
 }
 
+void Transform::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  const auto x = dense(inputs[0], 1, encoder);
+  auto& out = outputs[0];
+  allocate(out);
+  TransformParams p;
+  p.batch = x.shape(0), p.heads = x.shape(1), p.tokens = x.shape(2), p.head_dim = x.shape(3);
+  p.matrices = inputs[1].shape(0);
+  p.x = tensor(x);
+  p.matrix = inputs[1].data<float>();
+  if (inputs.size() > 2) p.centre = inputs[2].data<float>();
+  p.out = tensor<void*>(out, out.data<void>());
+  encoder.dispatch([p] { turboquant::transform(p); });
+}
+
+bool Transform::is_equivalent(const mx::Primitive& other) const { return dynamic_cast<const Transform*>(&other); }
+
+std::vector<mx::Shape> Transform::output_shapes(const std::vector<mx::array>& inputs) { return {inputs[0].shape()}; }
+
 void Attention::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
   auto& encoder = mx::cpu::get_command_encoder(stream());
   const auto q = dense(inputs[0], 1, encoder);

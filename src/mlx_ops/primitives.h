@@ -53,6 +53,16 @@ class Decode : public CorePrimitive {
   uint64_t seed_;
 };
 
+/// x (B, H, N, D), matrix (H_m, D, D)[, centre (H_m, D)] -> y (B, H, N, D) float32.
+class Transform : public CorePrimitive {
+ public:
+  using CorePrimitive::CorePrimitive;
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  bool is_equivalent(const mx::Primitive& other) const override;
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+  const char* name() const override { return "turboquant.transform"; }
+};
+
 /// q, key codes, key scales, value codes, value scales, then the optional arrays that the options hold, in their order
 /// there, then the exact copies' four -> out.  The arrays themselves travel as inputs; the options keep only which exist.
 class Attention : public CorePrimitive {

@@ -89,6 +89,6 @@ void attend(const AttendParams& p) {
   }
 }
 
-const BackendTable table = {"reference", encode, decode, attend};
+const BackendTable table = {"reference", encode, decode, attend, transform};
 
 }  // namespace turboquant::reference

@@ -21,5 +21,6 @@ void decode_vector(const uint32_t* words, uint16_t scale, int dim, const Coding&
 void encode(const EncodeParams& params);
 void decode(const DecodeParams& params);
 void attend(const AttendParams& params);
+void transform(const TransformParams& params);
 
 }  // namespace turboquant::reference

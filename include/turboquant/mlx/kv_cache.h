@@ -52,7 +52,7 @@ class KVCache {
   int length_ = 0;
 };
 
-/// A coding with checked bits, and centres and feedback in the form the kernels take.
+/// A coding with checked bits, and centres, feedback and maps in the form the kernels take.
 Coding checked_coding(Coding coding);
 
 }  // namespace turboquant::ops

@@ -49,6 +49,12 @@ std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx:
                                                 const std::optional<mx::array>& value_feedback = std::nullopt,
                                                 mx::StreamOrDevice s = {});
 
+/// (x - centre) W of vectors x (B, H, N, D), float16, bfloat16 or float32, with a matrix (H_m, D, D) float32 for each
+/// of H_m equal groups of heads and a centre (H_m, D): (B, H, N, D) float32.  On the CPU a vector's numbers do not
+/// depend on what else is in the call; on a GPU they are MLX's products.
+mx::array transform(const mx::array& x, const mx::array& matrix, const std::optional<mx::array>& centre = std::nullopt,
+                    mx::StreamOrDevice s = {});
+
 /// Whether `append_kv` can serve these arrays on this stream: CUDA, and no transformation is being traced.
 bool can_append_in_place(const std::vector<mx::array>& arrays, mx::Stream stream);
 

@@ -22,7 +22,18 @@ struct Coding {
 
   Width key_width() const { return {key_bits, code}; }
   Width value_width() const { return {value_bits, code}; }
+  /// What is coded of a key is (k - centre) key_map; queries go through query_map, the transpose of its inverse, so
+  /// that their products stay.  (H_kv, D, D) float32, both or none.
+  std::optional<mx::array> key_map = {}, query_map = {};
 };
+
+/// The query_map of a key_map (H_kv, D, D) float32, computed in double.  Throws std::invalid_argument when a matrix has
+/// no inverse.
+mx::array inverse_transpose(const mx::array& key_map);
+
+/// Keys (B, H_kv, N, D) as they are coded, and the centre that is left to take from them.
+std::pair<mx::array, std::optional<mx::array>> mapped_keys(const Coding& coding, const mx::array& keys,
+                                                           mx::StreamOrDevice s = {});
 
 /// Throws std::invalid_argument naming `op` unless both codings decode the same bits to the same vectors.
 void check_same_coding(const char* op, const Coding& a, const Coding& b);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from typing import TypeAlias
 
 import mlx.core as mx
@@ -60,15 +61,32 @@ def _pair(owner, name, shape, pair):
     return tuple(found)
 
 
-def coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback):
-    """(key bits, value bits, seed, centres, feedback, code): the arguments that every cache takes, checked, as the
+_query_maps = {}  # id of a key map: its query map, while the key map lives
+
+
+def query_maps(owner, key_map):
+    """(key map, query map), or (None, None).  Caches that share a key map share the inverse, too."""
+    if key_map is None:
+        return None, None
+    if not isinstance(key_map, mx.array):
+        raise ValueError(f"[{owner}] key_map must be an array (H_kv, D, D) of float32; got {key_map!r}")
+    found = _query_maps.get(id(key_map))
+    if found is None:
+        found = _query_maps[id(key_map)] = _core.inverse_transpose(key_map)
+        weakref.finalize(key_map, _query_maps.pop, id(key_map), None)
+    return key_map, found
+
+
+def coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback, key_map=None):
+    """(key bits, value bits, seed, centres, feedback, code, maps): the arguments that every cache takes, checked, as the
     extension's; see TurboQuantKVCache."""
     bits = _width(owner, "bits", bits)
     key_bits = bits if key_bits is None else _width(owner, "key_bits", key_bits)
     value_bits = bits if value_bits is None else _width(owner, "value_bits", value_bits)
     centres = _pair(owner, "centres", "(H_kv, D)", centres)
     feedback = _pair(owner, "feedback", "(H_kv, D, D)", feedback)
-    return key_bits, value_bits, whole(owner, "seed", seed, below=2**64), centres, feedback, code_name(owner, code)
+    code, maps = code_name(owner, code), query_maps(owner, key_map)
+    return key_bits, value_bits, whole(owner, "seed", seed, below=2**64), centres, feedback, code, maps
 
 
 def exact_tokens(owner: str, recent: int | None, sink: int | None) -> tuple[int, int]:

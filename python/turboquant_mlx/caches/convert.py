@@ -24,6 +24,7 @@ def to_turboquant(
     seed: int = 0,
     centres: Centres | None = None,
     feedback: Feedback | None = None,
+    key_map: mx.array | None = None,
     recent: int | None = None,
     sink: int | None = None,
 ) -> TurboQuantKVCache | TurboQuantRotatingKVCache:
@@ -45,6 +46,7 @@ def to_turboquant(
         "seed": seed,
         "centres": centres,
         "feedback": feedback,
+        "key_map": key_map,
     }
     window = isinstance(cache, RotatingKVCache)
     packed = TurboQuantKVCache(bits, **settings, recent=0 if window else recent, sink=0 if window else sink)
@@ -79,6 +81,7 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
         seed: int = 0,
         centres: Centres | None = None,
         feedback: Feedback | None = None,
+        key_map: mx.array | None = None,
         recent: int | None = None,
         sink: int | None = None,
     ) -> None:
@@ -92,6 +95,7 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
             seed=seed,
             centres=centres,
             feedback=feedback,
+            key_map=key_map,
             recent=recent,
             sink=sink,
         )

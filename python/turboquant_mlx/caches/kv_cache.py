@@ -25,6 +25,8 @@ class TurboQuantKVCache(PackedCache):
         seed (int): of the random signs, from 0 to 2^64 - 1.
         centres: a pair (keys, values) of (H_kv, D) arrays, taken from every vector before coding; see calibration.
         feedback: a pair (keys, values) of (H_kv, D, D) float16 arrays, which feed errors forward; made for one seed.
+        key_map: (H_kv, D, D) float32, W: what is coded of a key is (key - centre) W, and queries go through the transpose
+            of W's inverse, so that their products stay; see calibration.
         recent (int): a query reads this many of the newest tokens, its own included, from 8-bit copies instead of the
             codes; (recent + sink + 256) * 2 * (D + 2) bytes a KV head at most.  None or 0: none; 128 takes off most of
             the codes' divergence (docs/quality.md).
@@ -46,11 +48,12 @@ class TurboQuantKVCache(PackedCache):
         seed: int = 0,
         centres: Centres | None = None,
         feedback: Feedback | None = None,
+        key_map: mx.array | None = None,
         recent: int | None = None,
         sink: int | None = None,
     ) -> None:
         owner = type(self).__name__
-        settings = coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback)
+        settings = coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback, key_map)
         self._core = _core.KVCache(*settings, *exact_tokens(owner, recent, sink))
         self._last_kernel = _core.LastKernel()
 
@@ -160,11 +163,12 @@ class BatchTurboQuantKVCache(PackedBatch):
         seed: int = 0,
         centres: Centres | None = None,
         feedback: Feedback | None = None,
+        key_map: mx.array | None = None,
         recent: int | None = None,
         sink: int | None = None,
     ) -> None:
         owner = type(self).__name__
-        settings = coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback)
+        settings = coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback, key_map)
         self._core = _core.BatchKVCache(padding(owner, left_padding), *settings, *exact_tokens(owner, recent, sink))
         self._last_kernel = _core.LastKernel()
 

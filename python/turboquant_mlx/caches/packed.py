@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import CacheList, _BaseCache
 
 from .. import _core
-from .arguments import Centres, Feedback
+from .arguments import Centres, Feedback, query_maps
 from .identity import CODEBOOK, Identity, read
 
 
@@ -142,6 +142,11 @@ class PackedCache(_BaseCache):
         return None if pair[0] is None and pair[1] is None else pair
 
     @property
+    def key_map(self) -> mx.array | None:
+        """The map that keys go through before they are coded, (H_kv, D, D) float32, or None."""
+        return self._core.key_map
+
+    @property
     def offset(self) -> int | mx.array:
         """Tokens seen: an int, or one number a row (B,) of a batch."""
         return self._core.offset
@@ -233,14 +238,16 @@ class PackedCache(_BaseCache):
 
         A tuple of key codes (B, H_kv, N, key_bits * D / 32) uint32, key scales (B, H_kv, N) float16, value codes and
         value scales likewise (these four None when nothing was appended), key centre and value centre (H_kv, D) or
-        None, key feedback and value feedback (H_kv, D, D) or None, of exact copies the four arrays, if there are any,
-        and the Identity: JSON with the settings, the position and a checksum.
+        None, key feedback and value feedback (H_kv, D, D) or None, of exact copies the four arrays, if there are any, the
+        key map (H_kv, D, D), if there is one, and the Identity: JSON with the settings, the position and a checksum.
 
         Setting it raises ValueError when it is no such tuple, was saved by another kind of cache or format, or does
         not match its checksum; the cache then stays as it was.
         """
         copies, begin = getattr(self._core, "copies", None) or ((), 0)
         arrays = (*self._arrays(), *self._core.centres, *self._core.feedback, *copies)
+        if self.key_map is not None:
+            arrays = (*arrays, self.key_map)
         fields = {
             "format": _core.FORMAT_VERSION,
             "kind": type(self).__name__,
@@ -252,6 +259,8 @@ class PackedCache(_BaseCache):
             "model": self.fingerprint,
             "position": self._position(),
         }
+        if self.key_map is not None:
+            fields["mapped"] = True
         if self.recent or self.sink:
             fields["exact"] = {"recent": self.recent, "sink": self.sink, "from": begin}
         return (*arrays, Identity(fields, arrays))
@@ -263,6 +272,7 @@ class PackedCache(_BaseCache):
         except (TypeError, ValueError) as error:
             raise ValueError(f"[load] this is not the state of a {type(self).__name__}") from error
         fields = read(identity, arrays, type(self).__name__)
+        key_map = arrays.pop() if fields.get("mapped") and arrays else None
         exact = fields.get("exact")
         if len(arrays) not in ((8, 12) if exact else (8,)):
             raise ValueError(f"[load] a {type(self).__name__} has eight arrays and four of copies; got {len(arrays)}")
@@ -274,6 +284,7 @@ class PackedCache(_BaseCache):
             tuple(arrays[4:6]),
             tuple(arrays[6:8]),
             code,
+            query_maps(type(self).__name__, key_map),
         )
         held = [fields["position"], None if arrays[0] is None else arrays[:4]]
         if exact:

@@ -55,11 +55,12 @@ class TurboQuantRotatingKVCache(PackedWindow):
         seed: int = 0,
         centres: Centres | None = None,
         feedback: Feedback | None = None,
+        key_map: mx.array | None = None,
     ) -> None:
         owner = type(self).__name__
         sizes = whole(owner, "max_size", max_size, 1), whole(owner, "keep", keep)
         self._core = _core.RotatingKVCache(
-            *sizes, *coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback)
+            *sizes, *coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback, key_map)
         )
         self._last_kernel = _core.LastKernel()
 
@@ -144,11 +145,12 @@ class BatchTurboQuantRotatingKVCache(PackedWindow, PackedBatch):
         seed: int = 0,
         centres: Centres | None = None,
         feedback: Feedback | None = None,
+        key_map: mx.array | None = None,
     ) -> None:
         owner = type(self).__name__
         sizes = whole(owner, "max_size", max_size, 1), padding(owner, left_padding)
         self._core = _core.BatchRotatingKVCache(
-            *sizes, *coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback)
+            *sizes, *coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback, key_map)
         )
         self._last_kernel = _core.LastKernel()
 

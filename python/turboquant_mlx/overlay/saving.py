@@ -60,6 +60,9 @@ def _difference(saved, wanted):
         for side, a, b in zip(("keys", "values"), *pairs, strict=True):
             if (a is None) != (b is None) or (a is not None and not mx.array_equal(a, b)):
                 return f"was saved with other {what} of the {side}"
+    a, b = saved.key_map, wanted.key_map
+    if (a is None) != (b is None) or (a is not None and not mx.array_equal(a, b)):
+        return "was saved with another key map"
     return None
 
 

@@ -4,6 +4,7 @@
 #include "cpu/simd/attention.h"
 #include "cpu/simd/codec.h"
 #include "cpu/simd/feedback.h"
+#include "cpu/simd/transform.h"
 
 namespace turboquant::cpu {
 namespace {
@@ -17,6 +18,7 @@ constexpr Kernels make_kernels(const char* name, bool (*runs_here)()) {
           encode_rows<S>,
           encode_feedback_rows<S>,
           decode_rows<S>,
+          transform_rows<S>,
           hadamard<Vec<float, S::bytes>>};
 }
 
