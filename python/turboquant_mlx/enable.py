@@ -2,6 +2,8 @@
 packed codes."""
 
 import os
+import sys
+import warnings
 from collections.abc import Mapping
 
 import mlx.core as mx
@@ -20,7 +22,7 @@ from .caches.slots import (
     replace_slots,
     slot_name,
 )
-from .calibration import as_calibration, check_weights, load_beside
+from .calibration import as_calibration, calibrate_by_default, check_weights, load_beside, steady_keys
 from .overlay import sharding
 from .overlay.gated_delta import enable_chunked_recurrence
 from .overlay.patch import apply_patch, reach_own_code, record_reads
@@ -185,7 +187,10 @@ def packing(
     if shard.tensor and calibration:
         _, heads = _probe(model, lambda path, c: packed_like(c, None, settings))
         calibration = shard.own_heads(calibration, {slot_name(path): n for path, n in heads.items()})
-    extras = {slot: {"centres": found.centres, "feedback": found.feedback} for slot, found in calibration.items()}
+    extras = {
+        slot: {"centres": found.centres, "feedback": found.feedback, "key_map": found.key_map}
+        for slot, found in calibration.items()
+    }
     maker = CacheMaker(model, settings, extras, start)
     maker.layers = len(model.layers)
     problems, _ = _probe(model, lambda path, c: packed_like(c, None, maker.coding(path)))
@@ -194,6 +199,24 @@ def packing(
         raise ValueError(f"[enable] {len(problems)} of {len(slots)} KVCache slots cannot be packed:\n{lines}")
     maker.names.current(fresh=True)
     return maker, slots
+
+
+def _calibrated_now(model, tokenizer, seed):
+    """The calibration of a model for which none was given: made here when there is a tokenizer, else None, with a
+    warning where the weights say that plain codes fail."""
+    if tokenizer is not None and sharding.of(model).group is None:
+        print("[enable] no calibration is given: the model reads the package's text now", file=sys.stderr)
+        return calibrate_by_default(model, tokenizer, seed=seed)
+    found = steady_keys(model)
+    if found:
+        layers = ", ".join(f"{layer} ({ratio:.0f} times)" for layer, ratio in found.items())
+        warnings.warn(
+            f"[enable] plain codes ruin this model: the keys of layers {layers} have a bias that much longer than what "
+            "varies of them. Calibrate: enable(model, ..., tokenizer=tokenizer) does it now, in seconds to a minute; "
+            "python -m turboquant_mlx calibrate --model FOLDER once and better, for calibration=FOLDER.",
+            stacklevel=3,
+        )
+    return None
 
 
 def enable(
@@ -205,6 +228,7 @@ def enable(
     code=None,
     seed=0,
     calibration=None,
+    tokenizer=None,
     start=None,
     recent=None,
     sink=None,
@@ -220,7 +244,10 @@ def enable(
         bits, key_bits, value_bits, code, seed: as for TurboQuantKVCache.
         calibration: centres and feedback: a file of `calibrate` or a model directory that holds one (str or PathLike),
             which is checked against the weights that lie beside it; or {slot index: Calibration}, as
-            turboquant_mlx.calibration makes and loads it.
+            turboquant_mlx.calibration makes and loads it.  Without one, codes are plain, and a warning says so where the
+            weights show that plain codes fail (key biases).
+        tokenizer: of mlx-lm's load().  With it and without `calibration`, the model is calibrated now, on a text that
+            ships with the package.
         start (int): tokens that a cache holds as plain floats before it packs itself (mlx-lm's quantized_kv_start);
             such caches are not batched.
         recent, sink (int): the newest and the first tokens that queries read exactly, as for TurboQuantKVCache; caches
@@ -243,21 +270,22 @@ def enable(
     Of a model that is sharded over ranks (mlx-lm's `shard` or `pipeline`), every rank calls this, and takes its own
     heads and slots of a calibration; when one rank refuses, all raise its reason.
     """
-    make_cache, slots = sharding.agreed(
-        model,
-        lambda: packing(
-            model,
-            bits,
-            key_bits=key_bits,
-            value_bits=value_bits,
-            code=code,
-            seed=seed,
-            calibration=calibration,
-            start=start,
-            recent=recent,
-            sink=sink,
-        ),
-    )
+    settings = {
+        "key_bits": key_bits,
+        "value_bits": value_bits,
+        "code": code,
+        "seed": seed,
+        "start": start,
+        "recent": recent,
+        "sink": sink,
+    }
+
+    def pack(found):
+        return sharding.agreed(model, lambda: packing(model, bits, calibration=found, **settings))
+
+    make_cache, slots = pack(calibration)  # refuses before anything is calibrated
+    if calibration is None and (found := _calibrated_now(model, tokenizer, seed)):
+        make_cache, slots = pack(found)
     before = vars(model).get("make_cache")
     make_cache.replaced = before.replaced if isinstance(before, CacheMaker) else before
     model.make_cache = make_cache

@@ -16,7 +16,7 @@ Store encode_copies(const Coding& coding, const mx::array& keys, const mx::array
 
 /// The same from codes.
 Store transcode(const Coding& coding, const Store& codes, mx::StreamOrDevice s) {
-  return encode_copies(coding, decode(codes.keys, coding.key_width(), coding.seed, mx::float32, coding.key_centre, s),
+  return encode_copies(coding, decoded_keys(coding, codes.keys, coding.key_width(), mx::float32, s),
                        decode(codes.values, coding.value_width(), coding.seed, mx::float32, coding.value_centre, s), s);
 }
 

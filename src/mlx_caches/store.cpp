@@ -236,9 +236,6 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
   return out.dtype() == q.dtype() ? out : mx::astype(out, q.dtype(), stream);
 }
 
-namespace {
-
-/// Keys as they came, from codes of a width.
 mx::array decoded_keys(const Coding& coding, const PackedArrays& keys, Width width, mx::Dtype dtype,
                        mx::StreamOrDevice s) {
   if (!coding.query_map) return ops::decode(keys, width, coding.seed, dtype, coding.key_centre, s);
@@ -248,8 +245,6 @@ mx::array decoded_keys(const Coding& coding, const PackedArrays& keys, Width wid
   const auto shifted = coding.key_centre ? mx::add(back, mx::expand_dims(*coding.key_centre, 1, s), s) : back;
   return mx::astype(shifted, dtype, s);
 }
-
-}  // namespace
 
 std::pair<mx::array, mx::array> View::decode(mx::Dtype dtype, mx::StreamOrDevice s) const {
   const auto numbers = [&](const Store& held, const Coding& of) {

@@ -114,3 +114,20 @@ def test_what_is_refused(key_map):
     ):
         cache.update_and_fetch(normal((1, 3, 4, DIM), 2), normal((1, 3, 4, DIM), 3))
     assert cache.empty()
+
+
+def test_exact_copies_are_mapped_too(tmp_path, key_map):
+    """The newest and first tokens are read from 8-bit copies of the mapped keys, and files keep both."""
+    cache, q = filled(key_map, bits=2, recent=16, sink=4), normal((1, 6, 1, DIM), 4)
+    out = cache.keys_and_values()[0].attend(q, 0.125, None)
+    plain = cache.to_float(mx.float32)
+    expected = mx.fast.scaled_dot_product_attention(q, plain.keys, plain.values, scale=0.125)
+    assert mx.allclose(out, expected, atol=2e-3)
+    keys = normal((1, HEADS, TOKENS, DIM), 2)
+    error = mx.square(plain.keys[:, :, :TOKENS] - keys).mean((0, 1, 3))
+    assert error[:4].max() < 1e-3 and error[-16:].max() < 1e-3 and error[4:-16].mean() > 1e-2
+    apply_patch()
+    save_prompt_cache(str(tmp_path / "x.safetensors"), [cache])
+    (back,) = load_prompt_cache(str(tmp_path / "x.safetensors"))
+    assert mx.array_equal(back.key_map, key_map) and (back.recent, back.sink) == (16, 4)
+    assert mx.allclose(back.keys_and_values()[0].attend(q, 0.125, None), out, atol=1e-5)

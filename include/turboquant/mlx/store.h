@@ -35,6 +35,10 @@ mx::array inverse_transpose(const mx::array& key_map);
 std::pair<mx::array, std::optional<mx::array>> mapped_keys(const Coding& coding, const mx::array& keys,
                                                            mx::StreamOrDevice s = {});
 
+/// Keys as they came, from codes of a width: (B, H_kv, N, D) of `dtype`.
+mx::array decoded_keys(const Coding& coding, const PackedArrays& keys, Width width, mx::Dtype dtype,
+                       mx::StreamOrDevice s = {});
+
 /// Throws std::invalid_argument naming `op` unless both codings decode the same bits to the same vectors.
 void check_same_coding(const char* op, const Coding& a, const Coding& b);
 

@@ -7,11 +7,14 @@ lets the encoder put its errors where attention hardly looks, at no cost after e
 buy.  They are constants of a model: they do not depend on how a prompt is chunked, batched or restored, and they are
 part of a cache's identity.
 
+A map (balance.py) spreads keys as evenly as the queries that ask them.
+
     found = calibrate(model, tokens)                      # {slot: Calibration}
     save_calibration(found, directory)                    # a file beside the weights
     enable(model, bits=3, calibration=directory)          # or the file, or `found`
 """
 
+from .default import calibrate_by_default, steady_keys
 from .files import (
     FILE_NAME,
     FORMAT,
@@ -36,10 +39,12 @@ __all__ = [
     "Calibrations",
     "as_calibration",
     "calibrate",
+    "calibrate_by_default",
     "check_weights",
     "content",
     "fingerprint",
     "load_beside",
     "load_calibration",
     "save_calibration",
+    "steady_keys",
 ]

@@ -5,18 +5,22 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ..eval.model import load_model, message, read_tokens, spread_windows
+from ..eval.model import load_model, message, read_text
+from .default import LENGTH, TEXT, WINDOWS, Bar, windows_of
 from .files import calibration_path, save_calibration
 from .measure import calibrate
 
 
 def main(argv=None):
-    """Makes the calibration file of a model, centres and feedback, from windows spread over a text."""
+    """Makes the calibration file of a model, centres, maps of keys and feedback, from windows spread over a text."""
     parser = argparse.ArgumentParser(prog="turboquant_mlx calibrate", description=main.__doc__)
     parser.add_argument("--model", type=Path, required=True, help="a local model directory")
-    parser.add_argument("--text", type=Path, required=True, help="any text of the kind the model reads")
-    parser.add_argument("--windows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
+    parser.add_argument(
+        "--text", type=Path, default=TEXT, help="any text of the kind the model reads; default: the package's"
+    )
+    parser.add_argument("--windows", type=int, default=WINDOWS)
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a window, with <bos> where texts have it")
+    parser.add_argument("--plain", action="store_true", help="centres and feedback alone, without maps of keys")
     parser.add_argument("--seed", type=int, default=0, help="--tq-seed of the caches that will use it")
     parser.add_argument("--out", type=Path, help="a file; default: beside the weights")
     args = parser.parse_args(argv)
@@ -26,8 +30,10 @@ def main(argv=None):
         with tempfile.TemporaryFile(dir=calibration_path(args.out or args.model).parent):
             pass  # an unwritable folder is found before the work
         model, tokenizer = load_model(args.model)
-        windows = spread_windows(read_tokens(tokenizer, args.text), args.length, args.windows)
-        found = calibrate(model, windows, seed=args.seed)
+        windows = windows_of(tokenizer, read_text(args.text), args.windows, args.length)
+        bar = Bar("calibrate", windows.size)
+        found = calibrate(model, windows, seed=args.seed, balance=not args.plain, progress=bar)
+        bar.close()
         source = f"{len(windows)} windows of {args.length} tokens spread over {args.text.name}"
         path = save_calibration(found, args.out or args.model, directory=args.model, source=source)
     except KeyboardInterrupt:
@@ -36,7 +42,10 @@ def main(argv=None):
     except (OSError, ValueError) as error:
         print(message("calibrate", error), file=sys.stderr)
         return 1
-    keys, values = (sum(c[side] is not None for c in found.values()) for side in (2, 3))
-    print(f"{path}: centres of {len(found)} layers, feedback of {keys} layers' keys and {values} layers' values")
+    maps, keys, values = (sum(c[side] is not None for c in found.values()) for side in (5, 2, 3))
+    print(
+        f"{path}: centres of {len(found)} layers, maps of {maps} layers' keys, feedback of {keys} layers' keys and "
+        f"{values} layers' values"
+    )
     print(f"from {source}")
     return 0

@@ -66,7 +66,7 @@ class Gate(nn.Module):
         return y
 
 
-def _matrix(linear):
+def matrix(linear):
     """The weights of a linear layer as float64, or None."""
     if isinstance(linear, nn.QuantizedLinear):
         weight = mx.dequantize(
@@ -93,8 +93,8 @@ class Output:
     def __init__(self, attention):
         self.attention, self.gate = attention, None
         self.heads = getattr(attention, "num_attention_heads", None) or getattr(attention, "n_heads", None)
-        weight = _matrix(getattr(attention, "o_proj", None))
-        query, fused = (_matrix(getattr(attention, name, None)) for name in ("q_proj", "qkv_proj"))
+        weight = matrix(getattr(attention, "o_proj", None))
+        query, fused = (matrix(getattr(attention, name, None)) for name in ("q_proj", "qkv_proj"))
         self.known = weight is not None and (query is not None or fused is not None) and bool(self.heads)
         if not self.known:
             return

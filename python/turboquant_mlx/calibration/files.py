@@ -13,7 +13,8 @@ from ..caches.identity import weight_names
 from ..overlay import sharding
 
 FILE_NAME = "turboquant_calibration.safetensors"
-FORMAT = "turboquant calibration 2"
+FORMAT = "turboquant calibration 3"
+_READABLE = (FORMAT, "turboquant calibration 2")  # files of 2 hold no maps
 
 
 class Calibration(NamedTuple):
@@ -24,6 +25,7 @@ class Calibration(NamedTuple):
     key_feedback: mx.array | None = None  # (H_kv, D, D) float16
     value_feedback: mx.array | None = None
     seed: int = 0  # of the rotation that feedback was made for
+    key_map: mx.array | None = None  # (H_kv, D, D) float32
 
     @property
     def centres(self):
@@ -156,7 +158,7 @@ def load_calibration(where, *, directory=None):
     if not path.is_file():
         raise FileNotFoundError(f"[load_calibration] there is no {path}; {again}")
     tensors, metadata = mx.load(str(path), return_metadata=True)
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in _READABLE:
         found = metadata.get("format")
         raise ValueError(f"[load_calibration] {path} must hold {FORMAT!r}; it holds {found!r}: {again}")
     if directory is not False:

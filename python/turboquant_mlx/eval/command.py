@@ -11,6 +11,7 @@ from ..caches import leaves
 from ..caches.arguments import code_name
 from ..caches.slots import kv_slots, own_caches
 from ..calibration import calibrate, fingerprint, load_calibration
+from ..calibration.default import beginning
 from . import divergence, pictures, reconstruction, retrieval
 from .files import write_json, write_table
 from .model import cut_windows, load_model, message, read_tokens, spread_windows, window_numbers
@@ -192,7 +193,8 @@ def run(args):
     # All that can be refused is made before anything is measured.
     windows = contexts = lists = None
     if {"divergence", "reconstruction"} & set(args.parts):
-        windows = cut_windows(tokens, args.context, args.windows, args.first_window, args.without)
+        start = beginning(tokenizer)
+        windows = cut_windows(tokens, args.context, args.windows, args.first_window, args.without, start)
     if "list" in args.parts:
         lists = _list_contexts(args, tokenizer, tokens)
     if "needle" in args.parts:

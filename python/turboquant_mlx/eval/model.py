@@ -13,6 +13,7 @@ from mlx_lm import load
 from mlx_lm.utils import dequantize_model
 
 from ..caches import leaves
+from ..overlay import products
 from ..overlay.gated_delta import enable_chunked_recurrence
 
 
@@ -31,17 +32,24 @@ def load_model(path):
         if sum(v.size for _, v in tree_flatten(model.parameters())) < 500e6:
             model = dequantize_model(model)
         model.set_dtype(mx.float32)
+        if products.needed(model):
+            products.use_numpy(model)
     model.eval()
     enable_chunked_recurrence()
     return model, tokenizer
 
 
-def read_tokens(tokenizer, path):
-    """Token ids of a text file in UTF-8."""
+def read_text(path):
+    """A text file in UTF-8."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be a text in UTF-8: {error}") from None
+
+
+def read_tokens(tokenizer, path):
+    """Token ids of a text file in UTF-8."""
+    text = read_text(path)
     # A whole text is longer than any context, and is never given to the model at once: no warning about that.
     return np.array(tokenizer.encode(text, verbose=False), np.int32)
 
@@ -61,17 +69,23 @@ def window_numbers(count, first=0, without=()):
     return [n for n in range(first, first + count + len(without)) if n not in without][:count]
 
 
-def cut_windows(tokens, length, count, first=0, without=()):
-    """The windows of `length` tokens of these numbers: (count, length).
+def cut_windows(tokens, length, count, first=0, without=(), start=()):
+    """The windows of `length` tokens of these numbers, each beginning with the ids `start`: (count, length).
 
-    Raises ValueError when the text is too short for them."""
+    `tokens` is a text that itself begins with `start` or with nothing.  Raises ValueError when it is too short."""
+    start = np.array(start, np.int32)
+    if len(start) and np.array_equal(tokens[: len(start)], start):
+        tokens = tokens[len(start) :]
+    whole, length = length, length - len(start)
+    if length < 1:
+        raise ValueError(f"a window of {whole} tokens has no room behind the {len(start)} that texts begin with")
     numbers = window_numbers(count, first, without)
     need = (numbers[-1] + 1) * length
     if len(tokens) < need:
         raise ValueError(
             f"{count} windows of {length} tokens from window {first} on need {need} tokens; the text has {len(tokens)}"
         )
-    return np.stack([tokens[n * length : (n + 1) * length] for n in numbers])
+    return np.stack([np.concatenate([start, tokens[n * length : (n + 1) * length]]) for n in numbers]).astype(np.int32)
 
 
 def spread_windows(tokens, length, count):

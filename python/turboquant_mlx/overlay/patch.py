@@ -50,6 +50,7 @@ _outer = base.scaled_dot_product_attention
 _make_prompt_cache = mlx_lm_cache.make_prompt_cache
 _seen = ContextVar("_seen", default=None)  # while this thread probes a model: ids of the histories attention read
 _watch = ContextVar("_watch", default=None)  # while this thread calibrates: is given every query
+_floats = ContextVar("_floats", default=None)  # while this thread measures: attention over float arrays
 
 
 def _attend(view, queries, scale, mask, sinks=None):
@@ -73,6 +74,8 @@ def _patched_outer(queries, keys, values, cache, scale, mask, sinks=None):
         watch(queries, cache)
     if isinstance(keys, _core.View):
         return _attend(keys, queries, scale, mask, sinks)
+    if (floats := _floats.get()) is not None and isinstance(keys, mx.array):
+        return floats(queries, keys, values, scale, mask, sinks)
     if sinks is not None and isinstance(cache, CACHE_CLASSES):
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     return _outer(queries, keys, values, cache, scale, mask, sinks)
@@ -192,17 +195,27 @@ def remove_patch():
 
 
 @contextmanager
-def watch_queries(watch):
-    """Context: calls watch(queries, cache) before each attention of this thread, as the model hands them over."""
+def _during(variable, value):
+    """Context: the patch is applied and a variable of this thread is set."""
     applied = base.quantized_scaled_dot_product_attention is _patched_quantized
     apply_patch()
-    token = _watch.set(watch)
+    token = variable.set(value)
     try:
         yield
     finally:
-        _watch.reset(token)
+        variable.reset(token)
         if not applied:
             remove_patch()
+
+
+def watch_queries(watch):
+    """Context: calls watch(queries, cache) before each attention of this thread, as the model hands them over."""
+    return _during(_watch, watch)
+
+
+def float_attention(function):
+    """Context: attention of this thread over float arrays is function(queries, keys, values, scale, mask, sinks)."""
+    return _during(_floats, function)
 
 
 class record_reads:
