@@ -1,7 +1,7 @@
 // Vectors times a matrix a head: every instruction set against the oracle.
 #include <gtest/gtest.h>
 
-#include "vectors.h"
+#include "support/vectors.h"
 
 namespace turboquant {
 namespace {
