@@ -33,7 +33,7 @@ NB_MODULE(_core, m) {
         return std::pair{p.codes, p.scales};
       },
       "x"_a, "bits"_a = 3, nb::kw_only(), "seed"_a = 0, "centre"_a = nb::none(), "feedback"_a = nb::none(),
-      "code"_a = "scalar", "stream"_a = nb::none());
+      "code"_a = "trellis", "stream"_a = nb::none());
   m.def(
       "decode",
       [](const mx::array& codes, const mx::array& scales, int bits, uint64_t seed, const Array& centre, mx::Dtype dtype,
@@ -41,7 +41,7 @@ NB_MODULE(_core, m) {
         return ops::decode({codes, scales}, {bits, code_from("decode", code)}, seed, dtype, centre, s);
       },
       "codes"_a, "scales"_a, "bits"_a = 3, nb::kw_only(), "seed"_a = 0, "centre"_a = nb::none(), "dtype"_a,
-      "code"_a = "scalar", "stream"_a = nb::none());
+      "code"_a = "trellis", "stream"_a = nb::none());
   m.def(
       "attention",
       [](const mx::array& q, const std::pair<mx::array, mx::array>& keys, const std::pair<mx::array, mx::array>& values,
@@ -58,7 +58,7 @@ NB_MODULE(_core, m) {
       },
       "q"_a, "keys"_a, "values"_a, nb::kw_only(), "scale"_a, "mask"_a = nb::none(), "key_bits"_a = 3,
       "value_bits"_a = 3, "seed"_a = 0, "sinks"_a = nb::none(), "starts"_a = nb::none(), "window"_a = 0,
-      "key_centre"_a = nb::none(), "value_centre"_a = nb::none(), "code"_a = "scalar", "stream"_a = nb::none());
+      "key_centre"_a = nb::none(), "value_centre"_a = nb::none(), "code"_a = "trellis", "stream"_a = nb::none());
 
   m.def("reads_exact_copies", [] { return ops::reads_exact_copies(); });
   m.def("transform", &ops::transform, "x"_a, "matrix"_a, nb::kw_only(), "centre"_a = nb::none(),

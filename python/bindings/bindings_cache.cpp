@@ -157,7 +157,7 @@ void bind_caches(nb::module_& m) {
           [](ops::KVCache* self, int kb, int vb, uint64_t seed, const Pair& centres, const Pair& feedback,
              const std::string& code, const Pair& maps, int recent,
              int sink) { new (self) ops::KVCache(coding(kb, vb, seed, centres, feedback, code, maps, recent, sink)); },
-          "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(), "feedback"_a = Pair(), "code"_a = "scalar",
+          "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(), "feedback"_a = Pair(), "code"_a = "trellis",
           "maps"_a = Pair(), "recent"_a = 0, "sink"_a = 0)
       .def(
           "restore",
@@ -178,7 +178,7 @@ void bind_caches(nb::module_& m) {
                                          coding(kb, vb, seed, centres, feedback, code, maps, recent, sink));
           },
           "left_padding"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(), "feedback"_a = Pair(),
-          "code"_a = "scalar", "maps"_a = Pair(), "recent"_a = 0, "sink"_a = 0)
+          "code"_a = "trellis", "maps"_a = Pair(), "recent"_a = 0, "sink"_a = 0)
       .def_static("merge", &ops::BatchKVCache::merge, "caches"_a, "stream"_a = nb::none())
       .def("prepare", &ops::BatchKVCache::prepare, "left_padding"_a, "right_padding"_a,
            "lengths"_a = std::vector<int>())
@@ -204,7 +204,7 @@ void bind_caches(nb::module_& m) {
             new (self) ops::RotatingKVCache(max_size, keep, coding(kb, vb, seed, centres, feedback, code, maps));
           },
           "max_size"_a, "keep"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(),
-          "feedback"_a = Pair(), "code"_a = "scalar", "maps"_a = Pair())
+          "feedback"_a = Pair(), "code"_a = "trellis", "maps"_a = Pair())
       .def("mask", &mask<ops::RotatingKVCache>, "n"_a, "window"_a = nb::none(), "return_array"_a = false)
       .def(
           "restore",
@@ -227,7 +227,7 @@ void bind_caches(nb::module_& m) {
             new (self) Batch(max_size, std::move(left_padding), coding(kb, vb, seed, centres, feedback, code, maps));
           },
           "max_size"_a, "left_padding"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(),
-          "feedback"_a = Pair(), "code"_a = "scalar", "maps"_a = Pair())
+          "feedback"_a = Pair(), "code"_a = "trellis", "maps"_a = Pair())
       .def_static("merge", &Batch::merge, "caches"_a, "stream"_a = nb::none())
       .def("prepare", &Batch::prepare, "left_padding"_a, "lengths"_a, "right_padding"_a)
       .def("finalize", &Batch::finalize, "stream"_a = nb::none())

@@ -28,7 +28,7 @@ def encode(
         feedback (mx.array): (H, D, D) float16, of which the columns in blocks of 32 before a row's own are read: the
             errors of earlier coordinates move later ones (docs/algorithm.md).  Codes decode as without it.
         code (str): "trellis" or "scalar", of 2 and 3 bits; wider codes are scalar.  decode and attention need the same.
-            None: scalar.
+            None: trellis.
         stream: an MLX stream or device.
 
     Returns:

@@ -222,13 +222,13 @@ def test_summary_of_answers():
 def test_reconstruction_error_is_the_theoretical_one_on_gaussians():
     x = mx.random.normal((1, 2, 2000, 256), key=mx.random.key(1))
     still = np.tril(np.full((256, 256), 0.05, np.float32))  # feedback that is worth nothing to squared error
-    for bits in (2, 3, 4):
+    for bits, code in ((2, "scalar"), (3, "scalar"), (4, "scalar"), (2, "trellis"), (3, "trellis")):
         calibrated = {0: (*(mx.zeros((2, 256)),) * 2, mx.array(still).astype(mx.float16)[None][[0, 0]])}
-        (row, _, values, _) = reconstruction.table({0: (x, x)}, bits, calibrated)
-        assert row["tq"] == pytest.approx(reconstruction.theoretical(bits)[1], rel=0.03)
+        (row, _, values, _) = reconstruction.table({0: (x, x)}, bits, calibrated, code)
+        assert row["tq"] == pytest.approx(reconstruction.theoretical(bits, code)[1], rel=0.03)
         assert row["tq_centred"] == pytest.approx(row["tq"], rel=1e-3)
         assert row["tq_feedback"] > 1.01 * row["tq_centred"] and np.isnan(values["tq_feedback"])
-    (row, *_) = reconstruction.table({1: (x[..., :96], x[..., :96])}, 3)
+    (row, *_) = reconstruction.table({1: (x[..., :96], x[..., :96])}, 3, code="scalar")
     assert np.isnan([row["tq_centred"], row["tq_feedback"], row["affine"]]).all() and row["tq"] > 0.03
 
 

@@ -9,7 +9,7 @@ from turboquant_mlx.eval import paper, reconstruction
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_distortion(bits, dim):
     measured = paper.distortion(bits, dim)
-    least, stored = reconstruction.theoretical(bits)
+    least, stored = reconstruction.theoretical(bits, "scalar")
     # A coordinate of a rotated unit vector has lighter tails than a Gaussian, so small dimensions do a little better:
     # the fourth moment is 3 D / (D + 2) instead of 3, which four bits feel most.
     slack = 3 / dim

@@ -19,11 +19,12 @@ namespace turboquant::ops {
 
 namespace mx = mlx::core;
 
-/// How the vectors of one side are coded: 2, 3, 4 or 8 bits a coordinate, at 2 and 3 by a trellis if asked for.
+/// How the vectors of one side are coded: 2, 3, 4 or 8 bits a coordinate, at 2 and 3 by a trellis unless scalar codes are
+/// asked for.
 struct Width {
   int bits;
   Code code;
-  Width(int bits = 3, Code code = Code::scalar) : bits(bits), code(bits <= 3 ? code : Code::scalar) {}
+  Width(int bits = 3, Code code = Code::trellis) : bits(bits), code(bits <= 3 ? code : Code::scalar) {}
   bool operator==(const Width&) const = default;
 };
 
@@ -97,7 +98,7 @@ struct AttentionOptions {
   std::optional<mx::array> value_centre;  // (H_kv, D)
   const char** kernel = nullptr;          // receives the name of the kernel that was chosen, a literal, for people
   std::optional<mx::array> written;       // of append_kv, to be waited for; (kv_len + 1,)
-  Code code = Code::scalar;               // of widths of 2 and 3 bits
+  Code code = Code::trellis;              // of widths of 2 and 3 bits
   std::optional<ExactArrays> exact;       // what of it is read: `recent` and `first` of ExactTier
   int recent = 0, first = 0;
 

@@ -17,7 +17,7 @@ struct Coding {
   uint64_t seed = 0;
   std::optional<mx::array> key_centre = {}, value_centre = {};      // (H_kv, D) float32
   std::optional<mx::array> key_feedback = {}, value_feedback = {};  // (H_kv, D, D) float16
-  Code code = Code::scalar;                                         // of widths of 2 and 3 bits
+  Code code = Code::trellis;                                        // of widths of 2 and 3 bits
   int recent = 0, sink = 0;  // newest and first tokens that queries read from exact copies (exact.h)
 
   Width key_width() const { return {key_bits, code}; }

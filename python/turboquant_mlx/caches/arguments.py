@@ -11,7 +11,7 @@ import mlx.core as mx
 from .. import _core
 
 CODES = ("scalar", "trellis")
-DEFAULT_CODE = "scalar"  # of widths of 2 and 3 bits
+DEFAULT_CODE = "trellis"  # of widths of 2 and 3 bits
 RECENT, SINK = 0, 0  # tokens that queries read exactly unless asked for otherwise
 Centres: TypeAlias = "tuple[mx.array | None, mx.array | None]"
 Feedback: TypeAlias = "tuple[mx.array | None, mx.array | None]"

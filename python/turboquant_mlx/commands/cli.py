@@ -34,7 +34,7 @@ def tq_options():
     group.add_argument("--tq-bits", **widths, default=3, help="bits of keys and values (default: 3)")
     group.add_argument("--tq-key-bits", **widths, help="bits of keys (default: --tq-bits)")
     group.add_argument("--tq-value-bits", **widths, help="bits of values (default: --tq-bits)")
-    group.add_argument("--tq-code", choices=("scalar", "trellis"), help="codes of 2 and 3 bits (default: scalar)")
+    group.add_argument("--tq-code", choices=("scalar", "trellis"), help="codes of 2 and 3 bits (default: trellis)")
     for name, tokens in (("recent", "newest"), ("sink", "first")):
         group.add_argument(
             f"--tq-{name}",

@@ -5,7 +5,7 @@ from ..caches import PackedCache, leaves
 
 def _codes(key_bits, value_bits, code):
     """Widths and codes as words."""
-    return f"K{key_bits} V{value_bits}" + (" trellis" if code == "trellis" else "")
+    return f"K{key_bits} V{value_bits}" + (" scalar" if code == "scalar" and min(key_bits, value_bits) < 4 else "")
 
 
 _COLUMNS = ("layer", "cache", "bits", "tokens", "bytes", "float16", "ratio", "kernel")

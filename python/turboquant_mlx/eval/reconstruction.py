@@ -15,7 +15,7 @@ LLOYD_MAX = {2: 0.117482, 3: 0.034548, 4: 0.009501, 8: 0.000048}
 TRELLIS = {2: 0.08483, 3: 0.02315}
 
 
-def theoretical(bits, code="scalar"):
+def theoretical(bits, code):
     """(with the scale of least error, with the length-preserving scale that is stored).
 
     A Lloyd-Max quantizer's output has energy 1 - D for an input of energy 1 and error D; stretching it to energy 1
