@@ -14,15 +14,15 @@ enum Param {
   kSplits,
   kFlags,
   kWindow,
-  kScale,    // the bits of a float
-  kVectors,  // codec: vectors of one side
-  kTokens,   // codec: tokens of a head
-  kHeads,    // codec
+  kScale,       // the bits of a float
+  kVectors,     // codec: vectors of one side
+  kTokens,      // codec: tokens of a head
+  kHeads,       // codec
   kRing,        // exact copies: slots of the ring, whose copies the newest kRecent tokens of a query are read from,
   kRecent,      // and behind which the first kFirst tokens of a row are
   kFirst,       // (ExactTier in turboquant.h)
   kCopySplits,  // of the launch that reads the copies
-  kSigns,  // sixteen words of `sign_word`
+  kSigns,       // sixteen words of `sign_word`
   kParamCount = kSigns + 16
 };
 
@@ -35,9 +35,9 @@ enum Flag {
   kValueCentre = 16,
   kBooleanMask = 32,
   kAdditiveMask = 64,
-  kCentre = 128,          // codec: the first side has a centre
-  kSecondCentre = 256,    // codec: and the second
-  kFeedback = 512,        // codec: the first side has feedback
+  kCentre = 128,           // codec: the first side has a centre
+  kSecondCentre = 256,     // codec: and the second
+  kFeedback = 512,         // codec: the first side has feedback
   kSecondFeedback = 1024,  // codec: and the second
   kCopies = 2048           // attention reads exact copies: keys are slots
 };

@@ -64,7 +64,8 @@ class Transform : public CorePrimitive {
 };
 
 /// q, key codes, key scales, value codes, value scales, then the optional arrays that the options hold, in their order
-/// there, then the exact copies' four -> out.  The arrays themselves travel as inputs; the options keep only which exist.
+/// there, then the exact copies' four -> out.  The arrays themselves travel as inputs; the options keep only which
+/// exist.
 class Attention : public CorePrimitive {
  public:
   struct Settings {

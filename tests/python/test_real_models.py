@@ -1,6 +1,6 @@
 """The judge in small: SmolLM2 over two windows.  Minutes, and the model from PyPI, so only where it is asked for:
 
-    TURBOQUANT_LONG_TESTS=1 python -m pytest tests/python/test_real_models.py
+TURBOQUANT_LONG_TESTS=1 python -m pytest tests/python/test_real_models.py
 """
 
 import os

@@ -19,8 +19,8 @@ namespace turboquant::ops {
 
 namespace mx = mlx::core;
 
-/// How the vectors of one side are coded: 2, 3, 4 or 8 bits a coordinate, at 2 and 3 by a trellis unless scalar codes are
-/// asked for.
+/// How the vectors of one side are coded: 2, 3, 4 or 8 bits a coordinate, at 2 and 3 by a trellis unless scalar codes
+/// are asked for.
 struct Width {
   int bits;
   Code code;

@@ -20,8 +20,8 @@ class RotatingKVCache {
   void append(const mx::array& keys, const mx::array& values, mx::StreamOrDevice s = {});
   View view() const;
   bool can_trim() const { return offset_ < max_size_; }
-  /// Tokens that can be forgotten although older ones were dropped: all but one of those appended at once last, for each
-  /// of them still sees max_size tokens.
+  /// Tokens that can be forgotten although older ones were dropped: all but one of those appended at once last, for
+  /// each of them still sees max_size tokens.
   int undoable() const { return undoable_; }
   /// Forgets the last n tokens; at most undoable() once older tokens were dropped.
   int trim(int n);
@@ -39,7 +39,8 @@ class RotatingKVCache {
   int size() const { return offset_ < max_size_ ? offset_ : max_size_; }
   int max_size() const { return max_size_; }
   int keep() const { return keep_; }
-  /// Makes whatever reads the history wait for `to`: a model under pipeline parallelism ties what it sends to its cache.
+  /// Makes whatever reads the history wait for `to`: a model under pipeline parallelism ties what it sends to its
+  /// cache.
   void tie(const mx::array& to) {
     if (store_) store_ = store_->tied(to);
   }
@@ -87,7 +88,8 @@ class BatchRotatingKVCache {
   int max_size() const { return max_size_; }
   const std::vector<int>& left_padding() const { return left_padding_; }
   const std::vector<int>& offsets() const { return offsets_; }
-  /// Makes whatever reads the history wait for `to`: a model under pipeline parallelism ties what it sends to its cache.
+  /// Makes whatever reads the history wait for `to`: a model under pipeline parallelism ties what it sends to its
+  /// cache.
   void tie(const mx::array& to) {
     if (store_) store_ = store_->tied(to);
   }

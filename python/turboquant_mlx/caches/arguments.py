@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 
@@ -61,7 +61,7 @@ def _pair(owner, name, shape, pair):
     return tuple(found)
 
 
-_query_maps = {}  # id of a key map: its query map, while the key map lives
+_query_maps: dict = {}  # id of a key map: its query map, while the key map lives
 
 
 def query_maps(owner, key_map):
@@ -77,7 +77,9 @@ def query_maps(owner, key_map):
     return key_map, found
 
 
-def coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback, key_map=None):
+def coding(
+    owner, bits, key_bits, value_bits, code, seed, centres, feedback, key_map=None
+) -> tuple[Any, Any, Any, Any, Any, Any, Any]:
     """(key bits, value bits, seed, centres, feedback, code, maps): the arguments that every cache takes, checked, as the
     extension's; see TurboQuantKVCache."""
     bits = _width(owner, "bits", bits)

@@ -48,11 +48,12 @@ def to_turboquant(
         "feedback": feedback,
         "key_map": key_map,
     }
-    window = isinstance(cache, RotatingKVCache)
-    packed = TurboQuantKVCache(bits, **settings, recent=0 if window else recent, sink=0 if window else sink)
+    if isinstance(cache, RotatingKVCache):  # windows have no exact copies
+        recent = sink = 0
+    packed = TurboQuantKVCache(bits, **settings, recent=recent, sink=sink)
     if not cache.empty() and cache.offset > 0:
         packed.update_and_fetch(*cache.keys_and_values())
-    if not window:
+    if not isinstance(cache, RotatingKVCache):
         return packed
     window = TurboQuantRotatingKVCache(cache.max_size, cache.keep, bits, **settings)
     if not packed.empty():
