@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 from turboquant_mlx import disable, enable
 from turboquant_mlx.caches import leaves
@@ -38,8 +39,8 @@ def chosen(mode, calibration):
         raise ValueError(f"[curve] {mode.name} needs feedback, and the calibration has none")
     out = {}
     for slot, found in calibration.items():
-        *arrays, seed = found if mode.fed else found.without_feedback()
-        out[slot] = Calibration(*(None if x is None else mx.array(x) for x in arrays), seed)
+        kept = found if mode.fed else found.without_feedback()
+        out[slot] = Calibration(*(mx.array(x) if isinstance(x, np.ndarray) else x for x in kept))
     return out
 
 

@@ -48,8 +48,8 @@ def coder(bits, centre=None, scale="same length", search=0):
         if search:
             y_hat = searched(y, bits, search)
         else:
-            codes, scales = encode(y, bits)
-            y_hat = decode(codes, scales, bits)
+            codes, scales = encode(y, bits, code="scalar")
+            y_hat = decode(codes, scales, bits, code="scalar")
         square = dot(y, y)
         if scale == "unbiased":
             y_hat = y_hat * (square / dot(y, y_hat))

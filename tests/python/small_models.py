@@ -108,7 +108,7 @@ def small_gemma3n():
         "altup_active_idx": 0,
         "laurel_rank": 16,
     }
-    mx.random.seed(0)
+    mx.random.seed(7)  # one of few whose greedy tokens vary
     model = gemma3n.Model(gemma3n.ModelArgs(model_type="gemma3n", text_config=config))
     mx.eval(model.parameters())
     return model

@@ -237,7 +237,8 @@ def test_right_padding_of_unknown_lengths_leaves_the_codes():
     for r, want in enumerate(alone(kv, q)):
         if r == 1:
             continue  # three tokens, all of them first ones
-        close(got[r][:, 130:], want[0, :, LENGTHS[r] + 130 : LENGTHS[r] + 140], 0.06)
+        # The first tokens are read from codes here, elsewhere from copies: the outputs differ by the codes' error.
+        close(got[r][:, 130:], want[0, :, LENGTHS[r] + 130 : LENGTHS[r] + 140], 0.08)
 
 
 @pytest.mark.parametrize("cut", [2, 600])

@@ -298,8 +298,13 @@ class PackedCache(_BaseCache):
         """Keeps other tokens exact from now on; those held already are as exact as their codes."""
         if (recent, sink) == (self.recent, self.sink):
             return
-        settings = (self.key_bits, self.value_bits, self.seed, self._core.centres, self._core.feedback, self.code)
-        self._restore((*settings, recent, sink), self._position(), None if self.empty() else self._arrays())
+        maps = query_maps(type(self).__name__, self.key_map)
+        coding = (self._core.centres, self._core.feedback, self.code, maps, recent, sink)
+        self._restore(
+            (self.key_bits, self.value_bits, self.seed, *coding),
+            self._position(),
+            None if self.empty() else self._arrays(),
+        )
 
     def _shape(self):
         """(B, H_kv, tokens held, D)."""

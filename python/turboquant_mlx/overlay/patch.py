@@ -197,8 +197,9 @@ def remove_patch():
 @contextmanager
 def _during(variable, value):
     """Context: the patch is applied and a variable of this thread is set."""
-    applied = base.quantized_scaled_dot_product_attention is _patched_quantized
-    apply_patch()
+    applied = base.scaled_dot_product_attention is _patched_outer
+    if not applied:  # applied already, the inner function may be somebody's own, as in a study
+        apply_patch()
     token = variable.set(value)
     try:
         yield
