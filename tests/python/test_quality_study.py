@@ -35,7 +35,7 @@ def error(x, y):
 def test_scales(study, x):
     for bits in (2, 3, 4):
         ours = study.coder(bits)(x)
-        assert np.allclose(ours, decode(*encode(x, bits), bits), atol=1e-6)
+        assert np.allclose(ours, decode(*encode(x, bits, code="scalar"), bits, code="scalar"), atol=1e-6)
         least = study.coder(bits, scale="least squares")(x)
         # The scale of least error on the same codes, which the other ways of writing it must give as well.
         assert np.allclose(least, study.coder(bits, scale=1.0)(x), atol=1e-6)
@@ -45,7 +45,11 @@ def test_scales(study, x):
         unbiased = study.coder(bits, scale="unbiased")(x)
         assert np.allclose(study.dot(x, unbiased), study.dot(x, x), rtol=1e-5)
     centre = mx.random.normal((3, 256), key=mx.random.key(9))
-    assert np.allclose(study.coder(3, centre)(x), decode(*encode(x, 3, centre=centre), 3, centre=centre), atol=1e-5)
+    assert np.allclose(
+        study.coder(3, centre)(x),
+        decode(*encode(x, 3, centre=centre, code="scalar"), 3, centre=centre, code="scalar"),
+        atol=1e-5,
+    )
 
 
 def test_searched_codes(study):
