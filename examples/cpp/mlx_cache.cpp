@@ -7,7 +7,7 @@ namespace mx = mlx::core;
 using turboquant::ops::KVCache;
 
 int main() {
-  KVCache cache({.key_bits = 4, .value_bits = 3});
+  KVCache cache({.keys = {4}, .values = {3}});  // bits of each side
   for (int step = 0; step < 4; ++step) {
     cache.append(mx::random::normal({1, 4, 100, 256}), mx::random::normal({1, 4, 100, 256}));
   }

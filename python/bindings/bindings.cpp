@@ -27,38 +27,33 @@ NB_MODULE(_core, m) {
 
   m.def(
       "encode",
-      [](const mx::array& x, int bits, uint64_t seed, const Array& centre, const Array& feedback,
-         const std::string& code, mx::StreamOrDevice s) {
-        auto p = ops::encode(x, {bits, code_from("encode", code)}, seed, centre, feedback, s);
+      [](const mx::array& x, const ops::Coding& coding, mx::StreamOrDevice s) {
+        auto p = ops::encode(x, coding, s);
         return std::pair{p.codes, p.scales};
       },
-      "x"_a, "bits"_a = 3, nb::kw_only(), "seed"_a = 0, "centre"_a = nb::none(), "feedback"_a = nb::none(),
-      "code"_a = "trellis", "stream"_a = nb::none());
+      "x"_a, "coding"_a, nb::kw_only(), "stream"_a = nb::none());
   m.def(
       "decode",
-      [](const mx::array& codes, const mx::array& scales, int bits, uint64_t seed, const Array& centre, mx::Dtype dtype,
-         const std::string& code, mx::StreamOrDevice s) {
-        return ops::decode({codes, scales}, {bits, code_from("decode", code)}, seed, dtype, centre, s);
+      [](const mx::array& codes, const mx::array& scales, const ops::Coding& coding, mx::Dtype dtype,
+         mx::StreamOrDevice s) {
+        return ops::decode({codes, scales}, coding, dtype, s);
       },
-      "codes"_a, "scales"_a, "bits"_a = 3, nb::kw_only(), "seed"_a = 0, "centre"_a = nb::none(), "dtype"_a,
-      "code"_a = "trellis", "stream"_a = nb::none());
+      "codes"_a, "scales"_a, "coding"_a, nb::kw_only(), "dtype"_a, "stream"_a = nb::none());
   m.def(
       "attention",
       [](const mx::array& q, const std::pair<mx::array, mx::array>& keys, const std::pair<mx::array, mx::array>& values,
-         float scale, const PythonMask& mask, int key_bits, int value_bits, uint64_t seed, const Array& sinks,
-         const Array& starts, int window, const Array& key_centre, const Array& value_centre, const std::string& code,
-         mx::StreamOrDevice s) {
+         const ops::Coding& key_coding, const ops::Coding& value_coding, float scale, const PythonMask& mask,
+         const Array& sinks, const Array& starts, int window, mx::StreamOrDevice s) {
         ops::AttentionOptions o;
-        o.code = code_from("attention", code);
         const auto [causal, array] = mask_from(mask);
         o.causal = causal, o.mask = array;
-        o.scale = scale, o.key_bits = key_bits, o.value_bits = value_bits, o.seed = seed, o.window = window;
-        o.sinks = sinks, o.starts = starts, o.key_centre = key_centre, o.value_centre = value_centre;
+        o.keys = key_coding, o.values = value_coding;
+        o.scale = scale, o.window = window;
+        o.sinks = sinks, o.starts = starts;
         return ops::attention(q, packed(keys), packed(values), o, s);
       },
-      "q"_a, "keys"_a, "values"_a, nb::kw_only(), "scale"_a, "mask"_a = nb::none(), "key_bits"_a = 3,
-      "value_bits"_a = 3, "seed"_a = 0, "sinks"_a = nb::none(), "starts"_a = nb::none(), "window"_a = 0,
-      "key_centre"_a = nb::none(), "value_centre"_a = nb::none(), "code"_a = "trellis", "stream"_a = nb::none());
+      "q"_a, "keys"_a, "values"_a, "key_coding"_a, "value_coding"_a, nb::kw_only(), "scale"_a, "mask"_a = nb::none(),
+      "sinks"_a = nb::none(), "starts"_a = nb::none(), "window"_a = 0, "stream"_a = nb::none());
 
   m.def("reads_exact_copies", [] { return ops::reads_exact_copies(); });
   m.def("transform", &ops::transform, "x"_a, "matrix"_a, nb::kw_only(), "centre"_a = nb::none(),
@@ -92,5 +87,5 @@ NB_MODULE(_core, m) {
   m.def("bytes_per_vector", &tq::bytes_per_vector, "bits"_a, "head_dim"_a);
   m.attr("FORMAT_VERSION") = TQ_FORMAT_VERSION;
   // Raise this and API in _checks.py when a binding changes: an extension of older sources is then refused by name.
-  m.attr("API") = 7;
+  m.attr("API") = 8;
 }

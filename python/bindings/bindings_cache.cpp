@@ -25,23 +25,40 @@ ops::Store store(const Arrays& a) {
 
 mx::array numbers(const std::vector<int>& v) { return mx::array(v.data(), {int(v.size())}, mx::int32); }
 
-/// (keys, values), each or both None.
-using Pair = std::pair<Array, Array>;
+const char* code_name(const ops::Coding& coding) {
+  return coding.width.code == turboquant::Code::trellis ? "trellis" : "scalar";
+}
 
-ops::Coding coding(int key_bits, int value_bits, uint64_t seed, const Pair& centres, const Pair& feedback,
-                   const std::string& code, const Pair& maps, int recent = 0, int sink = 0) {
-  return {key_bits,
-          value_bits,
-          seed,
-          centres.first,
-          centres.second,
-          feedback.first,
-          feedback.second,
-          code_from("cache", code),
-          recent,
-          sink,
-          maps.first,
-          maps.second};
+void bind_codings(nb::module_& m) {
+  nb::class_<ops::Coding>(m, "Coding")
+      .def(
+          "__init__",
+          [](ops::Coding* self, int bits, const std::string& code, uint64_t seed, const Array& centre,
+             const Array& feedback) {
+            new (self) ops::Coding{{bits, code_from("coding", code)}, seed, centre, feedback};
+          },
+          "bits"_a = 3, nb::kw_only(), "code"_a = "trellis", "seed"_a = 0, "centre"_a = nb::none(),
+          "feedback"_a = nb::none())
+      .def_prop_ro("bits", &ops::Coding::bits)
+      .def_prop_ro("code", &code_name)
+      .def_ro("seed", &ops::Coding::seed)
+      .def_ro("centre", &ops::Coding::centre)
+      .def_ro("feedback", &ops::Coding::feedback);
+
+  nb::class_<ops::CacheCoding>(m, "CacheCoding")
+      .def(
+          "__init__",
+          [](ops::CacheCoding* self, const ops::Coding& keys, const ops::Coding& values, const Array& key_map,
+             const Array& query_map, int recent,
+             int sink) { new (self) ops::CacheCoding{keys, values, key_map, query_map, recent, sink}; },
+          "keys"_a, "values"_a, nb::kw_only(), "key_map"_a = nb::none(), "query_map"_a = nb::none(), "recent"_a = 0,
+          "sink"_a = 0)
+      .def_ro("keys", &ops::CacheCoding::keys)
+      .def_ro("values", &ops::CacheCoding::values)
+      .def_ro("key_map", &ops::CacheCoding::key_map)
+      .def_ro("query_map", &ops::CacheCoding::query_map)
+      .def_ro("recent", &ops::CacheCoding::recent)
+      .def_ro("sink", &ops::CacheCoding::sink);
 }
 
 /// Exact copies: four arrays, and the first token that their ring holds.
@@ -55,8 +72,7 @@ std::optional<ops::Copies> copies(const PythonCopies& c) {
 /// What caches with exact copies have besides.
 template <class Cache>
 void bind_copies(nb::class_<Cache>& cache) {
-  cache.def_prop_ro("recent", [](const Cache& c) { return c.coding().recent; })
-      .def_prop_ro("sink", [](const Cache& c) { return c.coding().sink; })
+  cache
       .def_prop_ro("copies",
                    [](const Cache& c) {
                      return c.copies() ? PythonCopies({arrays(c.copies()->held), c.copies()->from}) : std::nullopt;
@@ -87,25 +103,7 @@ nb::class_<Cache> bind_cache(nb::module_& m, const char* name) {
       .def("tie", &Cache::tie, "to"_a)
       .def_prop_ro("empty", &Cache::empty)
       .def_prop_ro("nbytes", &Cache::nbytes)
-      .def_prop_ro("key_bits", [](const Cache& c) { return c.coding().key_bits; })
-      .def_prop_ro("value_bits", [](const Cache& c) { return c.coding().value_bits; })
-      .def_prop_ro("code",
-                   [](const Cache& c) {
-                     return c.coding().key_width().code == turboquant::Code::trellis ||
-                                    c.coding().value_width().code == turboquant::Code::trellis
-                                ? "trellis"
-                                : "scalar";
-                   })
-      .def_prop_ro("seed", [](const Cache& c) { return c.coding().seed; })
-      .def_prop_ro("centres",
-                   [](const Cache& c) {
-                     return Pair{c.coding().key_centre, c.coding().value_centre};
-                   })
-      .def_prop_ro("feedback",
-                   [](const Cache& c) {
-                     return Pair{c.coding().key_feedback, c.coding().value_feedback};
-                   })
-      .def_prop_ro("key_map", [](const Cache& c) { return c.coding().key_map; })
+      .def_prop_ro("coding", &Cache::coding)
       .def_prop_ro("arrays",
                    [](const Cache& c) { return c.store() ? std::optional(arrays(*c.store())) : std::nullopt; });
 }
@@ -118,6 +116,8 @@ PythonMask mask(const Cache& c, int n, std::optional<int> window, bool return_ar
 }  // namespace
 
 void bind_caches(nb::module_& m) {
+  bind_codings(m);
+
   nb::class_<ops::LastKernel>(m, "LastKernel")
       .def(nb::init<>())
       .def(nb::init<const ops::LastKernel&>(), "other"_a)
@@ -151,14 +151,7 @@ void bind_caches(nb::module_& m) {
 
   auto single = bind_cache<ops::KVCache>(m, "KVCache");
   bind_copies(single);
-  single
-      .def(
-          "__init__",
-          [](ops::KVCache* self, int kb, int vb, uint64_t seed, const Pair& centres, const Pair& feedback,
-             const std::string& code, const Pair& maps, int recent,
-             int sink) { new (self) ops::KVCache(coding(kb, vb, seed, centres, feedback, code, maps, recent, sink)); },
-          "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(), "feedback"_a = Pair(), "code"_a = "trellis",
-          "maps"_a = Pair(), "recent"_a = 0, "sink"_a = 0)
+  single.def(nb::init<ops::CacheCoding>(), "coding"_a)
       .def(
           "restore",
           [](ops::KVCache& c, const Arrays& a, int length, const PythonCopies& exact) {
@@ -169,16 +162,7 @@ void bind_caches(nb::module_& m) {
 
   auto batch = bind_cache<ops::BatchKVCache>(m, "BatchKVCache");
   bind_copies(batch);
-  batch
-      .def(
-          "__init__",
-          [](ops::BatchKVCache* self, std::vector<int> left_padding, int kb, int vb, uint64_t seed, const Pair& centres,
-             const Pair& feedback, const std::string& code, const Pair& maps, int recent, int sink) {
-            new (self) ops::BatchKVCache(std::move(left_padding),
-                                         coding(kb, vb, seed, centres, feedback, code, maps, recent, sink));
-          },
-          "left_padding"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(), "feedback"_a = Pair(),
-          "code"_a = "trellis", "maps"_a = Pair(), "recent"_a = 0, "sink"_a = 0)
+  batch.def(nb::init<std::vector<int>, ops::CacheCoding>(), "left_padding"_a, "coding"_a)
       .def_static("merge", &ops::BatchKVCache::merge, "caches"_a, "stream"_a = nb::none())
       .def("prepare", &ops::BatchKVCache::prepare, "left_padding"_a, "right_padding"_a,
            "lengths"_a = std::vector<int>())
@@ -197,14 +181,7 @@ void bind_caches(nb::module_& m) {
       .def_prop_ro("offset", [](const ops::BatchKVCache& c) { return numbers(c.offsets()); });
 
   bind_cache<ops::RotatingKVCache>(m, "RotatingKVCache")
-      .def(
-          "__init__",
-          [](ops::RotatingKVCache* self, int max_size, int keep, int kb, int vb, uint64_t seed, const Pair& centres,
-             const Pair& feedback, const std::string& code, const Pair& maps) {
-            new (self) ops::RotatingKVCache(max_size, keep, coding(kb, vb, seed, centres, feedback, code, maps));
-          },
-          "max_size"_a, "keep"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(),
-          "feedback"_a = Pair(), "code"_a = "trellis", "maps"_a = Pair())
+      .def(nb::init<int, int, ops::CacheCoding>(), "max_size"_a, "keep"_a, "coding"_a)
       .def("mask", &mask<ops::RotatingKVCache>, "n"_a, "window"_a = nb::none(), "return_array"_a = false)
       .def(
           "restore",
@@ -220,14 +197,7 @@ void bind_caches(nb::module_& m) {
 
   using Batch = ops::BatchRotatingKVCache;
   bind_cache<Batch>(m, "BatchRotatingKVCache")
-      .def(
-          "__init__",
-          [](Batch* self, int max_size, std::vector<int> left_padding, int kb, int vb, uint64_t seed,
-             const Pair& centres, const Pair& feedback, const std::string& code, const Pair& maps) {
-            new (self) Batch(max_size, std::move(left_padding), coding(kb, vb, seed, centres, feedback, code, maps));
-          },
-          "max_size"_a, "left_padding"_a, "key_bits"_a, "value_bits"_a, "seed"_a = 0, "centres"_a = Pair(),
-          "feedback"_a = Pair(), "code"_a = "trellis", "maps"_a = Pair())
+      .def(nb::init<int, std::vector<int>, ops::CacheCoding>(), "max_size"_a, "left_padding"_a, "coding"_a)
       .def_static("merge", &Batch::merge, "caches"_a, "stream"_a = nb::none())
       .def("prepare", &Batch::prepare, "left_padding"_a, "lengths"_a, "right_padding"_a)
       .def("finalize", &Batch::finalize, "stream"_a = nb::none())

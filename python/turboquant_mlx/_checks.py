@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 DISTRIBUTION = "turboquant-kv-mlx"
-API = 7  # of the extension: raise it here and in bindings.cpp when a binding changes
+API = 8  # of the extension: raise it here and in bindings.cpp when a binding changes
 _REBUILD = "rebuild it in this environment: pip install --no-build-isolation -e . (in the repository's root)"
 
 

@@ -39,8 +39,8 @@ def encode(
     Raises:
         ValueError: bits, dtype or D out of range; the message gives the value found.
     """
-    name = code_name("encode", code)
-    return _core.encode(x, bits, seed=seed, centre=centre, feedback=feedback, code=name, stream=stream)
+    coding = _core.Coding(bits, code=code_name("encode", code), seed=seed, centre=centre, feedback=feedback)
+    return _core.encode(x, coding, stream=stream)
 
 
 def decode(
@@ -69,8 +69,8 @@ def decode(
     Raises:
         ValueError: bits, a dtype or a shape out of range; the message gives the value found.
     """
-    name = code_name("decode", code)
-    return _core.decode(codes, scales, bits, seed=seed, centre=centre, dtype=dtype, code=name, stream=stream)
+    coding = _core.Coding(bits, code=code_name("decode", code), seed=seed, centre=centre)
+    return _core.decode(codes, scales, coding, dtype=dtype, stream=stream)
 
 
 def attention(
@@ -113,20 +113,19 @@ def attention(
     Raises:
         ValueError: a shape, dtype or number out of range; the message names the rule and the value found.
     """
+    name = code_name("attention", code)
+    key_coding = _core.Coding(key_bits, code=name, seed=seed, centre=key_centre)
+    value_coding = _core.Coding(value_bits, code=name, seed=seed, centre=value_centre)
     return _core.attention(
         q,
         keys,
         values,
+        key_coding,
+        value_coding,
         scale=scale,
         mask=mask,
-        key_bits=key_bits,
-        value_bits=value_bits,
-        seed=seed,
         sinks=sinks,
         starts=starts,
         window=window,
-        key_centre=key_centre,
-        value_centre=value_centre,
-        code=code_name("attention", code),
         stream=stream,
     )

@@ -22,7 +22,8 @@ void check_rows(const char* op, const std::vector<int>& rows, int size) {
   }
 }
 
-BatchKVCache::BatchKVCache(std::vector<int> left_padding, Coding coding) : coding_(checked_coding(std::move(coding))) {
+BatchKVCache::BatchKVCache(std::vector<int> left_padding, CacheCoding coding)
+    : coding_(checked_coding(std::move(coding))) {
   for (int n : left_padding) require(n >= 0, "[cache] left_padding must be at least 0; got ", n);
   set_padding(std::move(left_padding));
 }

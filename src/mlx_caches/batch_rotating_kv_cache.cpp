@@ -14,7 +14,7 @@ void add(std::vector<int>& to, int n) {
 
 }  // namespace
 
-BatchRotatingKVCache::BatchRotatingKVCache(int max_size, std::vector<int> left_padding, Coding coding)
+BatchRotatingKVCache::BatchRotatingKVCache(int max_size, std::vector<int> left_padding, CacheCoding coding)
     : coding_(checked_coding(std::move(coding))), max_size_(max_size), left_padding_(std::move(left_padding)) {
   require(max_size >= 1, "[cache] max_size must be at least 1; got ", max_size);
   check_no_copies(coding_);

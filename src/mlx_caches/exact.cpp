@@ -8,16 +8,14 @@ namespace turboquant::ops {
 namespace {
 
 /// `rows` encoded as copies are: at 8 bits, without feedback.
-Store encode_copies(const Coding& coding, const mx::array& keys, const mx::array& values, mx::StreamOrDevice s) {
-  const auto [coded, centre] = mapped_keys(coding, keys, s);
-  auto [k, v] = encode_kv(coded, values, 8, 8, coding.seed, centre, coding.value_centre, std::nullopt, std::nullopt, s);
-  return {k, v};
+Store encode_copies(const CacheCoding& coding, const mx::array& keys, const mx::array& values, mx::StreamOrDevice s) {
+  return encode_store(coding_of_copies(coding), keys, values, std::nullopt, s);
 }
 
 /// The same from codes.
-Store transcode(const Coding& coding, const Store& codes, mx::StreamOrDevice s) {
-  return encode_copies(coding, decoded_keys(coding, codes.keys, coding.key_width(), mx::float32, s),
-                       decode(codes.values, coding.value_width(), coding.seed, mx::float32, coding.value_centre, s), s);
+Store transcode(const CacheCoding& coding, const Store& codes, mx::StreamOrDevice s) {
+  return encode_copies(coding, decoded_keys(coding, codes.keys, mx::float32, s),
+                       decode(codes.values, coding.values, mx::float32, s), s);
 }
 
 /// A store of two parts along the tokens, of which either may be empty.
@@ -25,15 +23,15 @@ Store joined(const Store& a, const Store& b, mx::StreamOrDevice s) {
   return a.capacity() == 0 ? b : b.capacity() == 0 ? a : concatenate({a, b}, 2, s);
 }
 
-Store ring_of(const Coding& coding, const Store& held, mx::StreamOrDevice s) {
+Store ring_of(const CacheCoding& coding, const Store& held, mx::StreamOrDevice s) {
   return held.tokens(0, ring_slots(coding), s);
 }
-Store first_of(const Coding& coding, const Store& held, mx::StreamOrDevice s) {
+Store first_of(const CacheCoding& coding, const Store& held, mx::StreamOrDevice s) {
   return held.tokens(ring_slots(coding), held.capacity(), s);
 }
 
 /// `held` with `rows`, the tokens from `at` on, in their slots; of more than the ring has slots the last.
-Store write_ring(const Coding& coding, Store held, const Store& rows, int at, mx::StreamOrDevice s) {
+Store write_ring(const CacheCoding& coding, Store held, const Store& rows, int at, mx::StreamOrDevice s) {
   const int ring = ring_slots(coding), end = at + rows.capacity();
   for (int t = std::max(at, end - ring); t < end;) {
     const int slot = t % ring, n = std::min(end - t, ring - slot);
@@ -44,8 +42,8 @@ Store write_ring(const Coding& coding, Store held, const Store& rows, int at, mx
 }
 
 /// The same for rows that end at `ends`: each row's ring gets the last tokens before its own end.
-Store write_ragged(const Coding& coding, const Store& held, const Store& rows, int at, const std::vector<int>& ends,
-                   mx::StreamOrDevice s) {
+Store write_ragged(const CacheCoding& coding, const Store& held, const Store& rows, int at,
+                   const std::vector<int>& ends, mx::StreamOrDevice s) {
   const int ring = ring_slots(coding), batch = held.batch();
   std::vector<int> index;
   for (int end : ends) {
@@ -60,8 +58,8 @@ Store write_ragged(const Coding& coding, const Store& held, const Store& rows, i
 }
 
 /// `held` with those of `rows`, the tokens from `at` on, that are among the first of their row.
-Store write_first(const Coding& coding, const Store& held, const Store& rows, int at, const std::vector<int>& starts,
-                  mx::StreamOrDevice s) {
+Store write_first(const CacheCoding& coding, const Store& held, const Store& rows, int at,
+                  const std::vector<int>& starts, mx::StreamOrDevice s) {
   const int ring = ring_slots(coding), sink = coding.sink, batch = held.batch(), end = at + rows.capacity();
   const auto [least, most] = std::minmax_element(starts.begin(), starts.end());
   if (sink == 0 || starts.empty() || at >= *most + sink) return held;
@@ -81,7 +79,7 @@ Store write_first(const Coding& coding, const Store& held, const Store& rows, in
 }
 
 /// A ring with room for the `recent` tokens before `at` and for `rows`, the tokens from there on.
-Store ring_for_chunk(const Coding& coding, const Store& held, const Store& rows, int at, mx::StreamOrDevice s) {
+Store ring_for_chunk(const CacheCoding& coding, const Store& held, const Store& rows, int at, mx::StreamOrDevice s) {
   const int ring = ring_slots(coding), before = std::min(at, coding.recent), begin = at - before;
   std::vector<Store> parts;
   for (int t = begin; t < at;) {
@@ -104,18 +102,18 @@ Store ring_for_chunk(const Coding& coding, const Store& held, const Store& rows,
 
 }  // namespace
 
-void check_copies(const Coding& coding) {
+void check_copies(const CacheCoding& coding) {
   for (auto [name, n] : {std::pair{"recent", coding.recent}, {"sink", coding.sink}}) {
     require(n >= 0 && n <= 1 << 20, "[cache] ", name, " must be from 0 to 1048576; got ", n);
   }
 }
 
-void check_no_copies(const Coding& coding) {
+void check_no_copies(const CacheCoding& coding) {
   require(!has_copies(coding), "[cache] a window holds no exact copies: recent and sink must be 0; got ", coding.recent,
           " and ", coding.sink);
 }
 
-Copies append_copies(const Coding& coding, const std::optional<Copies>& copies, int length,
+Copies append_copies(const CacheCoding& coding, const std::optional<Copies>& copies, int length,
                      const std::vector<int>& starts, const std::vector<int>& ends, const mx::array& keys,
                      const mx::array& values, mx::StreamOrDevice s) {
   const Store rows = encode_copies(coding, keys, values, s);
@@ -135,12 +133,12 @@ Copies append_copies(const Coding& coding, const std::optional<Copies>& copies, 
   return out;
 }
 
-Copies copies_of_codes(const Coding& coding, const Store& codes, int length, const std::vector<int>& starts,
+Copies copies_of_codes(const CacheCoding& coding, const Store& codes, int length, const std::vector<int>& starts,
                        mx::StreamOrDevice s) {
   const int ring = ring_slots(coding);
-  const Coding eight{8, 8};
-  Copies out{zeros(eight, codes.batch(), codes.heads(), ring + coding.sink, codes.head_dim(coding), s), length,
-             std::nullopt};
+  Copies out{
+      zeros(coding_of_copies(coding), codes.batch(), codes.heads(), ring + coding.sink, codes.head_dim(coding), s),
+      length, std::nullopt};
   if (coding.sink > 0 && length > 0) {
     std::vector<int> index;
     for (int start : starts) {
@@ -152,7 +150,7 @@ Copies copies_of_codes(const Coding& coding, const Store& codes, int length, con
   return trim_copies(coding, std::move(out), codes, length, s);
 }
 
-Copies trim_copies(const Coding& coding, Copies copies, const Store& codes, int length, mx::StreamOrDevice s) {
+Copies trim_copies(const CacheCoding& coding, Copies copies, const Store& codes, int length, mx::StreamOrDevice s) {
   copies.chunk.reset();
   const int needed = std::max(0, length - coding.recent), end = std::min(copies.from, length);
   if (ring_slots(coding) > 0 && needed < end) {
@@ -162,7 +160,7 @@ Copies trim_copies(const Coding& coding, Copies copies, const Store& codes, int 
   return copies;
 }
 
-Copies move_copies(const Coding& coding, const Copies& copies, const std::vector<int>& by, mx::StreamOrDevice s) {
+Copies move_copies(const CacheCoding& coding, const Copies& copies, const std::vector<int>& by, mx::StreamOrDevice s) {
   Copies out{copies.held, copies.from, std::nullopt};
   const int ring = ring_slots(coding);
   if (std::all_of(by.begin(), by.end(), [](int n) { return n == 0; })) return out;
@@ -173,7 +171,7 @@ Copies move_copies(const Coding& coding, const Copies& copies, const std::vector
   return out;
 }
 
-Copies settle_copies(const Coding& coding, const Copies& copies, const std::vector<int>& pads, int length,
+Copies settle_copies(const CacheCoding& coding, const Copies& copies, const std::vector<int>& pads, int length,
                      mx::StreamOrDevice s) {
   Copies out = move_copies(coding, copies, pads, s);
   out.from = std::max(out.from, length - ring_slots(coding));
@@ -197,11 +195,12 @@ Copies join_copies(const std::vector<std::optional<Copies>>& parts, const std::v
   return {concatenate(stores, 0, s), from, std::nullopt};
 }
 
-void check_restored(const char* op, const Coding& coding, const Copies& copies, const Store& store, int length) {
-  check_store(op, Coding{8, 8}, copies.held, 0);
+void check_restored(const char* op, const CacheCoding& coding, const Copies& copies, const Store& store, int length) {
+  const auto eight = coding_of_copies(coding);
+  check_store(op, eight, copies.held, 0);
   const mx::Shape want{store.batch(), store.heads(), ring_slots(coding) + coding.sink};
-  require(copies.held.keys.scales.shape() == want && copies.held.head_dim(Coding{8, 8}) == store.head_dim(coding), "[",
-          op, "] the exact copies must have shape ", want, " and the codes' head_dim; got ",
+  require(copies.held.keys.scales.shape() == want && copies.held.head_dim(eight) == store.head_dim(coding), "[", op,
+          "] the exact copies must have shape ", want, " and the codes' head_dim; got ",
           copies.held.keys.scales.shape());
   require(copies.from >= 0 && copies.from <= std::max(0, length - coding.recent), "[", op, "] the exact copies of ",
           length, " tokens must begin at ", std::max(0, length - coding.recent), " or before; got ", copies.from);

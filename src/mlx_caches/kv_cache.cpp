@@ -6,11 +6,13 @@
 
 namespace turboquant::ops {
 
-Coding checked_coding(Coding coding) {
-  check_bits("cache", "key_bits", coding.key_bits);
-  check_bits("cache", "value_bits", coding.value_bits);
+CacheCoding checked_coding(CacheCoding coding) {
+  check_bits("cache", "key_bits", coding.keys.bits());
+  check_bits("cache", "value_bits", coding.values.bits());
+  require(coding.keys.seed == coding.values.seed, "[cache] keys and values must have the same seed; got ",
+          coding.keys.seed, " and ", coding.values.seed);
   check_copies(coding);
-  for (auto* centre : {&coding.key_centre, &coding.value_centre}) {
+  for (auto* centre : {&coding.keys.centre, &coding.values.centre}) {
     if (!*centre) continue;
     require((*centre)->ndim() == 2, "[cache] centres must have shape (kv_heads, head_dim); got ", (*centre)->shape());
     // Kept as it is when it can be: caches that share the array are known to agree without a comparison.
@@ -18,7 +20,7 @@ Coding checked_coding(Coding coding) {
     *centre = mx::contiguous(mx::astype(**centre, mx::float32));
     mx::eval(**centre);  // another thread than this may use the cache, and MLX's streams belong to threads
   }
-  for (auto* feedback : {&coding.key_feedback, &coding.value_feedback}) {
+  for (auto* feedback : {&coding.keys.feedback, &coding.values.feedback}) {
     if (!*feedback) continue;
     require((*feedback)->dtype() == mx::float16, "[cache] feedback must be float16; got ", (*feedback)->dtype());
     require((*feedback)->ndim() == 3 && (*feedback)->shape(1) == (*feedback)->shape(2),
@@ -41,7 +43,7 @@ Coding checked_coding(Coding coding) {
   return coding;
 }
 
-KVCache::KVCache(Coding coding) : coding_(checked_coding(std::move(coding))) {}
+KVCache::KVCache(CacheCoding coding) : coding_(checked_coding(std::move(coding))) {}
 
 void KVCache::append(const mx::array& keys, const mx::array& values, mx::StreamOrDevice s) {
   const int rows = keys.ndim() == 4 ? keys.shape(0) : 0;

@@ -7,7 +7,7 @@
 
 namespace turboquant::ops {
 
-RotatingKVCache::RotatingKVCache(int max_size, int keep, Coding coding)
+RotatingKVCache::RotatingKVCache(int max_size, int keep, CacheCoding coding)
     : coding_(checked_coding(std::move(coding))), max_size_(max_size), keep_(keep) {
   require(max_size >= 1, "[cache] max_size must be at least 1; got ", max_size);
   check_no_copies(coding_);

@@ -23,18 +23,19 @@ bool same_array(const std::optional<mx::array>& a, const std::optional<mx::array
 
 }  // namespace
 
-void check_same_coding(const char* op, const Coding& a, const Coding& b) {
-  require(a.key_bits == b.key_bits && a.value_bits == b.value_bits, "[", op,
-          "] caches must have the same bits; got keys ", a.key_bits, " and ", b.key_bits, ", values ", a.value_bits,
-          " and ", b.value_bits);
-  require(a.key_width() == b.key_width() && a.value_width() == b.value_width(), "[", op,
+void check_same_coding(const char* op, const CacheCoding& a, const CacheCoding& b) {
+  require(a.keys.bits() == b.keys.bits() && a.values.bits() == b.values.bits(), "[", op,
+          "] caches must have the same bits; got keys ", a.keys.bits(), " and ", b.keys.bits(), ", values ",
+          a.values.bits(), " and ", b.values.bits());
+  require(a.keys.width == b.keys.width && a.values.width == b.values.width, "[", op,
           "] caches must have the same codes; got scalar and trellis");
   require(a.recent == b.recent && a.sink == b.sink, "[", op, "] caches must keep the same tokens exact; got recent ",
           a.recent, " and ", b.recent, ", sink ", a.sink, " and ", b.sink);
-  require(a.seed == b.seed, "[", op, "] caches must have the same seed; got ", a.seed, " and ", b.seed);
-  require(same_array(a.key_centre, b.key_centre) && same_array(a.value_centre, b.value_centre), "[", op,
+  require(a.keys.seed == b.keys.seed && a.values.seed == b.values.seed, "[", op,
+          "] caches must have the same seed; got ", a.keys.seed, " and ", b.keys.seed);
+  require(same_array(a.keys.centre, b.keys.centre) && same_array(a.values.centre, b.values.centre), "[", op,
           "] caches must have the same centres");
-  require(same_array(a.key_feedback, b.key_feedback) && same_array(a.value_feedback, b.value_feedback), "[", op,
+  require(same_array(a.keys.feedback, b.keys.feedback) && same_array(a.values.feedback, b.values.feedback), "[", op,
           "] caches must have the same feedback");
   require(same_array(a.key_map, b.key_map), "[", op, "] caches must have the same key map");
 }
@@ -56,10 +57,17 @@ mx::array inverse_transpose(const mx::array& key_map) {
   return inverse;
 }
 
-std::pair<mx::array, std::optional<mx::array>> mapped_keys(const Coding& coding, const mx::array& keys,
-                                                           mx::StreamOrDevice s) {
-  if (!coding.key_map) return {keys, coding.key_centre};
-  return {ops::transform(keys, *coding.key_map, coding.key_centre, s), std::nullopt};
+CacheCoding coding_of_copies(const CacheCoding& coding) {
+  CacheCoding out = coding;
+  for (auto* side : {&out.keys, &out.values}) side->width = 8, side->feedback = std::nullopt;
+  return out;
+}
+
+std::pair<mx::array, Coding> mapped_keys(const CacheCoding& coding, const mx::array& keys, mx::StreamOrDevice s) {
+  if (!coding.key_map) return {keys, coding.keys};
+  Coding rest = coding.keys;
+  rest.centre = std::nullopt;
+  return {ops::transform(keys, *coding.key_map, coding.keys.centre, s), rest};
 }
 
 size_t Store::nbytes() const {
@@ -147,12 +155,12 @@ Store zeros_like(const Store& like, int batch, int tokens, mx::StreamOrDevice s)
   });
 }
 
-Store zeros(const Coding& coding, int batch, int heads, int tokens, int head_dim, mx::StreamOrDevice s) {
+Store zeros(const CacheCoding& coding, int batch, int heads, int tokens, int head_dim, mx::StreamOrDevice s) {
   const auto side = [&](int bits) {
     return PackedArrays{mx::zeros({batch, heads, tokens, words_per_vector(bits, head_dim)}, mx::uint32, s),
                         mx::zeros({batch, heads, tokens}, mx::float16, s)};
   };
-  return {side(coding.key_bits), side(coding.value_bits)};
+  return {side(coding.keys.bits()), side(coding.values.bits())};
 }
 
 void check_same_shape(const char* op, const Store& a, const Store& b) {
@@ -161,9 +169,9 @@ void check_same_shape(const char* op, const Store& a, const Store& b) {
           b.keys.codes.shape());
 }
 
-void check_store(const char* op, const Coding& coding, const Store& store, int length) {
-  check_packed(op, "keys", store.keys, coding.key_bits);
-  check_packed(op, "values", store.values, coding.value_bits);
+void check_store(const char* op, const CacheCoding& coding, const Store& store, int length) {
+  check_packed(op, "keys", store.keys, coding.keys.bits());
+  check_packed(op, "values", store.values, coding.values.bits());
   require(store.keys.codes.ndim() == 4, "[", op, "] codes must have shape (batch, kv_heads, tokens, words); got ",
           store.keys.codes.shape());
   require(store.keys.scales.shape() == store.values.scales.shape(), "[", op,
@@ -183,19 +191,18 @@ Store concatenate(const std::vector<Store>& stores, int axis, mx::StreamOrDevice
           {join([](const Store& x) { return x.values.codes; }), join([](const Store& x) { return x.values.scales; })}};
 }
 
-void check_follows(const Coding& coding, const mx::Shape& shape, const Store& held) {
+void check_follows(const CacheCoding& coding, const mx::Shape& shape, const Store& held) {
   require(shape[0] == held.batch(), "[append] batch must stay ", held.batch(), "; got ", shape[0]);
   require(shape[1] == held.heads(), "[append] KV heads must stay ", held.heads(), "; got ", shape[1]);
   const int dim = held.head_dim(coding);
   require(shape[3] == dim, "[append] head_dim must stay ", dim, "; got ", shape[3]);
 }
 
-Store encode_store(const Coding& coding, const mx::array& keys, const mx::array& values,
+Store encode_store(const CacheCoding& coding, const mx::array& keys, const mx::array& values,
                    const std::optional<Store>& held, mx::StreamOrDevice s) {
   check_sides("encode", keys, values);
-  const auto [coded, centre] = mapped_keys(coding, keys, s);
-  auto [k, v] = encode_kv(coded, values, coding.key_width(), coding.value_width(), coding.seed, centre,
-                          coding.value_centre, coding.key_feedback, coding.value_feedback, s);
+  const auto [mapped, key_coding] = mapped_keys(coding, keys, s);
+  auto [k, v] = encode_kv(mapped, values, key_coding, coding.values, s);
   if (held) check_follows(coding, keys.shape(), *held);
   return {k, v};
 }
@@ -204,22 +211,18 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
                        const std::optional<mx::array>& sinks, mx::StreamOrDevice s) const {
   AttentionOptions o;
   o.scale = scale;
-  o.key_bits = coding.key_bits;
-  o.value_bits = coding.value_bits;
-  o.code = coding.code;
-  o.seed = coding.seed;
+  o.keys = coding.keys;
+  o.values = coding.values;
   o.kv_len = length;
   o.dense_rows = true;
   o.causal = causal;
   o.mask = mask;
   o.starts = starts;
   o.sinks = sinks;
-  if (sinks && coding.key_centre) {  // without sinks the softmax does not see it
-    o.key_centre = coding.key_map
-                       ? mx::squeeze(mx::matmul(mx::expand_dims(*coding.key_centre, 1, s), *coding.key_map, s), 1, s)
-                       : coding.key_centre;
+  if (!sinks) o.keys.centre = std::nullopt;  // the softmax does not see it
+  if (o.keys.centre && coding.key_map) {
+    o.keys.centre = mx::squeeze(mx::matmul(mx::expand_dims(*o.keys.centre, 1, s), *coding.key_map, s), 1, s);
   }
-  o.value_centre = coding.value_centre;
   if (copies) {
     const Store x = copies->settled();
     o.exact = ExactArrays{x.keys, x.values};
@@ -236,27 +239,25 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
   return out.dtype() == q.dtype() ? out : mx::astype(out, q.dtype(), stream);
 }
 
-mx::array decoded_keys(const Coding& coding, const PackedArrays& keys, Width width, mx::Dtype dtype,
-                       mx::StreamOrDevice s) {
-  if (!coding.query_map) return ops::decode(keys, width, coding.seed, dtype, coding.key_centre, s);
-  const auto coded = ops::decode(keys, width, coding.seed, mx::float32, std::nullopt, s);
+mx::array decoded_keys(const CacheCoding& coding, const PackedArrays& keys, mx::Dtype dtype, mx::StreamOrDevice s) {
+  if (!coding.query_map) return ops::decode(keys, coding.keys, dtype, s);
+  const auto coded = ops::decode(keys, {coding.keys.width, coding.keys.seed}, mx::float32, s);
   const auto inverse = mx::contiguous(mx::swapaxes(*coding.query_map, 1, 2, s), false, s);
   const auto back = ops::transform(coded, inverse, std::nullopt, s);
-  const auto shifted = coding.key_centre ? mx::add(back, mx::expand_dims(*coding.key_centre, 1, s), s) : back;
+  const auto shifted = coding.keys.centre ? mx::add(back, mx::expand_dims(*coding.keys.centre, 1, s), s) : back;
   return mx::astype(shifted, dtype, s);
 }
 
 std::pair<mx::array, mx::array> View::decode(mx::Dtype dtype, mx::StreamOrDevice s) const {
-  const auto numbers = [&](const Store& held, const Coding& of) {
-    return std::pair{decoded_keys(coding, held.keys, of.key_width(), dtype, s),
-                     ops::decode(held.values, of.value_width(), coding.seed, dtype, coding.value_centre, s)};
+  const auto numbers = [&](const Store& held, const CacheCoding& of) {
+    return std::pair{decoded_keys(of, held.keys, dtype, s), ops::decode(held.values, of.values, dtype, s)};
   };
   if (!copies || starts) return numbers(store.tokens(0, length, s), coding);
   // The first tokens, the codes, and the newest in their order.
   const int ring = copies->capacity() - coding.sink;
   const int last = std::max(0, length - std::min(coding.recent, ring)), first = std::min(coding.sink, last);
   std::vector<std::pair<mx::array, mx::array>> parts{numbers(store.tokens(first, last, s), coding)};
-  const Coding eight{8, 8};
+  const auto eight = coding_of_copies(coding);
   if (first > 0) parts.insert(parts.begin(), numbers(copies->tokens(ring, ring + first, s), eight));
   for (int t = last; t < length;) {
     const int slot = t % ring, n = std::min(length - t, ring - slot);
@@ -291,7 +292,7 @@ bool owns_room(const std::optional<Store>& held, int length, int added) {
 
 }  // namespace
 
-Store append_store(const Coding& coding, const std::optional<Store>& held, int length, const mx::array& keys,
+Store append_store(const CacheCoding& coding, const std::optional<Store>& held, int length, const mx::array& keys,
                    const mx::array& values, mx::StreamOrDevice s) {
   const auto stream = mx::to_stream(s);
   check_sides("encode", keys, values);
@@ -310,9 +311,8 @@ Store append_store(const Coding& coding, const std::optional<Store>& held, int l
                       : zeros(coding, keys.shape(0), keys.shape(1), round_up(added), keys.shape(3), stream);
   if (!next.frontier) next.frontier = std::make_shared<int>(length);
   const bool follows = next.written && int(next.written->size()) == length + 1;
-  const auto [coded, centre] = mapped_keys(coding, keys, stream);
-  next.written = append_kv(coded, values, coding.key_width(), coding.value_width(), coding.seed, centre,
-                           coding.value_centre, coding.key_feedback, coding.value_feedback, next.keys, next.values,
+  const auto [mapped, key_coding] = mapped_keys(coding, keys, stream);
+  next.written = append_kv(mapped, values, key_coding, coding.values, next.keys, next.values,
                            follows ? *next.written : nothing_to_wait_for(length, stream), stream);
   *next.frontier = length + added;
   return next;

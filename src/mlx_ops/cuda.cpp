@@ -118,9 +118,14 @@ mx::Shape without_last(mx::Shape shape) {
 }
 
 cuda::AttentionShape shape_of(const mx::array& q, const PackedArrays& keys, const AttentionOptions& o) {
-  return {q.shape(0),          q.shape(1), keys.codes.shape(1), q.shape(2),           o.kv_len,
-          q.shape(3),          o.key_bits, o.value_bits,        o.starts.has_value(), o.key_width().code,
-          o.value_width().code};
+  return {q.shape(0),    q.shape(1),      keys.codes.shape(1),  q.shape(2),        o.kv_len,           q.shape(3),
+          o.keys.bits(), o.values.bits(), o.starts.has_value(), o.keys.width.code, o.values.width.code};
+}
+
+std::vector<cuda::EncodeSide> sides_of(const std::vector<Coding>& codings) {
+  std::vector<cuda::EncodeSide> sides;
+  for (const auto& c : codings) sides.push_back({c.bits(), c.centre.has_value(), c.feedback.has_value(), c.width.code});
+  return sides;
 }
 
 }  // namespace
@@ -133,20 +138,19 @@ int driver_version() {
   return get && get(&version) == 0 ? version : 0;
 }
 
-std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<Width>& widths, uint64_t seed,
-                                 const std::vector<std::optional<mx::array>>& centres,
-                                 const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream) {
-  std::vector<cuda::EncodeSide> settings;
+std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<Coding>& codings,
+                                 mx::Stream stream) {
+  const auto settings = sides_of(codings);
   std::vector<mx::array> inputs;
   std::vector<mx::Shape> shapes;
   std::vector<mx::Dtype> dtypes;
+  const uint64_t seed = codings[0].seed;
   const int dim = sides[0].shape(-1);
   for (size_t i = 0; i < sides.size(); ++i) {
-    settings.push_back({widths[i].bits, centres[i].has_value(), feedback[i].has_value(), widths[i].code});
     inputs.push_back(sides[i]);
-    inputs.push_back(centres[i].value_or(sides[i]));
-    inputs.push_back(feedback[i].value_or(sides[i]));
-    shapes.push_back(with_last(sides[i].shape(), words_per_vector(widths[i].bits, dim)));
+    inputs.push_back(codings[i].centre.value_or(sides[i]));
+    inputs.push_back(codings[i].feedback.value_or(sides[i]));
+    shapes.push_back(with_last(sides[i].shape(), words_per_vector(codings[i].bits(), dim)));
     shapes.push_back(without_last(sides[i].shape()));
     dtypes.insert(dtypes.end(), {mx::uint32, mx::float16});
   }
@@ -159,17 +163,15 @@ std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std:
   return packed;
 }
 
-mx::array append(const std::vector<mx::array>& sides, const std::vector<Width>& widths, uint64_t seed,
-                 const std::vector<std::optional<mx::array>>& centres,
-                 const std::vector<std::optional<mx::array>>& feedback, const std::vector<PackedArrays>& to,
-                 const mx::array& before, mx::Stream stream) {
-  std::vector<cuda::EncodeSide> settings;
+mx::array append(const std::vector<mx::array>& sides, const std::vector<Coding>& codings,
+                 const std::vector<PackedArrays>& to, const mx::array& before, mx::Stream stream) {
+  const auto settings = sides_of(codings);
+  const uint64_t seed = codings[0].seed;
   std::vector<mx::array> inputs;
   const int dim = sides[0].shape(-1);
   for (size_t i = 0; i < sides.size(); ++i) {
-    settings.push_back({widths[i].bits, centres[i].has_value(), feedback[i].has_value(), widths[i].code});
-    inputs.insert(inputs.end(),
-                  {sides[i], centres[i].value_or(sides[i]), feedback[i].value_or(sides[i]), to[i].codes, to[i].scales});
+    inputs.insert(inputs.end(), {sides[i], codings[i].centre.value_or(sides[i]), codings[i].feedback.value_or(sides[i]),
+                                 to[i].codes, to[i].scales});
   }
   inputs.push_back(before);
   const int tokens = sides[0].shape(2), rows = sides[0].shape(0) * sides[0].shape(1);
@@ -179,14 +181,14 @@ mx::array append(const std::vector<mx::array>& sides, const std::vector<Width>& 
                 {mx::uint8}, stream)[0];
 }
 
-mx::array decode(const PackedArrays& packed, Width width, uint64_t seed, mx::Dtype dtype,
-                 const std::optional<mx::array>& centre, mx::Stream stream) {
-  const int dim = packed.codes.shape(-1) / width.bits * 32;
+mx::array decode(const PackedArrays& packed, const Coding& coding, mx::Dtype dtype, mx::Stream stream) {
+  const int dim = packed.codes.shape(-1) / coding.bits() * 32;
   const int64_t vectors = int64_t(packed.scales.size());
-  const cuda::EncodeSide side{width.bits, centre.has_value(), false, width.code};
-  const auto& run = kernel_for(CodecKey{CodecKey::decode, {side}, dim, seed},
-                               [&] { return cuda::decode_kernel(side, dim, seed, vectors); });
-  return launch(run, cuda::decode_extent(dim, vectors), {packed.codes, packed.scales, centre.value_or(packed.scales)},
+  const cuda::EncodeSide side{coding.bits(), coding.centre.has_value(), false, coding.width.code};
+  const auto& run = kernel_for(CodecKey{CodecKey::decode, {side}, dim, coding.seed},
+                               [&] { return cuda::decode_kernel(side, dim, coding.seed, vectors); });
+  return launch(run, cuda::decode_extent(dim, vectors),
+                {packed.codes, packed.scales, coding.centre.value_or(packed.scales)},
                 {with_last(packed.codes.shape(), dim)}, {dtype}, stream)[0];
 }
 
@@ -194,7 +196,7 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
                     mx::Stream stream) {
   const auto shape = shape_of(q, keys, o);
   const cuda::AttentionSettings settings{.scale = o.scale,
-                                         .seed = o.seed,
+                                         .seed = o.keys.seed,
                                          .causal = o.causal,
                                          .window = o.window,
                                          .mask = !o.mask                        ? MaskKind::none
@@ -202,12 +204,12 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
                                                                                 : MaskKind::additive,
                                          .starts = o.starts.has_value(),
                                          .sinks = o.sinks.has_value(),
-                                         .key_centre = o.key_centre.has_value(),
-                                         .value_centre = o.value_centre.has_value()};
+                                         .key_centre = o.keys.centre.has_value(),
+                                         .value_centre = o.values.centre.has_value()};
   const auto& dummy = q;
   const auto written = o.written ? *o.written : nothing_to_wait_for(o.kv_len, stream);
   const auto starts = o.starts.value_or(dummy), mask = o.mask.value_or(dummy), sinks = o.sinks.value_or(dummy),
-             key_centre = o.key_centre.value_or(dummy), value_centre = o.value_centre.value_or(dummy);
+             key_centre = o.keys.centre.value_or(dummy), value_centre = o.values.centre.value_or(dummy);
   const auto plan = cuda::plan_attention(shape, device());
   if (o.kernel) *o.kernel = plan.name();
   const bool whole = plan.method == cuda::AttentionPlan::whole;

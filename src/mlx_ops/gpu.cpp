@@ -62,29 +62,25 @@ bool gpu_supported(std::string* why) {
   return ok;
 }
 
-std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const std::vector<Width>& widths,
-                                     uint64_t seed, const std::vector<std::optional<mx::array>>& centres,
-                                     const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream) {
+std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const std::vector<Coding>& codings,
+                                     mx::Stream stream) {
   require_gpu("encode");
-  if (on_metal()) return metal_backend::encode(sides, widths, seed, centres, feedback, stream);
-  return cuda_backend::encode(sides, widths, seed, centres, feedback, stream);
+  if (on_metal()) return metal_backend::encode(sides, codings, stream);
+  return cuda_backend::encode(sides, codings, stream);
 }
 
 bool appends_in_place_gpu() { return !on_metal() && gpu_supported(); }
 
-mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<Width>& widths, uint64_t seed,
-                     const std::vector<std::optional<mx::array>>& centres,
-                     const std::vector<std::optional<mx::array>>& feedback, const std::vector<PackedArrays>& to,
-                     const mx::array& before, mx::Stream stream) {
+mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<Coding>& codings,
+                     const std::vector<PackedArrays>& to, const mx::array& before, mx::Stream stream) {
   require_gpu("append");
-  return cuda_backend::append(sides, widths, seed, centres, feedback, to, before, stream);
+  return cuda_backend::append(sides, codings, to, before, stream);
 }
 
-mx::array decode_gpu(const PackedArrays& packed, Width width, uint64_t seed, mx::Dtype dtype,
-                     const std::optional<mx::array>& centre, mx::Stream stream) {
+mx::array decode_gpu(const PackedArrays& packed, const Coding& coding, mx::Dtype dtype, mx::Stream stream) {
   require_gpu("decode");
-  if (on_metal()) return metal_backend::decode(packed, width, seed, dtype, centre, stream);
-  return cuda_backend::decode(packed, width, seed, dtype, centre, stream);
+  if (on_metal()) return metal_backend::decode(packed, coding, dtype, stream);
+  return cuda_backend::decode(packed, coding, dtype, stream);
 }
 
 bool reads_exact_copies_gpu() { return on_metal(); }  // the kernels of CUDA do not so far

@@ -10,20 +10,16 @@ namespace turboquant::ops {
 bool gpu_supported(std::string* why = nullptr);
 
 /// As `encode_kv`, for two sides that share batch, heads and tokens; with no values, one side is encoded.
-std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const std::vector<Width>& widths,
-                                     uint64_t seed, const std::vector<std::optional<mx::array>>& centres,
-                                     const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream);
+std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const std::vector<Coding>& codings,
+                                     mx::Stream stream);
 
 /// Whether append_gpu exists for this GPU.
 bool appends_in_place_gpu();
 /// As append_kv.
-mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<Width>& widths, uint64_t seed,
-                     const std::vector<std::optional<mx::array>>& centres,
-                     const std::vector<std::optional<mx::array>>& feedback, const std::vector<PackedArrays>& to,
-                     const mx::array& before, mx::Stream stream);
+mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<Coding>& codings,
+                     const std::vector<PackedArrays>& to, const mx::array& before, mx::Stream stream);
 
-mx::array decode_gpu(const PackedArrays& packed, Width width, uint64_t seed, mx::Dtype dtype,
-                     const std::optional<mx::array>& centre, mx::Stream stream);
+mx::array decode_gpu(const PackedArrays& packed, const Coding& coding, mx::Dtype dtype, mx::Stream stream);
 
 /// Whether attention_gpu reads exact copies (AttentionOptions::exact) on this GPU.
 bool reads_exact_copies_gpu();

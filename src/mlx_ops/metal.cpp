@@ -60,7 +60,7 @@ struct Launcher {
   }
 };
 
-metal::Coding coding(Width width) { return {width.bits, width.code}; }
+metal::Coding width_of(const Coding& coding) { return {coding.bits(), coding.width.code}; }
 
 mx::Shape with_last(mx::Shape shape, int last) {
   shape.back() = last;
@@ -69,33 +69,37 @@ mx::Shape with_last(mx::Shape shape, int last) {
 
 }  // namespace
 
-std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<Width>& widths, uint64_t seed,
-                                 const std::vector<std::optional<mx::array>>& centres,
-                                 const std::vector<std::optional<mx::array>>& feedback, mx::Stream stream) {
+std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<Coding>& codings,
+                                 mx::Stream stream) {
   std::vector<PackedArrays> packed;
   if (sides[0].size() == 0) {
     auto scales_shape = sides[0].shape();
     scales_shape.pop_back();
-    for (const Width& w : widths) {
-      const auto shape = with_last(sides[0].shape(), words_per_vector(w.bits, sides[0].shape(-1)));
+    for (const Coding& c : codings) {
+      const auto shape = with_last(sides[0].shape(), words_per_vector(c.bits(), sides[0].shape(-1)));
       packed.push_back({mx::zeros(shape, mx::uint32, stream), mx::zeros(scales_shape, mx::float16, stream)});
     }
     return packed;
   }
   Launcher launcher{stream};
-  std::vector<metal::Coding> codings;
-  for (const Width& w : widths) codings.push_back(coding(w));
-  const auto out = metal::launch_encode(launcher, sides, codings, centres, feedback, seed);
+  std::vector<metal::Coding> widths;
+  std::vector<std::optional<mx::array>> centres, feedback;
+  for (const Coding& c : codings) {
+    widths.push_back(width_of(c));
+    centres.push_back(c.centre), feedback.push_back(c.feedback);
+  }
+  const auto out = metal::launch_encode(launcher, sides, widths, centres, feedback, codings[0].seed);
   for (size_t i = 0; i < out.size(); i += 2) packed.push_back({out[i], out[i + 1]});
   return packed;
 }
 
-mx::array decode(const PackedArrays& packed, Width width, uint64_t seed, mx::Dtype dtype,
-                 const std::optional<mx::array>& centre, mx::Stream stream) {
+mx::array decode(const PackedArrays& packed, const Coding& coding, mx::Dtype dtype, mx::Stream stream) {
   const auto& codes = packed.codes;
-  if (codes.size() == 0) return mx::zeros(with_last(codes.shape(), codes.shape(-1) / width.bits * 32), dtype, stream);
+  if (codes.size() == 0)
+    return mx::zeros(with_last(codes.shape(), codes.shape(-1) / coding.bits() * 32), dtype, stream);
   Launcher launcher{stream};
-  return metal::launch_decode(launcher, codes, packed.scales, centre, coding(width), seed, core_dtype(dtype));
+  return metal::launch_decode(launcher, codes, packed.scales, coding.centre, width_of(coding), coding.seed,
+                              core_dtype(dtype));
 }
 
 mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedArrays& values, const AttentionOptions& o,
@@ -104,17 +108,17 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
   if (q.size() == 0 || o.kv_len == 0) return mx::zeros(q.shape(), q.dtype(), stream);
   metal::AttentionShape shape{};
   shape.kv_len = o.kv_len;
-  shape.keys = coding(o.key_width());
-  shape.values = coding(o.value_width());
+  shape.keys = width_of(o.keys);
+  shape.values = width_of(o.values);
   shape.dtype = core_dtype(q.dtype());
   shape.scale = o.scale;
-  shape.seed = o.seed;
+  shape.seed = o.keys.seed;
   shape.causal = o.causal;
   shape.window = o.window;
   if (o.mask) shape.mask = o.mask->dtype() == mx::bool_ ? MaskKind::boolean : MaskKind::additive;
   if (o.kernel) *o.kernel = metal::route(q.shape(1), keys.codes.shape(1), q.shape(2), q.shape(3));
-  metal::AttentionArrays<mx::array> arrays{q,        keys.codes, keys.scales, values.codes, values.scales,
-                                           o.starts, o.mask,     o.sinks,     o.key_centre, o.value_centre};
+  metal::AttentionArrays<mx::array> arrays{q,        keys.codes, keys.scales, values.codes,  values.scales,
+                                           o.starts, o.mask,     o.sinks,     o.keys.centre, o.values.centre};
   if (o.exact) {
     shape.recent = o.recent;
     shape.first = o.first;

@@ -37,31 +37,41 @@ mx::Shape without_last(mx::Shape shape) {
   return shape;
 }
 
-PackedArrays encode_rank4(const mx::array& x, Width width, uint64_t seed, const std::optional<mx::array>& centre,
-                          const std::optional<mx::array>& feedback, mx::Stream stream) {
+PackedArrays encode_rank4(const mx::array& x, const Coding& coding, mx::Stream stream) {
   std::vector<mx::array> inputs{x};
-  for (const auto* extra : {&centre, &feedback}) {
+  for (const auto* extra : {&coding.centre, &coding.feedback}) {
     if (*extra) inputs.push_back(**extra);
   }
   auto outputs = mx::array::make_arrays(
-      {with_last(x.shape(), words_per_vector(width.bits, x.shape(-1))), without_last(x.shape())},
-      {mx::uint32, mx::float16}, std::make_shared<Encode>(stream, width, seed, centre.has_value()), inputs);
+      {with_last(x.shape(), words_per_vector(coding.bits(), x.shape(-1))), without_last(x.shape())},
+      {mx::uint32, mx::float16}, std::make_shared<Encode>(stream, coding.width, coding.seed, coding.centre.has_value()),
+      inputs);
   return {outputs[0], outputs[1]};
+}
+
+/// The coding with its arrays in the form that kernels take; messages call its fields `prefix` + name.
+Coding checked(const char* op, const std::string& prefix, Coding coding, int heads, int dim, mx::Stream stream) {
+  check_bits(op, (prefix + "bits").c_str(), coding.bits());
+  coding.centre = checked_centre(op, (prefix + "centre").c_str(), coding.centre, heads, dim, stream);
+  coding.feedback = checked_feedback(op, (prefix + "feedback").c_str(), coding.feedback, heads, dim, stream);
+  return coding;
+}
+
+void check_one_seed(const char* op, const Coding& keys, const Coding& values) {
+  require(keys.seed == values.seed, "[", op, "] keys and values must have the same seed; got ", keys.seed, " and ",
+          values.seed);
 }
 
 }  // namespace
 
-PackedArrays encode(const mx::array& x, Width width, uint64_t seed, const std::optional<mx::array>& centre,
-                    const std::optional<mx::array>& feedback, mx::StreamOrDevice s) {
-  check_bits("encode", "bits", width.bits);
+PackedArrays encode(const mx::array& x, const Coding& coding, mx::StreamOrDevice s) {
+  check_bits("encode", "bits", coding.bits());
   check_vectors("encode", "x", x);
   const auto stream = mx::to_stream(s);
   const auto shape = as_rank4(x.shape());
-  const auto shift = checked_centre("encode", "centre", centre, shape[1], shape[3], stream);
-  const auto fed = checked_feedback("encode", "feedback", feedback, shape[1], shape[3], stream);
+  const auto ready = checked("encode", "", coding, shape[1], shape[3], stream);
   const auto rank4 = x.shape() == shape ? x : mx::reshape(x, shape, stream);
-  auto packed = on_gpu(stream) ? encode_gpu({rank4}, {width}, seed, {shift}, {fed}, stream)[0]
-                               : encode_rank4(rank4, width, seed, shift, fed, stream);
+  auto packed = on_gpu(stream) ? encode_gpu({rank4}, {ready}, stream)[0] : encode_rank4(rank4, ready, stream);
   if (x.shape() == shape) return packed;
   return {mx::reshape(packed.codes, with_last(x.shape(), packed.codes.shape(-1)), stream),
           mx::reshape(packed.scales, without_last(x.shape()), stream)};
@@ -69,43 +79,29 @@ PackedArrays encode(const mx::array& x, Width width, uint64_t seed, const std::o
 
 namespace {
 
-/// What shapes the codes of keys and values, in the form that kernels take.
-struct CheckedSides {
-  std::vector<std::optional<mx::array>> centres, feedback;
-};
-
-/// Checks what encode_kv and append_kv take.
-CheckedSides checked_sides(const char* op, const mx::array& keys, const mx::array& values, Width key_width,
-                           Width value_width, const std::optional<mx::array>& key_centre,
-                           const std::optional<mx::array>& value_centre, const std::optional<mx::array>& key_feedback,
-                           const std::optional<mx::array>& value_feedback, mx::Stream stream) {
-  check_bits(op, "key_bits", key_width.bits);
-  check_bits(op, "value_bits", value_width.bits);
+/// Checks what encode_kv and append_kv take; the codings of keys and values in the form that kernels take.
+std::vector<Coding> checked_sides(const char* op, const mx::array& keys, const mx::array& values,
+                                  const Coding& key_coding, const Coding& value_coding, mx::Stream stream) {
+  check_bits(op, "key_bits", key_coding.bits());
+  check_bits(op, "value_bits", value_coding.bits());
   check_sides(op, keys, values);
+  check_one_seed(op, key_coding, value_coding);
   const int heads = keys.shape(1), dim = keys.shape(3);
-  return {{checked_centre(op, "key_centre", key_centre, heads, dim, stream),
-           checked_centre(op, "value_centre", value_centre, heads, dim, stream)},
-          {checked_feedback(op, "key_feedback", key_feedback, heads, dim, stream),
-           checked_feedback(op, "value_feedback", value_feedback, heads, dim, stream)}};
+  return {checked(op, "key_", key_coding, heads, dim, stream), checked(op, "value_", value_coding, heads, dim, stream)};
 }
 
 }  // namespace
 
-std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx::array& values, Width key_width,
-                                                Width value_width, uint64_t seed,
-                                                const std::optional<mx::array>& key_centre,
-                                                const std::optional<mx::array>& value_centre,
-                                                const std::optional<mx::array>& key_feedback,
-                                                const std::optional<mx::array>& value_feedback, mx::StreamOrDevice s) {
+std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx::array& values,
+                                                const Coding& key_coding, const Coding& value_coding,
+                                                mx::StreamOrDevice s) {
   const auto stream = mx::to_stream(s);
-  const auto [centres, feedback] = checked_sides("encode", keys, values, key_width, value_width, key_centre,
-                                                 value_centre, key_feedback, value_feedback, stream);
+  const auto codings = checked_sides("encode", keys, values, key_coding, value_coding, stream);
   if (on_gpu(stream)) {
-    auto sides = encode_gpu({keys, values}, {key_width, value_width}, seed, centres, feedback, stream);
+    auto sides = encode_gpu({keys, values}, codings, stream);
     return {sides[0], sides[1]};
   }
-  return {encode_rank4(keys, key_width, seed, centres[0], feedback[0], stream),
-          encode_rank4(values, value_width, seed, centres[1], feedback[1], stream)};
+  return {encode_rank4(keys, codings[0], stream), encode_rank4(values, codings[1], stream)};
 }
 
 namespace {
@@ -143,25 +139,21 @@ bool can_append_in_place(const std::vector<mx::array>& arrays, mx::Stream stream
          std::none_of(arrays.begin(), arrays.end(), [](const mx::array& x) { return x.is_tracer(); });
 }
 
-mx::array append_kv(const mx::array& keys, const mx::array& values, Width key_width, Width value_width, uint64_t seed,
-                    const std::optional<mx::array>& key_centre, const std::optional<mx::array>& value_centre,
-                    const std::optional<mx::array>& key_feedback, const std::optional<mx::array>& value_feedback,
-                    const PackedArrays& keys_to, const PackedArrays& values_to, const mx::array& before,
-                    mx::StreamOrDevice s) {
+mx::array append_kv(const mx::array& keys, const mx::array& values, const Coding& key_coding,
+                    const Coding& value_coding, const PackedArrays& keys_to, const PackedArrays& values_to,
+                    const mx::array& before, mx::StreamOrDevice s) {
   const auto stream = mx::to_stream(s);
-  const auto [centres, feedback] = checked_sides("append", keys, values, key_width, value_width, key_centre,
-                                                 value_centre, key_feedback, value_feedback, stream);
+  const auto codings = checked_sides("append", keys, values, key_coding, value_coding, stream);
   require(can_append_in_place({keys, values}, stream), "[append] in place needs a CUDA stream and no transformation");
   for (auto [to, bits, name] :
-       {std::tuple{&keys_to, key_width.bits, "keys"}, {&values_to, value_width.bits, "values"}}) {
+       {std::tuple{&keys_to, codings[0].bits(), "keys"}, {&values_to, codings[1].bits(), "values"}}) {
     check_packed("append", name, *to, bits);
     const mx::Shape room{keys.shape(0), keys.shape(1), int(before.size()) - 1 + keys.shape(2)};
     require(to->scales.shape(0) == room[0] && to->scales.shape(1) == room[1] && to->scales.shape(2) >= room[2] &&
                 to->codes.shape(3) == words_per_vector(bits, keys.shape(3)),
             "[append] the ", name, "' buffers must have room for ", room, "; got codes ", to->codes.shape());
   }
-  return append_gpu({keys, values}, {key_width, value_width}, seed, centres, feedback, {keys_to, values_to}, before,
-                    stream);
+  return append_gpu({keys, values}, codings, {keys_to, values_to}, before, stream);
 }
 
 mx::array nothing_to_wait_for(int n, mx::StreamOrDevice s) {
@@ -169,27 +161,27 @@ mx::array nothing_to_wait_for(int n, mx::StreamOrDevice s) {
   return mx::broadcast_to(*zero, {n + 1}, s);
 }
 
-mx::array decode(const PackedArrays& packed, Width width, uint64_t seed, mx::Dtype dtype,
-                 const std::optional<mx::array>& centre, mx::StreamOrDevice s) {
-  check_bits("decode", "bits", width.bits);
-  check_packed("decode", "packed", packed, width.bits);
+mx::array decode(const PackedArrays& packed, const Coding& coding, mx::Dtype dtype, mx::StreamOrDevice s) {
+  check_bits("decode", "bits", coding.bits());
+  check_packed("decode", "packed", packed, coding.bits());
   require(is_float(dtype), "[decode] dtype must be float16, bfloat16 or float32; got ", dtype);
   const auto stream = mx::to_stream(s);
-  const int dim = packed.codes.shape(-1) / width.bits * 32;
+  const int dim = packed.codes.shape(-1) / coding.bits() * 32;
   const auto shape = as_rank4(packed.codes.shape());
-  const auto checked = checked_centre("decode", "centre", centre, shape[1], dim, stream);
+  Coding ready{coding.width, coding.seed};  // codes with feedback decode as those without
+  ready.centre = checked_centre("decode", "centre", coding.centre, shape[1], dim, stream);
   const PackedArrays rank4{mx::reshape(packed.codes, shape, stream),
                            mx::reshape(packed.scales, without_last(shape), stream)};
   const auto out_shape = with_last(packed.codes.shape(), dim);
   if (on_gpu(stream)) {
     const PackedArrays dense{mx::contiguous(rank4.codes, false, stream), mx::contiguous(rank4.scales, false, stream)};
-    return mx::reshape(decode_gpu(dense, width, seed, dtype, checked, stream), out_shape, stream);
+    return mx::reshape(decode_gpu(dense, ready, dtype, stream), out_shape, stream);
   }
   std::vector<mx::array> inputs{rank4.codes, rank4.scales};
-  if (checked) inputs.push_back(*checked);
-  return mx::reshape(
-      mx::array(with_last(shape, dim), dtype, std::make_shared<Decode>(stream, width, seed), std::move(inputs)),
-      out_shape, stream);
+  if (ready.centre) inputs.push_back(*ready.centre);
+  return mx::reshape(mx::array(with_last(shape, dim), dtype, std::make_shared<Decode>(stream, ready.width, ready.seed),
+                               std::move(inputs)),
+                     out_shape, stream);
 }
 
 namespace {
@@ -197,11 +189,12 @@ namespace {
 /// The options with every array in the form the kernels take.
 AttentionOptions checked_options(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,
                                  AttentionOptions o, mx::Stream stream) {
-  check_bits("attention", "key_bits", o.key_bits);
-  check_bits("attention", "value_bits", o.value_bits);
+  check_bits("attention", "key_bits", o.keys.bits());
+  check_bits("attention", "value_bits", o.values.bits());
+  check_one_seed("attention", o.keys, o.values);
   check_vectors("attention", "q", q);
-  check_packed("attention", "keys", keys, o.key_bits);
-  check_packed("attention", "values", values, o.value_bits);
+  check_packed("attention", "keys", keys, o.keys.bits());
+  check_packed("attention", "values", values, o.values.bits());
   require(q.ndim() == 4, "[attention] q must have shape (batch, query_heads, query_len, head_dim); got ", q.shape());
   require(keys.codes.ndim() == 4 && values.codes.ndim() == 4,
           "[attention] codes must have shape (batch, kv_heads, tokens, words); got ", keys.codes.shape(), " and ",
@@ -213,7 +206,7 @@ AttentionOptions checked_options(const mx::array& q, const PackedArrays& keys, c
   const int kv_heads = keys.codes.shape(1), capacity = keys.codes.shape(2);
   require(keys.codes.shape(0) == batch, "[attention] q and keys must have the same batch; got ", batch, " and ",
           keys.codes.shape(0));
-  for (auto [side, bits, name] : {std::tuple{&keys, o.key_bits, "keys"}, {&values, o.value_bits, "values"}}) {
+  for (auto [side, bits, name] : {std::tuple{&keys, o.keys.bits(), "keys"}, {&values, o.values.bits(), "values"}}) {
     require(side->codes.shape(3) == words_per_vector(bits, dim), "[attention] ", name, " of ", bits,
             " bits and head_dim ", dim, " must have ", words_per_vector(bits, dim), " words a vector; got ",
             side->codes.shape(3));
@@ -263,8 +256,8 @@ AttentionOptions checked_options(const mx::array& q, const PackedArrays& keys, c
             "[attention] the exact copies must be a ring of a multiple of 32 slots, at least recent = ", o.recent,
             ", and first = ", o.first, " more; got ", o.exact->keys.scales.shape(2), " slots");
   }
-  o.key_centre = checked_centre("attention", "key_centre", o.key_centre, kv_heads, dim, stream);
-  o.value_centre = checked_centre("attention", "value_centre", o.value_centre, kv_heads, dim, stream);
+  o.keys.centre = checked_centre("attention", "key_centre", o.keys.centre, kv_heads, dim, stream);
+  o.values.centre = checked_centre("attention", "value_centre", o.values.centre, kv_heads, dim, stream);
   return o;
 }
 
@@ -301,22 +294,22 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
   }
   if (o.kernel) *o.kernel = cpu_kernel();
   const Attention::Settings settings{o.scale,
-                                     o.key_width(),
-                                     o.value_width(),
-                                     o.seed,
+                                     o.keys.width,
+                                     o.values.width,
+                                     o.keys.seed,
                                      o.kv_len,
                                      o.window,
                                      o.causal,
                                      o.mask.has_value(),
                                      o.starts.has_value(),
                                      o.sinks.has_value(),
-                                     o.key_centre.has_value(),
-                                     o.value_centre.has_value(),
+                                     o.keys.centre.has_value(),
+                                     o.values.centre.has_value(),
                                      o.exact.has_value(),
                                      o.recent,
                                      o.first};
   std::vector<mx::array> inputs{q, keys.codes, keys.scales, values.codes, values.scales};
-  for (const auto* extra : {&o.mask, &o.starts, &o.sinks, &o.key_centre, &o.value_centre}) {
+  for (const auto* extra : {&o.mask, &o.starts, &o.sinks, &o.keys.centre, &o.values.centre}) {
     if (*extra) inputs.push_back(**extra);
   }
   if (o.exact) {

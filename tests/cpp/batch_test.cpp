@@ -31,7 +31,7 @@ class Batch : public testing::Test {
 TEST_F(Batch, RowsKeepTheirBytesThroughMergeAndExtract) {
   std::vector<KVCache> rows;
   for (int n : {30, 300, 1}) {
-    rows.emplace_back(Coding{.key_bits = 4, .value_bits = 3, .seed = 5});
+    rows.emplace_back(CacheCoding{.keys = {4, 5}, .values = {3, 5}});
     rows.back().append(random(n), random(n));
   }
   auto batch = BatchKVCache::merge(rows);
@@ -77,7 +77,7 @@ TEST_F(Batch, AFailedCallChangesNothing) {
   EXPECT_THROW(batch.filter({0, 2}), std::invalid_argument);
   EXPECT_THROW(batch.extract(2), std::invalid_argument);
   EXPECT_THROW(batch.prepare({1, 1}, {}), std::invalid_argument);
-  EXPECT_THROW(batch.extend(BatchKVCache({0}, {.key_bits = 4})), std::invalid_argument);
+  EXPECT_THROW(batch.extend(BatchKVCache({0}, {.keys = {4}})), std::invalid_argument);
   EXPECT_THROW(BatchKVCache({-1}), std::invalid_argument);
   EXPECT_EQ(batch.length(), 5);
   EXPECT_EQ(batch.offsets(), (std::vector<int>{4, 5}));

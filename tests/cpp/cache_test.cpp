@@ -17,7 +17,7 @@ class Cache : public testing::Test {
 };
 
 TEST_F(Cache, AttendsOverWhatWasAppended) {
-  KVCache cache({.key_bits = 4, .value_bits = 3, .seed = 5});
+  KVCache cache({.keys = {4, 5}, .values = {3, 5}});
   EXPECT_TRUE(cache.empty());
   for (int n : {300, 1, 20}) cache.append(random(n), random(n));
   EXPECT_EQ(cache.offset(), 321);
@@ -65,15 +65,15 @@ TEST_F(Cache, AFailedAppendChangesNothing) {
 }
 
 TEST_F(Cache, RefusesWrongCodings) {
-  EXPECT_THROW(KVCache({.key_bits = 5}), std::invalid_argument);
-  EXPECT_THROW(KVCache({.key_centre = mx::zeros({64})}), std::invalid_argument);
+  EXPECT_THROW(KVCache({.keys = {5}}), std::invalid_argument);
+  EXPECT_THROW(KVCache({.keys = {.centre = mx::zeros({64})}}), std::invalid_argument);
   EXPECT_THROW(KVCache().view(), std::invalid_argument);
 }
 
 TEST_F(Cache, CentresAreAddedBack) {
   const auto centre = mx::full({2, 64}, 10.0f);
-  KVCache plain({.key_bits = 4, .value_bits = 4}),
-      centred({.key_bits = 4, .value_bits = 4, .key_centre = centre, .value_centre = centre});
+  KVCache plain({.keys = {4}, .values = {4}}),
+      centred({.keys = {.width = 4, .centre = centre}, .values = {.width = 4, .centre = centre}});
   const auto x = mx::random::normal({1, 2, 50, 64}) + 10.0f;
   plain.append(x, x);
   centred.append(x, x);

@@ -14,7 +14,7 @@ namespace turboquant::ops {
 class BatchKVCache {
  public:
   /// An empty batch of left_padding.size() rows; the first tokens appended to row b will be left_padding[b] pads.
-  explicit BatchKVCache(std::vector<int> left_padding, Coding coding = {});
+  explicit BatchKVCache(std::vector<int> left_padding, CacheCoding coding = {});
 
   /// A batch of single sequences, in their order.  Throws std::invalid_argument when codings or shapes differ.
   static BatchKVCache merge(const std::vector<KVCache>& caches, mx::StreamOrDevice s = {});
@@ -63,7 +63,7 @@ class BatchKVCache {
   }
   bool empty() const { return !store_; }
   size_t nbytes() const { return (store_ ? store_->nbytes() : 0) + (copies_ ? copies_->nbytes() : 0); }
-  const Coding& coding() const { return coding_; }
+  const CacheCoding& coding() const { return coding_; }
   const std::optional<Store>& store() const { return store_; }
   /// As KVCache's.
   const std::optional<Copies>& copies() const { return copies_; }
@@ -72,7 +72,7 @@ class BatchKVCache {
  private:
   void set_padding(std::vector<int> left_padding);
 
-  Coding coding_;
+  CacheCoding coding_;
   std::optional<Store> store_;
   std::optional<Copies> copies_;
   int length_ = 0;

@@ -22,34 +22,37 @@ struct Copies {
 };
 
 /// Slots of the ring of a coding: its `recent` tokens and room for those of a few calls, a multiple of 128.
-inline int ring_slots(const Coding& coding) { return coding.recent > 0 ? (coding.recent + kGrowth) / 128 * 128 : 0; }
-inline bool has_copies(const Coding& coding) { return coding.recent > 0 || coding.sink > 0; }
+inline int ring_slots(const CacheCoding& coding) {
+  return coding.recent > 0 ? (coding.recent + kGrowth) / 128 * 128 : 0;
+}
+inline bool has_copies(const CacheCoding& coding) { return coding.recent > 0 || coding.sink > 0; }
 
 /// Throws std::invalid_argument unless recent and sink are at least 0 and of a size that rings have.
-void check_copies(const Coding& coding);
+void check_copies(const CacheCoding& coding);
 
 /// Throws std::invalid_argument when a coding asks for copies, which windows do not have.
-void check_no_copies(const Coding& coding);
+void check_no_copies(const CacheCoding& coding);
 
 /// The copies after keys and values (B, H_kv, N, D) followed `length` tokens; `starts` has each row's first token.
 /// `ends`, if not empty, has each row's end among the tokens: what is behind it are pads that will move to the front.
-Copies append_copies(const Coding& coding, const std::optional<Copies>& copies, int length,
+Copies append_copies(const CacheCoding& coding, const std::optional<Copies>& copies, int length,
                      const std::vector<int>& starts, const std::vector<int>& ends, const mx::array& keys,
                      const mx::array& values, mx::StreamOrDevice s = {});
 
 /// Copies of `length` tokens of `codes`, made from the codes: as exact as those are.
-Copies copies_of_codes(const Coding& coding, const Store& codes, int length, const std::vector<int>& starts,
+Copies copies_of_codes(const CacheCoding& coding, const Store& codes, int length, const std::vector<int>& starts,
                        mx::StreamOrDevice s = {});
 
 /// The copies after tokens behind `length` were forgotten; what the ring lost before is made from the codes.
-Copies trim_copies(const Coding& coding, Copies copies, const Store& codes, int length, mx::StreamOrDevice s = {});
+Copies trim_copies(const CacheCoding& coding, Copies copies, const Store& codes, int length, mx::StreamOrDevice s = {});
 
 /// The copies after each row's tokens moved by its own amount; tokens below 0 are forgotten.
-Copies move_copies(const Coding& coding, const Copies& copies, const std::vector<int>& by, mx::StreamOrDevice s = {});
+Copies move_copies(const CacheCoding& coding, const Copies& copies, const std::vector<int>& by,
+                   mx::StreamOrDevice s = {});
 
 /// The copies of `length` tokens, once the pads behind each row have moved to its front: the end of append_copies with
 /// `ends`.
-Copies settle_copies(const Coding& coding, const Copies& copies, const std::vector<int>& pads, int length,
+Copies settle_copies(const CacheCoding& coding, const Copies& copies, const std::vector<int>& pads, int length,
                      mx::StreamOrDevice s = {});
 
 /// Rows of the batch, in the order given.
@@ -61,6 +64,6 @@ Copies join_copies(const std::vector<std::optional<Copies>>& parts, const std::v
 
 /// Throws std::invalid_argument naming `op` unless `copies` are of this coding and belong to `length` tokens of
 /// `store`.
-void check_restored(const char* op, const Coding& coding, const Copies& copies, const Store& store, int length);
+void check_restored(const char* op, const CacheCoding& coding, const Copies& copies, const Store& store, int length);
 
 }  // namespace turboquant::ops

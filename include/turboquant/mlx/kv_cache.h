@@ -13,7 +13,7 @@ namespace turboquant::ops {
 /// Grows by appending, shrinks by trimming.  Operations are lazy, as MLX's are; a call that throws changes nothing.
 class KVCache {
  public:
-  explicit KVCache(Coding coding = {});
+  explicit KVCache(CacheCoding coding = {});
 
   /// Appends keys (after RoPE) and values, (B, H_kv, N, D) of float16, bfloat16 or float32.  Throws
   /// std::invalid_argument on a wrong dtype, rank or head_dim, or when batch, heads or head_dim change.
@@ -34,7 +34,7 @@ class KVCache {
   bool empty() const { return !store_; }
   /// Resident bytes: the buffers, spare room included.
   size_t nbytes() const { return (store_ ? store_->nbytes() : 0) + (copies_ ? copies_->nbytes() : 0); }
-  const Coding& coding() const { return coding_; }
+  const CacheCoding& coding() const { return coding_; }
   const std::optional<Store>& store() const { return store_; }
   /// Exact copies of the newest and the first tokens, when the coding has such and tokens were appended.
   const std::optional<Copies>& copies() const { return copies_; }
@@ -46,13 +46,13 @@ class KVCache {
   void restore(const Store& store, int length, const std::optional<Copies>& copies = std::nullopt);
 
  private:
-  Coding coding_;
+  CacheCoding coding_;
   std::optional<Store> store_;
   std::optional<Copies> copies_;
   int length_ = 0;
 };
 
 /// A coding with checked bits, and centres, feedback and maps in the form the kernels take.
-Coding checked_coding(Coding coding);
+CacheCoding checked_coding(CacheCoding coding);
 
 }  // namespace turboquant::ops

@@ -28,26 +28,30 @@ struct Width {
   bool operator==(const Width&) const = default;
 };
 
+/// How the vectors of one side, keys or values, are coded: all that `encode` needs besides them, and `decode` besides
+/// the codes.
+struct Coding {
+  Width width = {};
+  uint64_t seed = 0;                       // of the random signs
+  std::optional<mx::array> centre = {};    // (H, D), taken from every vector of head H
+  std::optional<mx::array> feedback = {};  // (H, D, D) float16, feeds errors forward; only encoding reads it
+
+  int bits() const { return width.bits; }
+};
+
 /// Packed vectors as MLX arrays: uint32 codes (..., tokens, bits * D / 32) and float16 scales (..., tokens).
 struct PackedArrays {
   mx::array codes;
   mx::array scales;
 };
 
-/// Encodes x (..., D), float16, bfloat16 or float32.  `centre` (H, D) is taken from every vector of head H, the third
-/// axis from the end of x (B, H, N, D); `feedback` (H, D, D) float16 feeds errors forward (EncodeParams in
-/// turboquant/turboquant.h).
-PackedArrays encode(const mx::array& x, Width width, uint64_t seed,
-                    const std::optional<mx::array>& centre = std::nullopt,
-                    const std::optional<mx::array>& feedback = std::nullopt, mx::StreamOrDevice s = {});
+/// Encodes x (..., D), float16, bfloat16 or float32 (EncodeParams in turboquant/turboquant.h).  With a centre or
+/// feedback, their heads are the third axis from the end of x (B, H, N, D).
+PackedArrays encode(const mx::array& x, const Coding& coding, mx::StreamOrDevice s = {});
 
-/// Both sides of a cache at once: keys and values (B, H, N, D).  One kernel on a GPU.
-std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx::array& values, Width key_width,
-                                                Width value_width, uint64_t seed,
-                                                const std::optional<mx::array>& key_centre = std::nullopt,
-                                                const std::optional<mx::array>& value_centre = std::nullopt,
-                                                const std::optional<mx::array>& key_feedback = std::nullopt,
-                                                const std::optional<mx::array>& value_feedback = std::nullopt,
+/// Both sides of a cache at once: keys and values (B, H, N, D), of one seed.  One kernel on a GPU.
+std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx::array& values,
+                                                const Coding& key_coding, const Coding& value_coding,
                                                 mx::StreamOrDevice s = {});
 
 /// (x - centre) W of vectors x (B, H, N, D), float16, bfloat16 or float32, with a matrix (H_m, D, D) float32 for each
@@ -64,18 +68,16 @@ bool can_append_in_place(const std::vector<mx::array>& arrays, mx::Stream stream
 /// hold the codes; what reads the new tokens must take the array returned, `written` (tokens held + 1,), as an input
 /// too.  `before` is what an earlier call returned, or any uint8 array whose size less one is the first token to write.
 /// The caller makes sure that nobody else counts on the tokens overwritten.
-mx::array append_kv(const mx::array& keys, const mx::array& values, Width key_width, Width value_width, uint64_t seed,
-                    const std::optional<mx::array>& key_centre, const std::optional<mx::array>& value_centre,
-                    const std::optional<mx::array>& key_feedback, const std::optional<mx::array>& value_feedback,
-                    const PackedArrays& keys_to, const PackedArrays& values_to, const mx::array& before,
-                    mx::StreamOrDevice s = {});
+mx::array append_kv(const mx::array& keys, const mx::array& values, const Coding& key_coding,
+                    const Coding& value_coding, const PackedArrays& keys_to, const PackedArrays& values_to,
+                    const mx::array& before, mx::StreamOrDevice s = {});
 
 /// An array (n + 1,) for `before` and `written` when there is nothing to wait for.
 mx::array nothing_to_wait_for(int n, mx::StreamOrDevice s = {});
 
 /// Decodes to (..., D) of `dtype`.
-mx::array decode(const PackedArrays& packed, Width width, uint64_t seed, mx::Dtype dtype = mx::float32,
-                 const std::optional<mx::array>& centre = std::nullopt, mx::StreamOrDevice s = {});
+mx::array decode(const PackedArrays& packed, const Coding& coding, mx::Dtype dtype = mx::float32,
+                 mx::StreamOrDevice s = {});
 
 /// Exact copies beside the codes, (B, H_kv, ring + first, ...) of 8 bits: ExactTier in turboquant/turboquant.h.
 struct ExactArrays {
@@ -85,25 +87,18 @@ struct ExactArrays {
 /// How attention reads its inputs.  See AttendParams in turboquant/turboquant.h for the meaning of each rule.
 struct AttentionOptions {
   float scale = 1;
-  int key_bits = 3, value_bits = 3;
-  uint64_t seed = 0;
+  Coding keys, values;      // of one seed; centres (H_kv, D)
   int kv_len = -1;          // tokens to read of each buffer; -1: all
   bool dense_rows = false;  // promise: vectors follow each other densely in memory, as a cache's do (GPUs cannot look)
   bool causal = false;
   int window = 0;
-  std::optional<mx::array> mask;          // broadcastable to (B, H_q, L, N): bool, or a float that is added
-  std::optional<mx::array> starts;        // (B,) int32: first visible token of each row
-  std::optional<mx::array> sinks;         // (H_q,)
-  std::optional<mx::array> key_centre;    // (H_kv, D)
-  std::optional<mx::array> value_centre;  // (H_kv, D)
-  const char** kernel = nullptr;          // receives the name of the kernel that was chosen, a literal, for people
-  std::optional<mx::array> written;       // of append_kv, to be waited for; (kv_len + 1,)
-  Code code = Code::trellis;              // of widths of 2 and 3 bits
-  std::optional<ExactArrays> exact;       // what of it is read: `recent` and `first` of ExactTier
+  std::optional<mx::array> mask;     // broadcastable to (B, H_q, L, N): bool, or a float that is added
+  std::optional<mx::array> starts;   // (B,) int32: first visible token of each row
+  std::optional<mx::array> sinks;    // (H_q,)
+  const char** kernel = nullptr;     // receives the name of the kernel that was chosen, a literal, to be shown
+  std::optional<mx::array> written;  // of append_kv, to be waited for; (kv_len + 1,)
+  std::optional<ExactArrays> exact;  // what of it is read: `recent` and `first` of ExactTier
   int recent = 0, first = 0;
-
-  Width key_width() const { return {key_bits, code}; }
-  Width value_width() const { return {value_bits, code}; }
 };
 
 /// Whether attention on this stream can read exact copies.

@@ -15,7 +15,7 @@ namespace turboquant::ops {
 class RotatingKVCache {
  public:
   /// Throws std::invalid_argument unless max_size >= 1 and 0 <= keep < max_size.
-  explicit RotatingKVCache(int max_size, int keep = 0, Coding coding = {});
+  explicit RotatingKVCache(int max_size, int keep = 0, CacheCoding coding = {});
 
   void append(const mx::array& keys, const mx::array& values, mx::StreamOrDevice s = {});
   View view() const;
@@ -46,11 +46,11 @@ class RotatingKVCache {
   }
   bool empty() const { return !store_; }
   size_t nbytes() const { return store_ ? store_->nbytes() : 0; }
-  const Coding& coding() const { return coding_; }
+  const CacheCoding& coding() const { return coding_; }
   const std::optional<Store>& store() const { return store_; }
 
  private:
-  Coding coding_;
+  CacheCoding coding_;
   std::optional<Store> store_;
   int max_size_, keep_, offset_ = 0, index_ = 0, undoable_ = 0;
 };
@@ -58,7 +58,7 @@ class RotatingKVCache {
 /// The same for a batch of sequences of different lengths, right-justified as in BatchKVCache; keeps no first tokens.
 class BatchRotatingKVCache {
  public:
-  BatchRotatingKVCache(int max_size, std::vector<int> left_padding, Coding coding = {});
+  BatchRotatingKVCache(int max_size, std::vector<int> left_padding, CacheCoding coding = {});
   static BatchRotatingKVCache merge(const std::vector<RotatingKVCache>& caches, mx::StreamOrDevice s = {});
 
   void append(const mx::array& keys, const mx::array& values, mx::StreamOrDevice s = {});
@@ -95,7 +95,7 @@ class BatchRotatingKVCache {
   }
   bool empty() const { return !store_; }
   size_t nbytes() const { return store_ ? store_->nbytes() : 0; }
-  const Coding& coding() const { return coding_; }
+  const CacheCoding& coding() const { return coding_; }
   const std::optional<Store>& store() const { return store_; }
 
  private:
@@ -104,7 +104,7 @@ class BatchRotatingKVCache {
   /// Rolls rows whose latest tokens are pads until their real tokens are the latest.
   void justify(mx::StreamOrDevice s);
 
-  Coding coding_;
+  CacheCoding coding_;
   std::optional<Store> store_;
   int max_size_, length_ = 0, index_ = 0;
   bool rotated_ = false;

@@ -12,35 +12,29 @@
 namespace turboquant::ops {
 
 /// How a cache codes its vectors.  It is part of the cache's identity: caches of different coding never mix.
-struct Coding {
-  int key_bits = 3, value_bits = 3;
-  uint64_t seed = 0;
-  std::optional<mx::array> key_centre = {}, value_centre = {};      // (H_kv, D) float32
-  std::optional<mx::array> key_feedback = {}, value_feedback = {};  // (H_kv, D, D) float16
-  Code code = Code::trellis;                                        // of widths of 2 and 3 bits
-  int recent = 0, sink = 0;  // newest and first tokens that queries read from exact copies (exact.h)
-
-  Width key_width() const { return {key_bits, code}; }
-  Width value_width() const { return {value_bits, code}; }
+struct CacheCoding {
+  Coding keys = {}, values = {};  // of one seed
   /// What is coded of a key is (k - centre) key_map; queries go through query_map, the transpose of its inverse, so
   /// that their products stay.  (H_kv, D, D) float32, both or none.
   std::optional<mx::array> key_map = {}, query_map = {};
+  int recent = 0, sink = 0;  // newest and first tokens that queries read from exact copies (exact.h)
 };
 
 /// The query_map of a key_map (H_kv, D, D) float32, computed in double.  Throws std::invalid_argument when a matrix has
 /// no inverse.
 mx::array inverse_transpose(const mx::array& key_map);
 
-/// Keys (B, H_kv, N, D) as they are coded, and the centre that is left to take from them.
-std::pair<mx::array, std::optional<mx::array>> mapped_keys(const Coding& coding, const mx::array& keys,
-                                                           mx::StreamOrDevice s = {});
+/// The coding of exact copies: of 8 bits, without feedback, with the same centres and map.
+CacheCoding coding_of_copies(const CacheCoding& coding);
 
-/// Keys as they came, from codes of a width: (B, H_kv, N, D) of `dtype`.
-mx::array decoded_keys(const Coding& coding, const PackedArrays& keys, Width width, mx::Dtype dtype,
-                       mx::StreamOrDevice s = {});
+/// Keys (B, H_kv, N, D) after the key map, and their coding: without a centre when the map has taken it.
+std::pair<mx::array, Coding> mapped_keys(const CacheCoding& coding, const mx::array& keys, mx::StreamOrDevice s = {});
+
+/// Keys as they came, from their codes: (B, H_kv, N, D) of `dtype`.
+mx::array decoded_keys(const CacheCoding& coding, const PackedArrays& keys, mx::Dtype dtype, mx::StreamOrDevice s = {});
 
 /// Throws std::invalid_argument naming `op` unless both codings decode the same bits to the same vectors.
-void check_same_coding(const char* op, const Coding& a, const Coding& b);
+void check_same_coding(const char* op, const CacheCoding& a, const CacheCoding& b);
 
 /// Keys and values of shape (B, H_kv, capacity, ...).  The token axis of all four arrays is axis 2.
 struct Store {
@@ -54,7 +48,7 @@ struct Store {
   int batch() const { return keys.scales.shape(0); }
   int heads() const { return keys.scales.shape(1); }
   int capacity() const { return keys.scales.shape(2); }
-  int head_dim(const Coding& coding) const { return keys.codes.shape(3) / coding.key_bits * 32; }
+  int head_dim(const CacheCoding& coding) const { return keys.codes.shape(3) / coding.keys.bits() * 32; }
   /// Bytes of all four arrays.
   size_t nbytes() const;
   /// This store after its pending in-place writes: evaluates `written`.  The operations below call it first, but for
@@ -84,27 +78,27 @@ struct Store {
 Store zeros_like(const Store& like, int batch, int tokens, mx::StreamOrDevice s = {});
 
 /// Zero tokens of this coding: (batch, heads, tokens, ...).
-Store zeros(const Coding& coding, int batch, int heads, int tokens, int head_dim, mx::StreamOrDevice s = {});
+Store zeros(const CacheCoding& coding, int batch, int heads, int tokens, int head_dim, mx::StreamOrDevice s = {});
 
 /// Throws std::invalid_argument naming `op` unless both hold vectors of the same heads and size.
 void check_same_shape(const char* op, const Store& a, const Store& b);
 
 /// Throws std::invalid_argument naming `op` unless `store` is packed with this coding and holds `length` tokens.
-void check_store(const char* op, const Coding& coding, const Store& store, int length);
+void check_store(const char* op, const CacheCoding& coding, const Store& store, int length);
 
 /// Stores joined along an axis (0: batch, 2: tokens).
 Store concatenate(const std::vector<Store>& stores, int axis, mx::StreamOrDevice s = {});
 
 /// Throws std::invalid_argument unless vectors of `shape` (B, H_kv, N, D) can follow those held.
-void check_follows(const Coding& coding, const mx::Shape& shape, const Store& held);
+void check_follows(const CacheCoding& coding, const mx::Shape& shape, const Store& held);
 
 /// Encodes keys and values (B, H_kv, N, D) and checks that they can follow `held`.
-Store encode_store(const Coding& coding, const mx::array& keys, const mx::array& values,
+Store encode_store(const CacheCoding& coding, const mx::array& keys, const mx::array& values,
                    const std::optional<Store>& held, mx::StreamOrDevice s = {});
 
 /// The first `length` tokens of `held` and then keys and values, encoded: in place where that is possible and nobody
 /// can notice, else by copies as far as MLX needs them.  Throws as encode_store does.
-Store append_store(const Coding& coding, const std::optional<Store>& held, int length, const mx::array& keys,
+Store append_store(const CacheCoding& coding, const std::optional<Store>& held, int length, const mx::array& keys,
                    const mx::array& values, mx::StreamOrDevice s = {});
 
 /// Which kernel attention used last, for people; null before it ran.
@@ -114,7 +108,7 @@ struct LastKernel {
 
 /// What a cache hands to attention: the packed history up to `length`.  It does not change when the cache goes on.
 struct View {
-  Coding coding;
+  CacheCoding coding;
   Store store;
   int length;
   std::optional<mx::array> starts = std::nullopt;     // (B,) first real token of each row, for left-padded batches

@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import weakref
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar
 
 import mlx.core as mx
 
 from .. import _core
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 CODES = ("scalar", "trellis")
 DEFAULT_CODE = "trellis"  # of widths of 2 and 3 bits
 RECENT, SINK = 0, 0  # tokens that queries read exactly unless asked for otherwise
 Centres: TypeAlias = "tuple[mx.array | None, mx.array | None]"
 Feedback: TypeAlias = "tuple[mx.array | None, mx.array | None]"
+
+
+class Settings(TypedDict, total=False):
+    """The keywords that every packed cache takes beside `bits`: how it codes, and what it keeps exact.
+
+    TurboQuantKVCache says what each means."""
+
+    key_bits: int | None
+    value_bits: int | None
+    code: str | None
+    seed: int
+    centres: Centres | None
+    feedback: Feedback | None
+    key_map: mx.array | None
+    recent: int | None
+    sink: int | None
+
+
+def spelled_out(function: _Function) -> _Function:
+    """`function` with the keywords of Settings in its signature in place of **settings, as help() shows it."""
+    signature = inspect.signature(function)
+    given = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named = []
+    for name, kind in Settings.__annotations__.items():
+        words = getattr(kind, "__forward_arg__", kind)  # TypedDict keeps annotations as such references
+        default = 0 if name == "seed" else None
+        named.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=words))
+    vars(function)["__signature__"] = signature.replace(parameters=[*given, *named])
+    return function
 
 
 def whole(owner: str, name: str, number: int, least: int = 0, below: int = 2**31) -> int:
@@ -77,20 +112,6 @@ def query_maps(owner, key_map):
     return key_map, found
 
 
-def coding(
-    owner, bits, key_bits, value_bits, code, seed, centres, feedback, key_map=None
-) -> tuple[Any, Any, Any, Any, Any, Any, Any]:
-    """(key bits, value bits, seed, centres, feedback, code, maps): the arguments that every cache takes, checked, as the
-    extension's; see TurboQuantKVCache."""
-    bits = _width(owner, "bits", bits)
-    key_bits = bits if key_bits is None else _width(owner, "key_bits", key_bits)
-    value_bits = bits if value_bits is None else _width(owner, "value_bits", value_bits)
-    centres = _pair(owner, "centres", "(H_kv, D)", centres)
-    feedback = _pair(owner, "feedback", "(H_kv, D, D)", feedback)
-    code, maps = code_name(owner, code), query_maps(owner, key_map)
-    return key_bits, value_bits, whole(owner, "seed", seed, below=2**64), centres, feedback, code, maps
-
-
 def exact_tokens(owner: str, recent: int | None, sink: int | None) -> tuple[int, int]:
     """(recent, sink) as whole numbers, None being the defaults; ValueError where no kernel reads exact copies."""
     recent = RECENT if recent is None else whole(owner, "recent", recent, below=2**20)
@@ -101,6 +122,31 @@ def exact_tokens(owner: str, recent: int | None, sink: int | None) -> tuple[int,
             f"{sink}"
         )
     return recent, sink
+
+
+def coding(owner: str, bits: int = 3, **settings: Unpack[Settings]) -> _core.CacheCoding:
+    """How a cache of the class `owner` codes, from the arguments of its constructor.
+
+    Raises:
+        ValueError: a setting is out of range.
+        TypeError: there is no such setting.
+    """
+    unknown = sorted(settings.keys() - Settings.__annotations__.keys())
+    if unknown:
+        raise TypeError(f"{owner}.__init__() got an unexpected keyword argument '{unknown[0]}'")
+    bits = _width(owner, "bits", bits)
+    code, seed = code_name(owner, settings.get("code")), whole(owner, "seed", settings.get("seed", 0), below=2**64)
+    centres = _pair(owner, "centres", "(H_kv, D)", settings.get("centres"))
+    feedback = _pair(owner, "feedback", "(H_kv, D, D)", settings.get("feedback"))
+
+    def side(index: int, name: str, own_bits: int | None) -> _core.Coding:
+        width = bits if own_bits is None else _width(owner, name, own_bits)
+        return _core.Coding(width, code=code, seed=seed, centre=centres[index], feedback=feedback[index])
+
+    keys, values = side(0, "key_bits", settings.get("key_bits")), side(1, "value_bits", settings.get("value_bits"))
+    key_map, query_map = query_maps(owner, settings.get("key_map"))
+    recent, sink = exact_tokens(owner, settings.get("recent"), settings.get("sink"))
+    return _core.CacheCoding(keys, values, key_map=key_map, query_map=query_map, recent=recent, sink=sink)
 
 
 def as_list(numbers) -> list[int]:

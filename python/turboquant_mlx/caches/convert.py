@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from .arguments import Centres, Feedback, whole
+from .arguments import Settings, spelled_out, whole
 from .kv_cache import TurboQuantKVCache
 from .packed import PackedCache
-from .rotating import TurboQuantRotatingKVCache
+from .rotating import NO_COPIES, TurboQuantRotatingKVCache
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@spelled_out
 def to_turboquant(
-    cache: KVCache | RotatingKVCache,
-    bits: int = 3,
-    *,
-    key_bits: int | None = None,
-    value_bits: int | None = None,
-    code: str | None = None,
-    seed: int = 0,
-    centres: Centres | None = None,
-    feedback: Feedback | None = None,
-    key_map: mx.array | None = None,
-    recent: int | None = None,
-    sink: int | None = None,
+    cache: KVCache | RotatingKVCache, bits: int = 3, **settings: Unpack[Settings]
 ) -> TurboQuantKVCache | TurboQuantRotatingKVCache:
     """The packed copy of a filled float cache, which stays as it is; `to_float()` of the result goes back.
 
@@ -39,18 +32,9 @@ def to_turboquant(
     """
     if type(cache) not in (KVCache, RotatingKVCache):
         raise ValueError(f"[to_turboquant] cache must be a KVCache or a RotatingKVCache; got {type(cache).__name__}")
-    settings: dict[str, Any] = {
-        "key_bits": key_bits,
-        "value_bits": value_bits,
-        "code": code,
-        "seed": seed,
-        "centres": centres,
-        "feedback": feedback,
-        "key_map": key_map,
-    }
-    if isinstance(cache, RotatingKVCache):  # windows have no exact copies
-        recent = sink = 0
-    packed = TurboQuantKVCache(bits, **settings, recent=recent, sink=sink)
+    if isinstance(cache, RotatingKVCache):
+        settings = settings | NO_COPIES
+    packed = TurboQuantKVCache(bits, **settings)
     if not cache.empty() and cache.offset > 0:
         packed.update_and_fetch(*cache.keys_and_values())
     if not isinstance(cache, RotatingKVCache):
@@ -71,35 +55,11 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
         bits and the rest: as for TurboQuantKVCache.
     """
 
-    def __init__(
-        self,
-        start: int,
-        bits: int = 3,
-        *,
-        key_bits: int | None = None,
-        value_bits: int | None = None,
-        code: str | None = None,
-        seed: int = 0,
-        centres: Centres | None = None,
-        feedback: Feedback | None = None,
-        key_map: mx.array | None = None,
-        recent: int | None = None,
-        sink: int | None = None,
-    ) -> None:
+    @spelled_out
+    def __init__(self, start: int, bits: int = 3, **settings: Unpack[Settings]) -> None:
         self.start = whole(type(self).__name__, "start", start)
         self._floats = KVCache()
-        super().__init__(
-            bits,
-            key_bits=key_bits,
-            value_bits=value_bits,
-            code=code,
-            seed=seed,
-            centres=centres,
-            feedback=feedback,
-            key_map=key_map,
-            recent=recent,
-            sink=sink,
-        )
+        super().__init__(bits, **settings)
 
     @property
     def merge(self):

@@ -3,12 +3,17 @@ batch_kv_cache.h)."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, create_attention_mask
 
 from .. import _core
-from .arguments import Centres, Feedback, as_list, coding, exact_tokens, padding
+from .arguments import Settings, as_list, coding, padding, spelled_out
 from .packed import PackedCache
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class TurboQuantKVCache(PackedCache):
@@ -38,23 +43,9 @@ class TurboQuantKVCache(PackedCache):
             the cache as it was.
     """
 
-    def __init__(
-        self,
-        bits: int = 3,
-        *,
-        key_bits: int | None = None,
-        value_bits: int | None = None,
-        code: str | None = None,
-        seed: int = 0,
-        centres: Centres | None = None,
-        feedback: Feedback | None = None,
-        key_map: mx.array | None = None,
-        recent: int | None = None,
-        sink: int | None = None,
-    ) -> None:
-        owner = type(self).__name__
-        settings = coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback, key_map)
-        self._core = _core.KVCache(*settings, *exact_tokens(owner, recent, sink))
+    @spelled_out
+    def __init__(self, bits: int = 3, **settings: Unpack[Settings]) -> None:
+        self._core = _core.KVCache(coding(type(self).__name__, bits, **settings))
         self._last_kernel = _core.LastKernel()
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array | str | None:
@@ -69,7 +60,7 @@ class TurboQuantKVCache(PackedCache):
         return {"offset": self.offset}
 
     def _restore(self, coding, position, arrays, copies=None):
-        core = _core.KVCache(*coding)
+        core = _core.KVCache(coding)
         if arrays:
             core.restore(arrays, position["offset"], copies)
         self._core = core
@@ -152,24 +143,10 @@ class BatchTurboQuantKVCache(PackedBatch):
         bits and the rest: as for TurboQuantKVCache.
     """
 
-    def __init__(
-        self,
-        left_padding: list[int] | mx.array,
-        bits: int = 3,
-        *,
-        key_bits: int | None = None,
-        value_bits: int | None = None,
-        code: str | None = None,
-        seed: int = 0,
-        centres: Centres | None = None,
-        feedback: Feedback | None = None,
-        key_map: mx.array | None = None,
-        recent: int | None = None,
-        sink: int | None = None,
-    ) -> None:
+    @spelled_out
+    def __init__(self, left_padding: list[int] | mx.array, bits: int = 3, **settings: Unpack[Settings]) -> None:
         owner = type(self).__name__
-        settings = coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback, key_map)
-        self._core = _core.BatchKVCache(padding(owner, left_padding), *settings, *exact_tokens(owner, recent, sink))
+        self._core = _core.BatchKVCache(padding(owner, left_padding), coding(owner, bits, **settings))
         self._last_kernel = _core.LastKernel()
 
     @classmethod
@@ -199,7 +176,7 @@ class BatchTurboQuantKVCache(PackedBatch):
         return {"length": self.size(), "left_padding": self.left_padding.tolist()}
 
     def _restore(self, coding, position, arrays, copies=None):
-        core = _core.BatchKVCache(position["left_padding"], *coding)
+        core = _core.BatchKVCache(position["left_padding"], coding)
         if arrays:
             core.restore(arrays, **position, copies=copies)
         self._core = core

@@ -97,54 +97,55 @@ class PackedCache(_BaseCache):
     @property
     def bits(self) -> int:
         """Width of the keys; its presence makes mlx-lm send attention to the hook that apply_patch() installs."""
-        return self._core.key_bits
+        return self._core.coding.keys.bits
 
     @property
     def key_bits(self) -> int:
         """Bits of a coordinate of the keys: 2, 3, 4 or 8."""
-        return self._core.key_bits
+        return self._core.coding.keys.bits
 
     @property
     def value_bits(self) -> int:
         """Bits of a coordinate of the values: 2, 3, 4 or 8."""
-        return self._core.value_bits
+        return self._core.coding.values.bits
 
     @property
     def code(self) -> str:
         """ "trellis" when a side of 2 or 3 bits has such codes, else "scalar"."""
-        return self._core.code
+        coding = self._core.coding
+        return "trellis" if "trellis" in (coding.keys.code, coding.values.code) else "scalar"
 
     @property
     def seed(self) -> int:
         """The seed of the random signs, from 0 to 2^64 - 1."""
-        return self._core.seed
+        return self._core.coding.keys.seed
 
     @property
     def recent(self) -> int:
         """Newest tokens that a query reads from exact copies; 0 of a window, which has none."""
-        return getattr(self._core, "recent", 0)
+        return self._core.coding.recent
 
     @property
     def sink(self) -> int:
         """First tokens of a row that queries read from exact copies; 0 of a window."""
-        return getattr(self._core, "sink", 0)
+        return self._core.coding.sink
 
     @property
     def centres(self) -> Centres | None:
         """(keys, values) as given, each (H_kv, D), or None."""
-        pair = self._core.centres
-        return None if pair[0] is None and pair[1] is None else pair
+        coding = self._core.coding
+        return _pair_or_none(coding.keys.centre, coding.values.centre)
 
     @property
     def feedback(self) -> Feedback | None:
         """(keys, values) as given, each (H_kv, D, D) float16, or None."""
-        pair = self._core.feedback
-        return None if pair[0] is None and pair[1] is None else pair
+        coding = self._core.coding
+        return _pair_or_none(coding.keys.feedback, coding.values.feedback)
 
     @property
     def key_map(self) -> mx.array | None:
         """The map that keys go through before they are coded, (H_kv, D, D) float32, or None."""
-        return self._core.key_map
+        return self._core.coding.key_map
 
     @property
     def offset(self) -> int | mx.array:
@@ -245,7 +246,8 @@ class PackedCache(_BaseCache):
         not match its checksum; the cache then stays as it was.
         """
         copies, begin = getattr(self._core, "copies", None) or ((), 0)
-        arrays = (*self._arrays(), *self._core.centres, *self._core.feedback, *copies)
+        keys, values = self._core.coding.keys, self._core.coding.values
+        arrays = (*self._arrays(), keys.centre, values.centre, keys.feedback, values.feedback, *copies)
         if self.key_map is not None:
             arrays = (*arrays, self.key_map)
         fields = {
@@ -276,19 +278,16 @@ class PackedCache(_BaseCache):
         exact = fields.get("exact")
         if len(arrays) not in ((8, 12) if exact else (8,)):
             raise ValueError(f"[load] a {type(self).__name__} has eight arrays and four of copies; got {len(arrays)}")
-        code = fields.get("code", "scalar")  # version 1 had no other
-        coding = (
-            fields["key_bits"],
-            fields["value_bits"],
-            fields["seed"],
-            tuple(arrays[4:6]),
-            tuple(arrays[6:8]),
-            code,
-            query_maps(type(self).__name__, key_map),
+        shared = {"code": fields.get("code", "scalar"), "seed": fields["seed"]}  # version 1 had scalar codes alone
+        maps = query_maps(type(self).__name__, key_map)
+        coding = _core.CacheCoding(
+            _core.Coding(fields["key_bits"], **shared, centre=arrays[4], feedback=arrays[6]),
+            _core.Coding(fields["value_bits"], **shared, centre=arrays[5], feedback=arrays[7]),
+            **{"key_map": maps[0], "query_map": maps[1]},
+            **({"recent": exact["recent"], "sink": exact["sink"]} if exact else {}),
         )
         held = [fields["position"], None if arrays[0] is None else arrays[:4]]
         if exact:
-            coding += (exact["recent"], exact["sink"])
             held.append((arrays[8:], exact["from"]) if len(arrays) == 12 else None)
         self._restore(coding, *held)
         self._last_kernel = _core.LastKernel()
@@ -298,13 +297,11 @@ class PackedCache(_BaseCache):
         """Keeps other tokens exact from now on; those held already are as exact as their codes."""
         if (recent, sink) == (self.recent, self.sink):
             return
-        maps = query_maps(type(self).__name__, self.key_map)
-        coding = (self._core.centres, self._core.feedback, self.code, maps, recent, sink)
-        self._restore(
-            (self.key_bits, self.value_bits, self.seed, *coding),
-            self._position(),
-            None if self.empty() else self._arrays(),
+        was = self._core.coding
+        coding = _core.CacheCoding(
+            was.keys, was.values, key_map=was.key_map, query_map=was.query_map, recent=recent, sink=sink
         )
+        self._restore(coding, self._position(), None if self.empty() else self._arrays())
 
     def _shape(self):
         """(B, H_kv, tokens held, D)."""
@@ -326,6 +323,10 @@ class PackedCache(_BaseCache):
             "float16_bytes": 0 if shape is None else 2 * 2 * shape[0] * shape[1] * shape[2] * shape[3],
             "kernel": self.route,
         }
+
+
+def _pair_or_none(keys, values):
+    return None if keys is None and values is None else (keys, values)
 
 
 def _unpickled(cls, arrays, identity):

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
 
 from .. import _core
-from .arguments import Centres, Feedback, as_list, coding, padding, whole
+from .arguments import Settings, as_list, coding, padding, spelled_out, whole
 from .kv_cache import PackedBatch
 from .packed import PackedCache
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+NO_COPIES: Settings = {"recent": 0, "sink": 0}  # windows have no exact copies
 drafting = ContextVar("drafting", default=False)  # while this thread decodes speculatively (drafts.py)
 
 
@@ -43,25 +47,11 @@ class TurboQuantRotatingKVCache(PackedWindow):
         bits and the rest: as for TurboQuantKVCache.
     """
 
-    def __init__(
-        self,
-        max_size: int,
-        keep: int = 0,
-        bits: int = 3,
-        *,
-        key_bits: int | None = None,
-        value_bits: int | None = None,
-        code: str | None = None,
-        seed: int = 0,
-        centres: Centres | None = None,
-        feedback: Feedback | None = None,
-        key_map: mx.array | None = None,
-    ) -> None:
+    @spelled_out
+    def __init__(self, max_size: int, keep: int = 0, bits: int = 3, **settings: Unpack[Settings]) -> None:
         owner = type(self).__name__
         sizes = whole(owner, "max_size", max_size, 1), whole(owner, "keep", keep)
-        self._core = _core.RotatingKVCache(
-            *sizes, *coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback, key_map)
-        )
+        self._core = _core.RotatingKVCache(*sizes, coding(owner, bits, **NO_COPIES | settings))
         self._last_kernel = _core.LastKernel()
 
     _before: tuple[Any, ...] = ()  # while drafting: this cache before each of the latest appends of a full window
@@ -118,7 +108,7 @@ class TurboQuantRotatingKVCache(PackedWindow):
         }
 
     def _restore(self, coding, position, arrays):
-        core = _core.RotatingKVCache(position["max_size"], position["keep"], *coding)
+        core = _core.RotatingKVCache(position["max_size"], position["keep"], coding)
         if arrays:
             core.restore(arrays, position["offset"], position["index"])
         self._core = core
@@ -133,25 +123,13 @@ class BatchTurboQuantRotatingKVCache(PackedWindow, PackedBatch):
         bits and the rest: as for TurboQuantKVCache.
     """
 
+    @spelled_out
     def __init__(
-        self,
-        max_size: int,
-        left_padding: list[int] | mx.array,
-        bits: int = 3,
-        *,
-        key_bits: int | None = None,
-        value_bits: int | None = None,
-        code: str | None = None,
-        seed: int = 0,
-        centres: Centres | None = None,
-        feedback: Feedback | None = None,
-        key_map: mx.array | None = None,
+        self, max_size: int, left_padding: list[int] | mx.array, bits: int = 3, **settings: Unpack[Settings]
     ) -> None:
         owner = type(self).__name__
         sizes = whole(owner, "max_size", max_size, 1), padding(owner, left_padding)
-        self._core = _core.BatchRotatingKVCache(
-            *sizes, *coding(owner, bits, key_bits, value_bits, code, seed, centres, feedback, key_map)
-        )
+        self._core = _core.BatchRotatingKVCache(*sizes, coding(owner, bits, **NO_COPIES | settings))
         self._last_kernel = _core.LastKernel()
 
     merge = TurboQuantRotatingKVCache.merge
@@ -177,7 +155,7 @@ class BatchTurboQuantRotatingKVCache(PackedWindow, PackedBatch):
         position = dict(position)
         max_size, padding = position.pop("max_size"), position["left_padding"]
         # Padding counts down as the window moves on, below zero at last; a fresh batch takes none of that.
-        core = _core.BatchRotatingKVCache(max_size, [0] * len(padding) if arrays else padding, *coding)
+        core = _core.BatchRotatingKVCache(max_size, [0] * len(padding) if arrays else padding, coding)
         if arrays:
             core.restore(arrays, **position)
         self._core = core

@@ -55,9 +55,9 @@ def _difference(saved, wanted):
         return f"was saved with seed {saved.seed}; asked for was {wanted.seed}"
     if saved.fingerprint != wanted.fingerprint:
         return f"was made by another model ({saved.fingerprint or 'unnamed'}; this one is {wanted.fingerprint})"
-    for what in ("centres", "feedback"):
-        pairs = getattr(saved._core, what), getattr(wanted._core, what)
-        for side, a, b in zip(("keys", "values"), *pairs, strict=True):
+    for side in ("keys", "values"):
+        old, new = getattr(saved._core.coding, side), getattr(wanted._core.coding, side)
+        for what, a, b in (("centres", old.centre, new.centre), ("feedback", old.feedback, new.feedback)):
             if (a is None) != (b is None) or (a is not None and not mx.array_equal(a, b)):
                 return f"was saved with other {what} of the {side}"
     a, b = saved.key_map, wanted.key_map
