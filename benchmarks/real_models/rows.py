@@ -28,7 +28,9 @@ class Rows:
 
     def has(self, model, mode, window):
         """Whether this window was measured, with the settings of this run."""
-        return tuple(({"model": model, "mode": mode, "window": window} | self.settings)[name] for name in KEY) in self.rows
+        return (
+            tuple(({"model": model, "mode": mode, "window": window} | self.settings)[name] for name in KEY) in self.rows
+        )
 
     def add(self, rows):
         """Adds rows and writes the file."""

@@ -3,7 +3,6 @@ packed codes."""
 
 import os
 import sys
-import warnings
 from collections.abc import Mapping
 
 import mlx.core as mx
@@ -22,7 +21,7 @@ from .caches.slots import (
     replace_slots,
     slot_name,
 )
-from .calibration import as_calibration, calibrate_by_default, check_weights, load_beside, steady_keys
+from .calibration import as_calibration, automatic, calibrate_by_default, check_weights, load_beside
 from .overlay import sharding
 from .overlay.gated_delta import enable_chunked_recurrence
 from .overlay.patch import apply_patch, reach_own_code, record_reads
@@ -202,20 +201,17 @@ def packing(
 
 
 def _calibrated_now(model, tokenizer, seed):
-    """The calibration of a model for which none was given: made here when there is a tokenizer, else None, with a
-    warning where the weights say that plain codes fail."""
+    """The calibration of a model for which none was given, or None: of a large one, or when there is a tokenizer; of
+    others a warning where the weights say that plain codes fail."""
+    if automatic.wanted(model):
+        return automatic.calibrated(model, tokenizer, seed=seed)
     if tokenizer is not None and sharding.of(model).group is None:
         print("[enable] no calibration is given: the model reads the package's text now", file=sys.stderr)
         return calibrate_by_default(model, tokenizer, seed=seed)
-    found = steady_keys(model)
-    if found:
-        layers = ", ".join(f"{layer} ({ratio:.0f} times)" for layer, ratio in found.items())
-        warnings.warn(
-            f"[enable] plain codes ruin this model: the keys of layers {layers} have a bias that much longer than what "
-            "varies of them. Calibrate: enable(model, ..., tokenizer=tokenizer) does it now, in seconds to a minute; "
-            "python -m turboquant_mlx calibrate --model FOLDER once and better, for calibration=FOLDER.",
-            stacklevel=3,
-        )
+    if sharding.of(model).group is not None and automatic.parameters(model) >= automatic.LEAST:
+        automatic.warn("a model that is spread over ranks is not calibrated by itself", "before it is spread")
+    else:
+        automatic.warn_of_steady_keys(model)
     return None
 
 
@@ -244,10 +240,12 @@ def enable(
         bits, key_bits, value_bits, code, seed: as for TurboQuantKVCache.
         calibration: centres and feedback: a file of `calibrate` or a model directory that holds one (str or PathLike),
             which is checked against the weights that lie beside it; or {slot index: Calibration}, as
-            turboquant_mlx.calibration makes and loads it.  Without one, codes are plain, and a warning says so where the
-            weights show that plain codes fail (key biases).
-        tokenizer: of mlx-lm's load().  With it and without `calibration`, the model is calibrated now, on a text that
-            ships with the package.
+            turboquant_mlx.calibration makes and loads it.  Without one, a model from 64 million parameters on is
+            calibrated now, in seconds, which stderr says; what was made is kept for the next time
+            (turboquant_mlx.calibration.automatic).  Smaller ones have plain codes, and a warning where the weights show
+            that plain codes fail (key biases).  {} makes plain codes in any case.
+        tokenizer: of mlx-lm's load().  With it and without `calibration`, any model is calibrated now, on a text that
+            ships with the package: better than the random token ids that are read without it.
         start (int): tokens that a cache holds as plain floats before it packs itself (mlx-lm's quantized_kv_start);
             such caches are not batched.
         recent, sink (int): the newest and the first tokens that queries read exactly, as for TurboQuantKVCache; caches

@@ -12,8 +12,11 @@ A map (balance.py) spreads keys as evenly as the queries that ask them.
     found = calibrate(model, tokens)                      # {slot: Calibration}
     save_calibration(found, directory)                    # a file beside the weights
     enable(model, bits=3, calibration=directory)          # or the file, or `found`
+
+Where nobody calibrated, `enable` and the command line do (automatic.py).
 """
 
+from . import automatic
 from .default import calibrate_by_default, steady_keys
 from .files import (
     FILE_NAME,
@@ -38,6 +41,7 @@ __all__ = [
     "Calibration",
     "Calibrations",
     "as_calibration",
+    "automatic",
     "calibrate",
     "calibrate_by_default",
     "check_weights",

@@ -20,6 +20,11 @@ def main(argv=None):
     )
     parser.add_argument("--windows", type=int, default=WINDOWS)
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a window, with <bos> where texts have it")
+    parser.add_argument(
+        "--positions",
+        type=int,
+        help="up to where in a context keys will stand; 0: where they stand in the windows (default: the model's context)",
+    )
     parser.add_argument("--plain", action="store_true", help="centres and feedback alone, without maps of keys")
     parser.add_argument("--seed", type=int, default=0, help="--tq-seed of the caches that will use it")
     parser.add_argument("--out", type=Path, help="a file; default: beside the weights")
@@ -27,12 +32,16 @@ def main(argv=None):
     try:
         if args.windows < 1 or args.length < 1:
             raise ValueError("[calibrate] --windows and --length must be at least 1")
+        if args.positions is not None and args.positions < 0:
+            raise ValueError(f"[calibrate] --positions must be at least 0; got {args.positions}")
         with tempfile.TemporaryFile(dir=calibration_path(args.out or args.model).parent):
             pass  # an unwritable folder is found before the work
         model, tokenizer = load_model(args.model)
         windows = windows_of(tokenizer, read_text(args.text), args.windows, args.length)
         bar = Bar("calibrate", windows.size)
-        found = calibrate(model, windows, seed=args.seed, balance=not args.plain, progress=bar)
+        found = calibrate(
+            model, windows, seed=args.seed, balance=not args.plain, positions=args.positions, progress=bar
+        )
         bar.close()
         source = f"{len(windows)} windows of {args.length} tokens spread over {args.text.name}"
         path = save_calibration(found, args.out or args.model, directory=args.model, source=source)

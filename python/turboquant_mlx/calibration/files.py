@@ -14,6 +14,7 @@ from ..overlay import sharding
 
 FILE_NAME = "turboquant_calibration.safetensors"
 FORMAT = "turboquant calibration 3"
+_AGAIN = "make it with python -m turboquant_mlx calibrate"
 _READABLE = (FORMAT, "turboquant calibration 2")  # files of 2 hold no maps
 
 
@@ -125,6 +126,13 @@ def save_calibration(calibration, where, *, directory=None, source=""):
         The path written.
     """
     path = calibration_path(where)
+    directory = directory or path.parent
+    write_calibration(calibration, path, model=fingerprint(directory), content=content(directory), source=source)
+    return path
+
+
+def write_calibration(calibration, path, **metadata):
+    """Writes `calibration` to a file with these entries (str) beside its own."""
     entries = {slot: as_calibration(found) for slot, found in calibration.items()}
     tensors = {
         f"{slot}.{name}": x
@@ -135,12 +143,25 @@ def save_calibration(calibration, where, *, directory=None, source=""):
     seeds = sorted({found.seed for found in entries.values()})
     if len(seeds) > 1:
         raise ValueError(f"[save_calibration] all slots must be calibrated for one seed; got {seeds}")
-    directory = directory or path.parent
-    metadata = {"format": FORMAT, "model": fingerprint(directory), "content": content(directory), "source": source}
     if names := getattr(calibration, "weights", None):
         metadata["weights"] = " ".join(sorted(names))
-    mx.save_safetensors(str(path), tensors, metadata | {"seed": str(seeds[0] if seeds else 0)})
-    return path
+    mx.save_safetensors(str(path), tensors, metadata | {"format": FORMAT, "seed": str(seeds[0] if seeds else 0)})
+
+
+def read_calibration(path):
+    """(what `write_calibration` wrote, its entries); ValueError when the file holds something else."""
+    tensors, metadata = mx.load(str(path), return_metadata=True)
+    if metadata.get("format") not in _READABLE:
+        found = metadata.get("format")
+        raise ValueError(f"[load_calibration] {path} must hold {FORMAT!r}; it holds {found!r}: {_AGAIN}")
+    mx.eval(list(tensors.values()))  # a thread that loads lazily may end before another one reads
+    found = {}
+    for name, x in tensors.items():
+        slot, field = name.rsplit(".", 1)
+        found.setdefault(int(slot), {"seed": int(metadata["seed"])})[field] = x
+    result = Calibrations((slot, Calibration(**found[slot])) for slot in sorted(found))
+    result.weights = frozenset(metadata.get("weights", "").split())
+    return result, metadata
 
 
 def load_calibration(where, *, directory=None):
@@ -154,13 +175,10 @@ def load_calibration(where, *, directory=None):
         FileNotFoundError: there is no such file.
         ValueError: the file holds something else, or belongs to another model.
     """
-    path, again = calibration_path(where), "make it with python -m turboquant_mlx calibrate"
+    path = calibration_path(where)
     if not path.is_file():
-        raise FileNotFoundError(f"[load_calibration] there is no {path}; {again}")
-    tensors, metadata = mx.load(str(path), return_metadata=True)
-    if metadata.get("format") not in _READABLE:
-        found = metadata.get("format")
-        raise ValueError(f"[load_calibration] {path} must hold {FORMAT!r}; it holds {found!r}: {again}")
+        raise FileNotFoundError(f"[load_calibration] there is no {path}; {_AGAIN}")
+    found, metadata = read_calibration(path)
     if directory is not False:
         expected = fingerprint(directory or path.parent)
         if metadata.get("model") != expected:
@@ -169,16 +187,9 @@ def load_calibration(where, *, directory=None):
             )
         if metadata.get("content") and metadata["content"] != content(directory or path.parent):
             raise ValueError(
-                f"[load_calibration] {path} was made for a model of the same shape with other weights: {again}"
+                f"[load_calibration] {path} was made for a model of the same shape with other weights: {_AGAIN}"
             )
-    mx.eval(list(tensors.values()))  # a thread that loads lazily may end before another one reads
-    found = {}
-    for name, x in tensors.items():
-        slot, field = name.rsplit(".", 1)
-        found.setdefault(int(slot), {"seed": int(metadata["seed"])})[field] = x
-    result = Calibrations((slot, Calibration(**found[slot])) for slot in sorted(found))
-    result.weights = frozenset(metadata.get("weights", "").split())
-    return result
+    return found
 
 
 def load_beside(where):

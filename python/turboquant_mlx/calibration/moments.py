@@ -9,7 +9,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from ..caches.slots import leaves, own_caches, replace_slots
 from ..overlay.patch import reach_own_code, watch_queries
-from ..overlay.products import fast_attention
+from ..overlay.products import fast_products
 from . import feedback as fed
 
 SINKS = 4  # first tokens of a window that are not counted: attention's sinks, whose keys are like no others
@@ -118,7 +118,7 @@ def gather(model, windows, *, step, feedback, progress=lambda tokens: None):
         outputs = {path: fed.Output(attention) for path, attention in attentions(model, found).items()}
     with contextlib.ExitStack() as stack:
         stack.enter_context(_without_head(model))
-        stack.enter_context(fast_attention(model))
+        stack.enter_context(fast_products(model))
         if feedback:
             stack.enter_context(watch_queries(watch))
             reach_own_code(model)

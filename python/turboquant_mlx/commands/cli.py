@@ -53,8 +53,10 @@ def tq_options():
         "--tq-calibration",
         metavar="FILE",
         default="auto",
-        help="what `calibrate` wrote, centres and feedback; auto: the file beside the weights, if any; none: neither",
+        help="what `calibrate` wrote, centres and feedback; auto: the file beside the weights, else made now, in seconds, "
+        "for all but small models; none: neither",
     )
+    group.add_argument("--tq-no-calibrate", action="store_true", help="make no calibration where there is none")
     group.add_argument("--tq-seed", type=int, default=0, help="of the rotation's signs (default: 0)")
     group.add_argument(
         "--tq-dtype",
@@ -80,9 +82,11 @@ def _tokens(least):
     return read
 
 
-def _calibration(args, model, where, main):
-    """The calibration to use for the model loaded from `where`, or None.  A file that was named is the main model's."""
-    from ..calibration import FILE_NAME, check_weights, load_calibration
+def _calibration(args, model, where, main, tokenizer):
+    """The calibration to use for the model loaded from `where`, or None.  A file that was named is the main model's; where
+    there is none, a large model is calibrated now, and a small one that plain codes would ruin."""
+    from ..calibration import FILE_NAME, automatic, check_weights, load_calibration, steady_keys
+    from ..overlay import sharding
 
     directory, named = Path(where), main and args.tq_calibration != "auto"
     if args.tq_calibration == "none":
@@ -91,6 +95,10 @@ def _calibration(args, model, where, main):
         found = load_calibration(args.tq_calibration, directory=directory if directory.is_dir() else False)
     elif (directory / FILE_NAME).is_file():
         found = load_calibration(directory)
+    elif args.tq_no_calibrate or tokenizer is None:
+        return None
+    elif automatic.wanted(model) or (steady_keys(model) and sharding.of(model).group is None):
+        return automatic.calibrated(model, tokenizer, seed=args.tq_seed)
     else:
         return None
     try:
@@ -113,20 +121,24 @@ def _describe(calibration):
     return ", centred" + (f", feedback of {' and '.join(fed)}" if fed else "")
 
 
-def prepare(model, args, where, max_kv_size=None, main=True):
+def prepare(model, args, where, max_kv_size=None, main=True, tokenizer=None):
     """The model loaded from `where`, ready to run with packed caches; says on stderr what its slots became.  `main` is
-    False of a draft model, and of one that only a server's request names."""
+    False of a draft model, and of one that only a server's request names.  With its tokenizer, a model that has no
+    calibration may be calibrated now."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.models.cache import make_prompt_cache
     from mlx_lm.utils import dequantize_model
 
+    from ..calibration import automatic
     from ..enable import enable
     from ..overlay import sharding
     from .report import summary
 
     def calibrated():
-        calibration = _calibration(args, model, where, main)
+        calibration = _calibration(args, model, where, main, tokenizer)
+        if calibration is None:
+            automatic.warn_of_steady_keys(model)
         enable(
             model,
             args.tq_bits,
@@ -134,7 +146,7 @@ def prepare(model, args, where, max_kv_size=None, main=True):
             value_bits=args.tq_value_bits,
             code=args.tq_code,
             seed=args.tq_seed,
-            calibration=calibration,
+            calibration=calibration or {},  # plain, unless said otherwise
             start=args.tq_start,
             recent=args.tq_recent,
             sink=args.tq_sink,
@@ -228,7 +240,7 @@ def _run_program(command, argv):
             model, *others = original(where, *positional, **named)
             draft = where == seen.draft_model and not named  # mlx-lm gives a main model's load() keywords
             main = not draft and (command != "server" or seen.model in (None, where))
-            model = prepare(model, args, where, seen.max_kv_size, main)
+            model = prepare(model, args, where, seen.max_kv_size, main, others[0] if others else None)
             if not draft:
                 for file_name, caches in loaded:
                     saving.check_fits(caches, model, file_name)
@@ -357,7 +369,7 @@ def batch(argv):
     if not texts:
         parser.error(f"{args.prompts} holds no prompt")
     model, tokenizer = load(args.model)
-    model = prepare(model, args, args.model, args.max_kv_size)
+    model = prepare(model, args, args.model, args.max_kv_size, tokenizer=tokenizer)
     response = batch_generate(
         model,
         tokenizer,
@@ -398,7 +410,7 @@ def inspect(argv):
     from mlx_lm.models.cache import make_prompt_cache
 
     model, tokenizer = load(args.model)
-    model = prepare(model, args, args.model, args.max_kv_size)
+    model = prepare(model, args, args.model, args.max_kv_size, tokenizer=tokenizer)
     if args.prompt_cache_file:
         cache = load_prompt_cache(args.prompt_cache_file, model)
     else:

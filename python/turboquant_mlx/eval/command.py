@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ..caches import leaves
 from ..caches.arguments import code_name
 from ..caches.slots import kv_slots, own_caches
-from ..calibration import calibrate, fingerprint, load_calibration
+from ..calibration import automatic, calibrate, fingerprint, load_calibration
 from ..calibration.default import beginning
 from . import divergence, pictures, reconstruction, retrieval
 from .files import write_json, write_table
@@ -177,7 +177,12 @@ def _calibration(args, model, tokenizer):
         text = read_tokens(tokenizer, args.calibrate_text)
         return calibrate(model, spread_windows(text, min(2048, len(text)), 8)), args.calibrate_text.name
     if args.calibration or any(mode.centred for mode in args.modes):
-        return load_calibration(args.calibration or args.model, directory=args.model), "file"
+        try:
+            return load_calibration(args.calibration or args.model, directory=args.model), "file"
+        except FileNotFoundError:
+            if args.calibration or not automatic.wanted(model):
+                raise
+        return automatic.calibrated(model, tokenizer), "the package's text"
     return None, None
 
 

@@ -2,8 +2,8 @@
 
 MLX's CPU package for Linux brings the reference BLAS, which does 2 to 6 thousand million operations a second on a core
 where numpy's OpenBLAS does 85: a model of 0.5 billion parameters would be calibrated in an hour instead of a minute.  Only
-float32 models that `load_model` made are changed, and only what MLX would compute by itself: linear layers, and attention
-over float caches.  Packed caches have kernels of their own.
+what MLX would compute by itself is changed: linear layers, for good in the float32 models that `load_model` made and for
+as long as it takes in others (`fast_products`), and attention over float caches.  Packed caches have kernels of their own.
 """
 
 import contextlib
@@ -18,9 +18,16 @@ from .patch import float_attention
 
 
 def _by_numpy(x, weight):
-    """x (..., K) times the transpose of weight (N, K)."""
-    rows = np.array(x, copy=False).reshape(-1, x.shape[-1])
-    return mx.array(rows @ np.array(weight, copy=False).T).reshape(*x.shape[:-1], -1)
+    """x (..., K) times the transpose of weight (N, K), as float32 and then in x's dtype."""
+    rows = np.array(x.astype(mx.float32), copy=False).reshape(-1, x.shape[-1])
+    y = rows @ np.array(weight.astype(mx.float32), copy=False).T
+    return mx.array(y).astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _dequantised(module):
+    """The weights of a quantised layer, as floats."""
+    parts = module.weight, module.scales, module.get("biases")
+    return mx.dequantize(*parts, group_size=module.group_size, bits=module.bits, mode=module.mode)
 
 
 class NumpyLinear(nn.Linear):
@@ -36,6 +43,17 @@ class NumpyEmbedding(nn.Embedding):
 
     def as_linear(self, x):
         return _by_numpy(x, self.weight)
+
+
+class _QuantizedLinear(nn.QuantizedLinear):
+    def __call__(self, x):
+        y = _by_numpy(x, _dequantised(self))
+        return y + self.bias if "bias" in self else y
+
+
+class _QuantizedEmbedding(nn.QuantizedEmbedding):
+    def as_linear(self, x):
+        return _by_numpy(x, _dequantised(self))
 
 
 def _attention(queries, keys, values, scale, mask, sinks):
@@ -66,13 +84,23 @@ def _attention(queries, keys, values, scale, mask, sinks):
     return mx.array(out).astype(queries.dtype)
 
 
+_BY_NUMPY = {
+    nn.Linear: NumpyLinear,
+    nn.Embedding: NumpyEmbedding,
+    nn.QuantizedLinear: _QuantizedLinear,
+    nn.QuantizedEmbedding: _QuantizedEmbedding,
+}
+
+
+def slow_here():
+    """Whether MLX's own products are the reference BLAS's: on a Linux CPU."""
+    return sys.platform == "linux" and mx.default_device() == mx.Device(mx.cpu)
+
+
 def needed(model):
-    """Whether numpy's products are to be used for this model: on a Linux CPU, when all weights are float32."""
-    return (
-        sys.platform == "linux"
-        and mx.default_device() == mx.Device(mx.cpu)
-        and all(x.dtype == mx.float32 for _, x in tree_flatten(model.parameters()))
-    )
+    """Whether numpy's products are to be used for this model for good: where MLX's are slow, when all weights are
+    float32."""
+    return slow_here() and all(x.dtype == mx.float32 for _, x in tree_flatten(model.parameters()))
 
 
 def use_numpy(model):
@@ -89,3 +117,21 @@ def fast_attention(model):
     """Context: attention of this thread over float arrays is numpy's where that is needed."""
     with float_attention(_attention) if needed(model) else contextlib.nullcontext():
         yield
+
+
+@contextlib.contextmanager
+def fast_products(model):
+    """Context: the model's linear layers and its attention over float arrays compute with numpy where MLX's products are
+    slow, whatever the weights' dtype.  Afterwards the layers are as they were."""
+    if not slow_here():
+        yield
+        return
+    changed = [(module, type(module)) for module in model.modules() if type(module) in _BY_NUMPY]
+    for module, kind in changed:
+        module.__class__ = _BY_NUMPY[kind]
+    try:
+        with float_attention(_attention):
+            yield
+    finally:
+        for module, kind in changed:
+            module.__class__ = kind
