@@ -2,9 +2,9 @@
 // so that launching it does not count, and walks over enough copies of its inputs to leave the L2 cache (256 MiB), so a
 // call finds its data in device memory.
 //
-//   cuda_kernels [NAME...]    decode, longest (one line of decode, for profilers), queries, ragged, encode, prefill;
-//   all
-//                             by default
+//   cuda_kernels [NAME...]    decode, longest (one line of decode, for profilers), tiers (exact copies), queries,
+//   ragged,
+//                             encode, prefill; all by default
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -75,6 +75,8 @@ struct Shape {
   bool causal = false;
   std::vector<int> starts = {};
   Code code = Code::scalar;
+  int recent = 0, first = 0;  // exact copies
+  int ring() const { return recent ? (recent + 256) / 128 * 128 : 0; }
 };
 
 /// Numbers in fp16 between 0.25 and 1, of either sign.
@@ -94,8 +96,15 @@ double time_attention(const Shape& s, double* bytes) {
   keys.push_back(Cache::random(vectors, s.head_dim, s.bits, rng));
   values.push_back(Cache::random(vectors, s.head_dim, s.bits, rng));
   const size_t each = 2 * (keys[0].codes.size() + keys[0].scales.size());
+  const int slots = s.ring() + s.first;
+  std::vector<Cache> exact_keys, exact_values;
   const int copies = int(std::min<size_t>(256, kFootprint / each + 2));
   while (int(keys.size()) < copies) keys.push_back(keys[0].copy()), values.push_back(values[0].copy());
+  for (int i = 0; i < copies && slots > 0; ++i) {
+    for (auto* side : {&exact_keys, &exact_values}) {
+      side->push_back(i ? (*side)[0].copy() : Cache::random(int64_t(s.batch) * s.kv_heads * slots, s.head_dim, 8, rng));
+    }
+  }
   std::vector<std::vector<jit::Launch>> calls;
   std::vector<jit::AttentionCall> kept;
   for (int i = 0; i < copies; ++i) {
@@ -107,16 +116,21 @@ double time_attention(const Shape& s, double* bytes) {
            int64_t(s.query_len) * s.head_dim, s.head_dim};
     p.out.data = out.get();
     if (!s.starts.empty()) p.starts = static_cast<const int32_t*>(starts.get());
-    const int64_t row = int64_t(s.kv_len) * words_per_vector(s.bits, s.head_dim);
-    for (auto [cache, packed] : {std::pair{&keys[i], &p.keys}, {&values[i], &p.values}}) {
-      *packed = {static_cast<const uint32_t*>(cache->codes.get()),
-                 static_cast<const uint16_t*>(cache->scales.get()),
-                 s.bits,
-                 s.kv_heads * row,
-                 row,
-                 int64_t(s.kv_heads) * s.kv_len,
-                 s.kv_len,
-                 s.code};
+    const auto packed = [&](const Cache& cache, int tokens, int bits, Code code) {
+      const int64_t row = int64_t(tokens) * words_per_vector(bits, s.head_dim);
+      return Packed{static_cast<const uint32_t*>(cache.codes.get()),
+                    static_cast<const uint16_t*>(cache.scales.get()),
+                    bits,
+                    s.kv_heads * row,
+                    row,
+                    int64_t(s.kv_heads) * tokens,
+                    tokens,
+                    code};
+    };
+    p.keys = packed(keys[i], s.kv_len, s.bits, s.code), p.values = packed(values[i], s.kv_len, s.bits, s.code);
+    if (slots > 0) {
+      p.exact = {packed(exact_keys[i], slots, 8, Code::scalar), packed(exact_values[i], slots, 8, Code::scalar),
+                 s.ring(), s.recent, s.first};
     }
     kept.push_back(jit::attention_call(p, jit::current_device()));
     auto& launches = calls.emplace_back();
@@ -147,6 +161,27 @@ void decode() {
     for (int n : {1024, 4096, 16384, 32768, 131072}) report("decode", {.kv_len = n, .bits = bits, .code = code});
   }
   report("decode", {.query_heads = 32, .kv_heads = 8, .kv_len = 32768, .head_dim = 128});
+}
+
+/// Exact copies of the newest 128 and the first 4 tokens, by turns with codes alone.
+void tiers() {
+  for (auto [bits, code] : {kCodes[0], kCodes[2]}) {
+    for (int n : {1024, 4096, 16384, 32768, 131072}) {
+      std::vector<double> without, with, more;
+      for (int i = 0; i < 3; ++i) {
+        double bytes;
+        Shape s{.kv_len = n, .bits = bits, .code = code};
+        without.push_back(time_attention(s, &bytes));
+        s.recent = 128, s.first = 4;
+        with.push_back(time_attention(s, &bytes));
+        more.push_back(with[i] - without[i]);
+      }
+      for (auto* x : {&without, &with, &more}) std::sort(x->begin(), x->end());
+      std::printf("tiers TQ%d%s, %6d tokens: %.2f us, with copies %.2f, more by %.2f (%.2f to %.2f)\n", bits,
+                  code == Code::trellis ? " trellis" : "", n, without[1], with[1], more[1], more[0], more[2]);
+      std::fflush(stdout);
+    }
+  }
 }
 
 constexpr Code kBoth[] = {Code::trellis, Code::scalar};
@@ -231,8 +266,9 @@ void prefill() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::pair<const char*, void (*)()> all[] = {{"decode", decode}, {"longest", longest}, {"queries", queries},
-                                                    {"ragged", ragged}, {"encode", encode},   {"prefill", prefill}};
+  const std::pair<const char*, void (*)()> all[] = {{"decode", decode},   {"longest", longest}, {"tiers", tiers},
+                                                    {"queries", queries}, {"ragged", ragged},   {"encode", encode},
+                                                    {"prefill", prefill}};
   try {
     for (auto [name, run] : all) {
       const bool wanted = std::any_of(argv + 1, argv + argc, [n = name](char* a) { return !std::strcmp(a, n); });

@@ -117,23 +117,32 @@ std::string attention_args(const AttentionShape& shape, const AttentionSettings&
        "  a.causal = "
     << truth(s.causal) << ", a.window = " << s.window
     << ";\n"
-       "  a.q = q;\n"
+       "  a.recent = "
+    << shape.recent << ", a.first = " << shape.first << ", a.exact_parts = " << plan.exact_parts << ";\n";
+  o << "  a.q = q;\n"
        "  for (int i = 0; i < 4; ++i) a.q_strides[i] = q_strides[i];\n"
        "  a.starts = "
     << optional(s.starts, "int", "starts") << ";\n";
   return o.str();
 }
 
-std::string cache_args(const AttentionSettings& s) {
+/// Fills PackedCache `to` with inputs called as its members, after `prefix`.
+std::string packed_args(const std::string& to, const std::string& prefix) {
   std::string o;
   for (const char* side : {"key", "value"}) {
     for (const char* part : {"code", "scale"}) {
-      const std::string name = std::string(side) + "_" + part;
-      o += "  a." + name + "s = " + name + "s;\n";
-      o += "  a." + name + "_strides[0] = " + name + "s_strides[0], a." + name + "_strides[1] = " + name +
-           "s_strides[1];\n";
+      const std::string name = std::string(side) + "_" + part, input = prefix + name + "s";
+      o += "  " + to + "." + name + "s = " + input + ";\n";
+      o += "  " + to + "." + name + "_strides[0] = " + input + "_strides[0], " + to + "." + name +
+           "_strides[1] = " + input + "_strides[1];\n";
     }
   }
+  return o;
+}
+
+std::string cache_args(const AttentionShape& shape, const AttentionSettings& s) {
+  std::string o = packed_args("a.packed", "");
+  if (shape.copies()) o += packed_args("a.exact", "exact_") + "  a.ring = exact_key_scales_shape[2] - a.first;\n";
   if (s.mask != MaskKind::none)
     o += "  a.mask = mask;\n  for (int i = 0; i < 4; ++i) a.mask_strides[i] = mask_strides[i];\n";
   return o;
@@ -284,7 +293,7 @@ std::string attention_call(const AttentionShape& shape, const AttentionSettings&
   o << "  extern __shared__ __align__(16) unsigned char tq_shared[];\n"
     << "  turboquant::cuda::" << function << "<" << shape.head_dim << ", " << coding(shape.key_bits, shape.key_code)
     << ", " << coding(shape.value_bits, shape.value_code) << ", " << mask_name(settings.mask) << ", "
-    << plan.shared_bytes << ", ";
+    << plan.shared_bytes << ", " << truth(shape.copies()) << ", ";
   if (plan.method == AttentionPlan::decode) {
     o << plan.warps << ", " << plan.stages;
   } else if (plan.method == AttentionPlan::many) {
@@ -304,6 +313,9 @@ Kernel scanning_kernel(const char* name, const AttentionShape& shape, const Atte
              : plan.method == AttentionPlan::many ? Source::rows
                                                   : Source::prefill;
   k.inputs = {"q", "key_codes", "key_scales", "value_codes", "value_scales", "written", "starts", "mask"};
+  if (shape.copies()) {
+    k.inputs.insert(k.inputs.end(), {"exact_key_codes", "exact_key_scales", "exact_value_codes", "exact_value_scales"});
+  }
   set_extent(k, scan_extent(plan));
   k.shared_bytes = plan.shared_bytes;
   if (k.block[0] > 256) k.max_threads = k.block[0];  // others may have all registers that a thread can
@@ -328,7 +340,7 @@ Kernel partial_kernel(const AttentionShape& shape, const AttentionSettings& sett
                                                                   : "tq_split_",
                              shape, plan);
   k.outputs = {"partial"};
-  k.source = attention_args(shape, settings, plan) + cache_args(settings) + "  a.partial = partial;\n" +
+  k.source = attention_args(shape, settings, plan) + cache_args(shape, settings) + "  a.partial = partial;\n" +
              attention_call(shape, settings, plan);
   return k;
 }
@@ -337,8 +349,8 @@ Kernel whole_kernel(const AttentionShape& shape, const AttentionSettings& settin
   Kernel k = scanning_kernel("tq_prefill_", shape, plan);
   k.inputs.insert(k.inputs.end(), {"sinks", "key_centre", "value_centre"});
   k.outputs = {"out"};
-  k.source = attention_args(shape, settings, plan) + cache_args(settings) + row_args(settings) + "  a.out = out;\n" +
-             attention_call(shape, settings, plan);
+  k.source = attention_args(shape, settings, plan) + cache_args(shape, settings) + row_args(settings) +
+             "  a.out = out;\n" + attention_call(shape, settings, plan);
   return k;
 }
 

@@ -16,6 +16,9 @@
 //                  value_scales (B, Hkv, >= N) f16 with dense rows, views allowed; written (N + 1) u8, of which
 //                  only the size is read; starts (B) i32 or a dummy; mask (B, Hq, L, N) bool or float, any strides, or
 //                  a dummy
+//              with exact copies also exact_key_codes, exact_key_scales, exact_value_codes, exact_value_scales: as
+//              those
+//                  of the cache, 8 bits, (B, Hkv, ring + first)
 //              out partial (slots, rows, partial_floats) f32
 //     merge    in  q, written, partial, starts, sinks (Hq) f32, key_centre and value_centre (Hkv, D)
 //     f32
@@ -42,7 +45,9 @@ struct AttentionShape {
   int batch, query_heads, kv_heads, query_len, kv_len, head_dim, key_bits, value_bits;
   bool ragged;  // has `starts`
   Code key_code = Code::scalar, value_code = Code::scalar;
+  int recent = 0, first = 0;  // exact copies that are read beside the codes (ExactTier)
 
+  bool copies() const { return recent > 0 || first > 0; }
   int rows() const { return query_heads / kv_heads * query_len; }  // query rows that read one KV head
 };
 
@@ -59,8 +64,9 @@ struct AttentionPlan {
   int warps = 8, stages = 3;           // of `decode` and `many`
   int row_warps = 8, token_warps = 1;  // of the others: rows = 16 row_warps
   int blocks = 1;
-  int parts = 0;  // of every segment, when they are divided evenly (schedule.cu.h), else 0
-  int slots = 0;  // partial results: blocks, and segments unless divided evenly; of `whole` none
+  int parts = 0;        // of every segment, when they are divided evenly (schedule.cu.h), else 0
+  int exact_parts = 0;  // pieces that a segment's exact copies are read in
+  int slots = 0;  // partial results: blocks, and segments unless divided evenly, and pieces of copies; of `whole` none
   int shared_bytes = 0;
 
   bool int8() const { return method == decode || method == many; }
@@ -84,6 +90,22 @@ inline int level_table_bytes(const AttentionShape& s) {
   return of(s.key_bits, s.key_code) + of(s.value_bits, s.value_code);
 }
 
+/// What reading the exact copies takes for codes: 8 bits on both sides.
+inline AttentionShape shape_of_copies(AttentionShape s) {
+  s.key_bits = s.value_bits = 8;
+  s.key_code = s.value_code = Code::scalar;
+  s.recent = s.first = 0;
+  return s;
+}
+
+/// The larger of what a kernel of `p` and the kernel for its exact copies share, which has one stage.
+template <class Bytes>
+int with_copies(const AttentionShape& s, AttentionPlan p, const Bytes& bytes) {
+  const int of_codes = bytes(s, p);
+  p.stages = 1;
+  return s.copies() ? std::max(of_codes, bytes(shape_of_copies(s), p)) : of_codes;
+}
+
 /// sizeof(Decode::Shared).
 inline int decode_shared_bytes(const AttentionShape& s, const AttentionPlan& p) {
   const int words = 32 * (words_per_vector(s.key_bits, s.head_dim) + words_per_vector(s.value_bits, s.head_dim)) + 32;
@@ -98,7 +120,7 @@ inline int many_shared_bytes(const AttentionShape& s, const AttentionPlan& p) {
   const int groups = s.head_dim / 32 * (s.value_bits == 8 ? 2 : 1);  // and planes of passed values
   const int bytes = p.warps * p.stages * words * 4 + 64 * 8 * p.rows + 2 * groups * (p.warps * 64 + 4) * 4 +
                     2 * p.warps * 32 * p.rows + p.warps * 16 * 16 + 28 * p.rows + 8 * p.warps * p.rows +
-                    level_table_bytes(s);
+                    level_table_bytes(s) + (p.stages == 1 ? 8 * p.rows : 8);  // ranges of first tokens
   return (bytes + 15) / 16 * 16;
 }
 
@@ -111,10 +133,15 @@ inline int prefill_shared_bytes(const AttentionShape& s, const AttentionPlan& p)
 }
 
 /// Divides `segments` of `tiles` tiles each among blocks: at least `least` tiles a block where that leaves enough to
-/// do, and at most `most`, whose sums fit; uneven runs may have 32 more (schedule.cu.h), which fit, too.
+/// do, and at most `most`, whose sums fit; uneven runs may have 32 more (schedule.cu.h), which fit, too.  Where parts
+/// are short, a segment's exact copies are read in two pieces.
 inline void divide(const AttentionShape& s, const Device& device, int64_t segments, int64_t tiles, int least, int most,
                    AttentionPlan& p) {
-  const int64_t useful = std::max<int64_t>(1, segments * tiles / least);
+  if (s.copies()) {
+    const bool short_parts = segments * tiles < 12 * int64_t(device.multiprocessors);
+    p.exact_parts = p.int8() && short_parts && !s.ragged ? 2 : 1;
+  }
+  const int64_t useful = std::max<int64_t>(1, segments * (tiles + least * p.exact_parts) / least);
   const int64_t blocks =
       std::max(std::min<int64_t>(device.multiprocessors, useful), (segments * tiles + most - 1) / most);
   // Equal parts of every segment spare a block the search for its run, unless that leaves many processors idle.
@@ -124,14 +151,14 @@ inline void divide(const AttentionShape& s, const Device& device, int64_t segmen
                     parts * int64_t(most) >= tiles;
   p.parts = even ? int(parts) : 0;
   p.blocks = int(even ? parts * segments : blocks);
-  p.slots = int(even ? p.blocks : blocks + segments);
+  p.slots = int((even ? p.blocks : blocks + segments) + segments * p.exact_parts);
 }
 
 inline AttentionPlan plan_decode(const AttentionShape& s, const Device& device) {
   AttentionPlan p;
   for (auto [warps, stages] : {std::pair{8, 3}, {8, 2}, {4, 3}, {4, 2}, {2, 2}}) {
     p.warps = warps, p.stages = stages;
-    p.shared_bytes = decode_shared_bytes(s, p);
+    p.shared_bytes = with_copies(s, p, decode_shared_bytes);
     if (p.shared_bytes <= device.shared_bytes) break;
   }
   const int64_t segments = int64_t(s.batch) * s.kv_heads * ((s.rows() + p.rows - 1) / p.rows);
@@ -155,7 +182,7 @@ inline bool plan_many(const AttentionShape& s, const Device& device, AttentionPl
   for (auto [warps, stages] : {std::pair{16, 2}, {8, 3}, {8, 2}}) {
     if (warps == 16 && (p.rows > 16 || tiles_each(s, device) < 12)) continue;
     p.warps = warps, p.stages = stages;
-    p.shared_bytes = many_shared_bytes(s, p);
+    p.shared_bytes = with_copies(s, p, many_shared_bytes);
     if (p.shared_bytes <= device.shared_bytes) break;
   }
   if (p.shared_bytes > device.shared_bytes) return false;
@@ -167,10 +194,11 @@ inline bool plan_many(const AttentionShape& s, const Device& device, AttentionPl
 }
 
 /// Most tiles to a multiprocessor of which up to four rows go through `many`: there, on an H200, both kernels take as
-/// long (32K tokens of four KV heads; 16K of trellis codes of 3 bits, which cost more to unpack).
+/// long (32K tokens of four KV heads; 16K of trellis codes of 3 bits, which cost more to unpack, and beside exact
+/// copies, which leave no room for sixteen warps).
 inline int most_tiles_of_many(const AttentionShape& s) {
   const auto trellis3 = [](int bits, Code code) { return bits == 3 && code == Code::trellis; };
-  return trellis3(s.key_bits, s.key_code) || trellis3(s.value_bits, s.value_code) ? 14 : 31;
+  return s.copies() || trellis3(s.key_bits, s.key_code) || trellis3(s.value_bits, s.value_code) ? 14 : 31;
 }
 
 /// Heads of more than 128 coordinates (measured with 256): `many` for up to 32 rows, but up to four rows over long

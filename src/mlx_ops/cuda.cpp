@@ -96,15 +96,17 @@ struct AttentionKey {
   cuda::AttentionSettings settings;
   int query_heads, kv_heads, query_len, head_dim, key_bits, value_bits;
   Code key_code, value_code;
+  int recent, first, exact_parts;
   int method, rows, warps, stages, row_warps, token_warps, shared_bytes;
   auto operator<=>(const AttentionKey&) const = default;
 };
 
 AttentionKey key_of(bool merge, const cuda::AttentionShape& s, const cuda::AttentionSettings& settings,
                     const cuda::AttentionPlan& p) {
-  return {merge,      s.batch == 1, p.parts > 0,  settings,      s.query_heads, s.kv_heads, std::min(s.query_len, 9),
-          s.head_dim, s.key_bits,   s.value_bits, s.key_code,    s.value_code,  p.method,   p.rows,
-          p.warps,    p.stages,     p.row_warps,  p.token_warps, p.shared_bytes};
+  return {merge,         s.batch == 1, p.parts > 0,  settings,   s.query_heads, s.kv_heads,  std::min(s.query_len, 9),
+          s.head_dim,    s.key_bits,   s.value_bits, s.key_code, s.value_code,  s.recent,    s.first,
+          p.exact_parts, p.method,     p.rows,       p.warps,    p.stages,      p.row_warps, p.token_warps,
+          p.shared_bytes};
 }
 
 mx::Shape with_last(mx::Shape shape, int last) {
@@ -118,8 +120,19 @@ mx::Shape without_last(mx::Shape shape) {
 }
 
 cuda::AttentionShape shape_of(const mx::array& q, const PackedArrays& keys, const AttentionOptions& o) {
-  return {q.shape(0),    q.shape(1),      keys.codes.shape(1),  q.shape(2),        o.kv_len,           q.shape(3),
-          o.keys.bits(), o.values.bits(), o.starts.has_value(), o.keys.width.code, o.values.width.code};
+  return {q.shape(0),
+          q.shape(1),
+          keys.codes.shape(1),
+          q.shape(2),
+          o.kv_len,
+          q.shape(3),
+          o.keys.bits(),
+          o.values.bits(),
+          o.starts.has_value(),
+          o.keys.width.code,
+          o.values.width.code,
+          o.exact ? o.recent : 0,
+          o.exact ? o.first : 0};
 }
 
 std::vector<cuda::EncodeSide> sides_of(const std::vector<Coding>& codings) {
@@ -214,6 +227,9 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
   if (o.kernel) *o.kernel = plan.name();
   const bool whole = plan.method == cuda::AttentionPlan::whole;
   std::vector<mx::array> cache{q, keys.codes, keys.scales, values.codes, values.scales, written, starts, mask};
+  if (shape.copies()) {
+    for (const auto* side : {&o.exact->keys, &o.exact->values}) cache.insert(cache.end(), {side->codes, side->scales});
+  }
   const auto& scan = kernel_for(key_of(false, shape, settings, plan), [&] {
     return whole ? cuda::whole_kernel(shape, settings, plan) : cuda::partial_kernel(shape, settings, plan);
   });

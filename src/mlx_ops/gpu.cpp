@@ -83,7 +83,7 @@ mx::array decode_gpu(const PackedArrays& packed, const Coding& coding, mx::Dtype
   return cuda_backend::decode(packed, coding, dtype, stream);
 }
 
-bool reads_exact_copies_gpu() { return on_metal(); }  // the kernels of CUDA do not so far
+bool reads_exact_copies_gpu() { return gpu_supported(); }
 
 mx::array attention_gpu(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,
                         const AttentionOptions& options, mx::Stream stream) {

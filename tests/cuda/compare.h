@@ -44,7 +44,7 @@ inline cuda::AttentionPlan many_warps(const cuda::AttentionShape& s, const cuda:
   cuda::AttentionPlan p;
   EXPECT_TRUE(cuda::plan_many(s, device, p));
   p.warps = warps, p.stages = stages;
-  p.shared_bytes = cuda::many_shared_bytes(s, p);
+  p.shared_bytes = cuda::with_copies(s, p, cuda::many_shared_bytes);
   return p;
 }
 

@@ -10,6 +10,8 @@
 namespace turboquant {
 namespace {
 
+using cases::Case;
+
 TEST(Plan, FitsTheDeviceAndCoversTheCache) {
   const std::vector<cuda::Device> devices{{132, 232448}, {108, 166912}, {84, 101376}, {16, 101376}};
   for (const auto& device : devices) {
@@ -129,6 +131,15 @@ TEST_P(Compile, Attention) {
                .dtype = Dtype::bfloat16});
     attention({.head_dim = 128, .query_len = len, .kv_len = 40}, {.multiprocessors = 84, .shared_bytes = 101376});
   }
+}
+
+TEST_P(Compile, AttentionOverExactCopies) {
+  for (int len : {1, 6, 40}) {
+    Case c{.query_len = len, .kv_len = 200, .recent = 128, .first = 4, .ring = 384};
+    c.key_code = c.value_code = Code::trellis;
+    attention(c);
+  }
+  attention({.head_dim = 128, .kv_len = 200, .recent = 128, .first = 4, .ring = 384});
 }
 
 TEST_P(Compile, Codec) {

@@ -10,8 +10,8 @@ std::vector<int64_t> strides_of(int64_t batch, int64_t head, int64_t row) { retu
 void* writable(const void* p) { return const_cast<void*>(p); }
 
 cuda::AttentionShape shape_of(const AttendParams& p) {
-  return {p.batch,     p.query_heads, p.kv_heads,          p.query_len, p.kv_len,     p.head_dim,
-          p.keys.bits, p.values.bits, p.starts != nullptr, p.keys.code, p.values.code};
+  return {p.batch,       p.query_heads,       p.kv_heads,  p.query_len,   p.kv_len,       p.head_dim,   p.keys.bits,
+          p.values.bits, p.starts != nullptr, p.keys.code, p.values.code, p.exact.recent, p.exact.first};
 }
 
 }  // namespace
@@ -30,13 +30,13 @@ AttentionCall attention_call(const AttendParams& p, const cuda::Device& device, 
                                          p.value_centre != nullptr};
   const Array q(writable(p.q.data), type_name(p.q.dtype), {p.batch, p.query_heads, p.query_len, p.head_dim},
                 {p.q.batch_stride, p.q.head_stride, p.q.token_stride, 1});
-  const auto codes = [&](const Packed& x) {
+  const auto codes = [&](const Packed& x, int rows) {
     const int words = words_per_vector(x.bits, p.head_dim);
-    return Array(writable(x.codes), "uint32_t", {p.batch, p.kv_heads, p.kv_len, words},
+    return Array(writable(x.codes), "uint32_t", {p.batch, p.kv_heads, rows, words},
                  strides_of(x.codes_batch_stride, x.codes_head_stride, words));
   };
-  const auto scales = [&](const Packed& x) {
-    return Array(writable(x.scales), "__half", {p.batch, p.kv_heads, p.kv_len},
+  const auto scales = [&](const Packed& x, int rows) {
+    return Array(writable(x.scales), "__half", {p.batch, p.kv_heads, rows},
                  {x.scales_batch_stride, x.scales_head_stride, 1});
   };
   const Array starts = p.starts ? Array(writable(p.starts), "int32_t", {p.batch}) : q;
@@ -52,8 +52,13 @@ AttentionCall attention_call(const AttendParams& p, const cuda::Device& device, 
   const Array written(nullptr, "uint8_t", {p.kv_len + 1});
 
   AttentionCall call;
-  const std::vector<Array> cache{q,      codes(p.keys), scales(p.keys), codes(p.values), scales(p.values), written,
-                                 starts, mask};
+  std::vector<Array> cache{q};
+  const auto add_packed = [&](const Packed& keys, const Packed& values, int rows) {
+    cache.insert(cache.end(), {codes(keys, rows), scales(keys, rows), codes(values, rows), scales(values, rows)});
+  };
+  add_packed(p.keys, p.values, p.kv_len);
+  cache.insert(cache.end(), {written, starts, mask});
+  if (shape.copies()) add_packed(p.exact.keys, p.exact.values, p.exact.ring + p.exact.first);
   const std::vector<Array> rows{sinks, centre(p.key_centre), centre(p.value_centre)};
   const auto plan = forced ? *forced : cuda::plan_attention(shape, device);
   if (plan.method == cuda::AttentionPlan::whole) {
@@ -82,12 +87,16 @@ void attend_on_gpu(const AttendParams& host, Planner planner) {
   };
   const size_t q_bytes = size_t(p.batch) * p.q.batch_stride * size_of(p.q.dtype);
   upload(p.q.data, q_bytes);
-  for (Packed* x : {&p.keys, &p.values}) {
+  for (auto [x, tokens] : {std::pair{&p.keys, p.kv_len},
+                           {&p.values, p.kv_len},
+                           {&p.exact.keys, p.exact.ring + p.exact.first},
+                           {&p.exact.values, p.exact.ring + p.exact.first}}) {
+    if (tokens == 0) continue;
     // Not a byte beyond the last row, so that a read there is one out of bounds.
     const int words = words_per_vector(x->bits, p.head_dim);
     const int64_t heads = p.kv_heads - 1, rows = p.batch - 1;
-    upload(x->codes, 4 * (rows * x->codes_batch_stride + heads * x->codes_head_stride + int64_t(p.kv_len) * words));
-    upload(x->scales, 2 * (rows * x->scales_batch_stride + heads * x->scales_head_stride + p.kv_len));
+    upload(x->codes, 4 * (rows * x->codes_batch_stride + heads * x->codes_head_stride + int64_t(tokens) * words));
+    upload(x->scales, 2 * (rows * x->scales_batch_stride + heads * x->scales_head_stride + tokens));
   }
   upload(p.key_centre, size_t(p.kv_heads) * p.head_dim * 4);
   upload(p.value_centre, size_t(p.kv_heads) * p.head_dim * 4);

@@ -5,6 +5,14 @@
 
 namespace turboquant::cuda {
 
+/// Packed keys and values: [batch, kv_heads, rows, bits * D / 32] codes and [batch, kv_heads, rows] scales.
+struct PackedCache {
+  const unsigned *key_codes, *value_codes;
+  const __half *key_scales, *value_scales;
+  long long key_code_strides[2], value_code_strides[2];    // of batch and head, in words; rows are dense
+  long long key_scale_strides[2], value_scale_strides[2];  // of batch and head, in elements
+};
+
 /// AttendParams of turboquant.h on the device.
 struct AttentionArgs {
   int batch, query_heads, kv_heads, query_len, kv_len;
@@ -12,15 +20,15 @@ struct AttentionArgs {
   unsigned long long seed;
   bool causal;
   int window;
-  const void* q;                                           // [batch, query_heads, query_len, D]
-  long long q_strides[4];                                  // in elements
-  const unsigned *key_codes, *value_codes;                 // [batch, kv_heads, kv_len, bits * D / 32]
-  const __half *key_scales, *value_scales;                 // [batch, kv_heads, kv_len]
-  long long key_code_strides[2], value_code_strides[2];    // of batch and head, in words; rows are dense
-  long long key_scale_strides[2], value_scale_strides[2];  // of batch and head, in elements
-  const float *key_centre, *value_centre;                  // [kv_heads, D] or null
-  const int* starts;                                       // [batch] or null
-  const void* mask;                                        // [batch, query_heads, query_len, kv_len]; bool or MaskT
+  const void* q;                           // [batch, query_heads, query_len, D]
+  long long q_strides[4];                  // in elements
+  PackedCache packed;                      // of kv_len rows
+  PackedCache exact;                       // copies of 8 bits, of ring + first rows (ExactTier of turboquant.h)
+  int ring, recent, first;                 // what of these is read; `recent` and `first` are 0 without copies
+  int exact_parts;                         // pieces that a segment's copies are read in: schedule.cu.h
+  const float *key_centre, *value_centre;  // [kv_heads, D] or null
+  const int* starts;                       // [batch] or null
+  const void* mask;                        // [batch, query_heads, query_len, kv_len]; bool or MaskT
   long long mask_strides[4];
   const float* sinks;  // [query_heads] or null
   float* partial;      // [slots, ROWS, partial_floats]: see schedule.cu.h and Partial
@@ -68,6 +76,35 @@ __device__ inline Range visible_keys(const AttentionArgs& a, int b, int query) {
   if (a.causal) last = min(last, position + 1);
   if (a.window > 0) first = max(first, position - a.window + 1);
   return {first, max(first, last)};
+}
+
+/// The first token that a query reads from the ring of exact copies: kv_len where there is none.
+__device__ inline int ring_begin(const AttentionArgs& a, int query) {
+  if (a.recent == 0) return a.kv_len;
+  return max(max(a.kv_len - a.query_len + query - a.recent + 1, a.kv_len - a.ring), 0);
+}
+
+/// The same of the last query, the largest.
+__device__ inline int last_ring_begin(const AttentionArgs& a) { return max(a.kv_len - a.recent, 0); }
+
+/// The end of a row's first tokens, of which exact copies are read too.
+__device__ inline int first_end(const AttentionArgs& a, int b) {
+  return a.first == 0 ? 0 : (a.starts ? max(a.starts[b], 0) : 0) + a.first;
+}
+
+/// Of the keys that a query may see those that it reads from the codes.
+__device__ inline Range coded_keys(const AttentionArgs& a, int b, int query) {
+  const Range r = visible_keys(a, b, query);
+  const int first = max(r.first, first_end(a, b));
+  return {first, max(first, min(r.last, ring_begin(a, query)))};
+}
+
+/// Of these keys those that it reads from exact copies, of the ring or of the first tokens.
+__device__ inline Range exact_keys(const AttentionArgs& a, int b, int query, bool of_ring) {
+  const Range r = visible_keys(a, b, query);
+  const int begin = ring_begin(a, query);
+  if (of_ring) return {max(r.first, begin), r.last};
+  return {r.first, min(min(r.last, begin), first_end(a, b))};
 }
 
 constexpr float kLog2E = 1.44269504088896340736f;

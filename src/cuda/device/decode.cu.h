@@ -11,12 +11,13 @@
 
 namespace turboquant::cuda {
 
-template <int D, int KEYS, int VALUES, class T, MaskType MASK, class MaskT, int WARPS, int STAGES>
+/// With EXACT it reads exact copies instead (ExactTiles of schedule.cu.h).
+template <int D, int KEYS, int VALUES, class T, MaskType MASK, class MaskT, int WARPS, int STAGES, bool EXACT = false>
 struct Decode {
   static constexpr int kRows = 4;
   using Keys = Rows<KEYS, D, false>;
   using Values = Rows<VALUES, D, true>;
-  using Copies = TileCopies<Keys, Values, kTile, STAGES>;
+  using Copies = typename CopiesOf<Keys, Values, kTile, STAGES, EXACT>::type;
   using KeyShare = Share<D, 4>;
   using ValueShare = Share<D, 8>;
   // Lanes that take different words of a group need the same order of bits in all.
@@ -58,18 +59,12 @@ struct Decode {
   // Of the segment in hand.
   int b, kv_head, first_row;
   int row_query, row_head;  // of this thread's query row, t
-  Range row_range;
+  Range row_range;          // that it sees in the tile in hand, or in all
   int acc[kValueTiles][4];
   int weight_sum;  // of this thread's column, where values' bytes are unsigned
   float top, sum;  // exponent that weights are relative to, and their sum over this thread's tokens
 
   __device__ Decode(const AttentionArgs& args, Shared& memory) : a(args), shared(memory) {}
-
-  __device__ void run() {
-    for_each_piece<kTile, kRows>(a, [this](int row, int local, int first_tile, int last_tile, int slot) {
-      segment(row, local, first_tile, last_tile, slot);
-    });
-  }
 
   /// Starts the copy of a tile into a stage of the ring, if there is one; `copies` goes on to this warp's next.
   __device__ void start_copy(Copies& copies, int tile, int last, int stage) {
@@ -98,7 +93,7 @@ struct Decode {
     b = batch_row, kv_head = local / row_blocks, first_row = local % row_blocks * kRows;
     const int row = min(first_row + t, a.rows() - 1);
     row_query = row / a.group(), row_head = kv_head * a.group() + row % a.group();
-    row_range = visible_keys(a, b, row_query);
+    row_range = coded_keys(a, b, row_query);
 
     // All addresses are made before the first branch: at a kernel's start each parameter is a miss of the constant
     // cache, and misses overlap only within a block of code.  The queries' load goes first, for the first product waits
@@ -147,7 +142,7 @@ struct Decode {
 #pragma unroll 1
     for (int tile = mine; tile < last_tile; tile += WARPS) {
       __syncwarp();  // the stage that is filled next has been read by all
-      start_copy(copies, tile + (STAGES - 1) * WARPS, last_tile, filled);
+      if (STAGES > 1 || tile != mine) start_copy(copies, tile + (STAGES - 1) * WARPS, last_tile, filled);
       filled = filled == STAGES - 1 ? 0 : filled + 1;
       wait_copies<STAGES - 1>();
       __syncwarp();
@@ -172,7 +167,7 @@ struct Decode {
       unsigned bytes[kValueTiles][4], weights[2];
       // Two warps a scheduler: before the branches of the softmax, so that they overlap its latencies.
       if constexpr (WARPS <= 8) unpack_values(values, bytes);
-      apply_mask(s, tile * kTile);
+      apply_mask(s, first_token(copies, tile));
       softmax(s, weights);
       if constexpr (WARPS > 8) unpack_values(values, bytes);
 #pragma unroll
@@ -182,6 +177,16 @@ struct Decode {
       }
     }
     finish(slot, min(WARPS, last_tile - first_tile));
+  }
+
+  /// The first token of a tile.
+  __device__ int first_token(const Copies& copies, int tile) {
+    if constexpr (EXACT) {
+      const ExactPlace<kTile> place(a, copies.tiles, tile);
+      row_range = exact_keys(a, b, row_query, place.of_ring);
+      return place.key;
+    }
+    return tile * kTile;
   }
 
   /// The token of this thread's i-th score within a tile.
@@ -454,12 +459,24 @@ struct Decode {
 };
 
 /// Entry for generated code: types from pointers, shared memory as the bytes that were planned.
-template <int D, int KEYS, int VALUES, MaskType MASK, int SHARED_BYTES, int WARPS, int STAGES, class T, class MaskT>
+template <int D, int KEYS, int VALUES, MaskType MASK, int SHARED_BYTES, bool COPIES, int WARPS, int STAGES, class T,
+          class MaskT>
 __device__ void run_decode(const AttentionArgs& a, const T*, const MaskT*, unsigned char* shared) {
   using Kernel = Decode<D, KEYS, VALUES, T, MASK, MaskT, WARPS, STAGES>;
   static_assert(sizeof(typename Kernel::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
-  Kernel kernel(a, *reinterpret_cast<typename Kernel::Shared*>(shared));
-  kernel.run();
+  const auto read_codes = [&](int row, int local, int first_tile, int last_tile, int slot) {
+    Kernel kernel(a, *reinterpret_cast<typename Kernel::Shared*>(shared));
+    kernel.segment(row, local, first_tile, last_tile, slot);
+  };
+  const auto read_copies = [&](int row, int local, int first_tile, int last_tile, int slot) {
+    if constexpr (COPIES) {
+      using Exact = Decode<D, 8, 8, T, MASK, MaskT, WARPS, 1, true>;
+      static_assert(sizeof(typename Exact::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
+      Exact kernel(a, *reinterpret_cast<typename Exact::Shared*>(shared));
+      kernel.segment(row, local, first_tile, last_tile, slot);
+    }
+  };
+  for_each_piece<kTile, Kernel::kRows>(a, read_codes, read_copies);
 }
 
 }  // namespace turboquant::cuda

@@ -50,23 +50,23 @@ struct Coordinate<true> {
 };
 
 /// Adds a warp's share of partial results to a row: v, `sum` and `top` as in finish_row.  They are those of every
-/// eighth slot from `first` on, before `last`, of row `row` of ROWS; five of them at a time, so that their loads
+/// eighth of `slots` from `first` on, of row `row` of ROWS; five of them at a time, so that their loads
 /// overlap.
 template <int D, int ROWS, bool HALF>
-__device__ void add_partials(const AttentionArgs& a, int row, int first, int last, float (&v)[8], float& sum,
-                             float& top) {
+__device__ void add_partials(const AttentionArgs& a, int row, const PartialSlots& slots, int first, float (&v)[8],
+                             float& sum, float& top) {
   constexpr int step = 8, batch = 5;
   using Coordinates = typename Coordinate<HALF>::type;
   const int lane = threadIdx.x & 31;
 #pragma unroll 1
-  for (int i = first; i < last; i += batch * step) {
+  for (int i = first; i < slots.size(); i += batch * step) {
     float2 sums[batch];
     Raw8<Coordinates> raw[batch] = {};
 #pragma unroll
     for (int k = 0; k < batch; ++k) {
       sums[k] = make_float2(kNothing, 0);
-      if (i + k * step >= last) continue;
-      const Partial<D, HALF> partial(a, (long long)(i + k * step) * ROWS + row);
+      if (i + k * step >= slots.size()) continue;
+      const Partial<D, HALF> partial(a, (long long)slots[i + k * step] * ROWS + row);
       sums[k] = *partial.sums();
       const void* from = __builtin_assume_aligned(partial.row, 16);
       if (lane < D / 8) raw[k].load(static_cast<const Coordinates*>(from) + 8 * lane);
@@ -106,9 +106,9 @@ __device__ void merge(const AttentionArgs& a, int row, int slots, float* shared)
   const bool has = lane < D / 8;
 
   const int segment = kv_head * ((a.rows() + ROWS - 1) / ROWS) + in_group / ROWS;
-  const Range partials = partial_slots<TILE, ROWS>(a, b, segment, slots);
+  const PartialSlots partials = partial_slots<TILE, ROWS>(a, b, segment, slots);
   float top = kNothing, sum = 0, v[8] = {};
-  add_partials<D, ROWS, HALF>(a, in_group % ROWS, partials.first + warp, partials.last, v, sum, top);
+  add_partials<D, ROWS, HALF>(a, in_group % ROWS, partials, warp, v, sum, top);
   if (has) store8(shared + warp * D + 8 * lane, v);
   if (lane == 0) shared[8 * D + warp] = top, shared[8 * D + 8 + warp] = sum;
   __syncthreads();

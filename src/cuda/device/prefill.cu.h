@@ -32,7 +32,7 @@ __device__ void levels_as_halves(unsigned bytes, unsigned (&out)[2]) {
   }
 }
 
-template <int D, int KEYS, int VALUES, class T, MaskType MASK, class MaskT, int WM, int WN>
+template <int D, int KEYS, int VALUES, class T, MaskType MASK, class MaskT, int WM, int WN, bool COPIES>
 struct Prefill {
   static constexpr int kRows = 16 * WM, kWarps = WM * WN, kThreads = 32 * kWarps;
   static constexpr int kTokens = kPrefillTile / WN;  // of a tile that a warp multiplies
@@ -59,7 +59,7 @@ struct Prefill {
   int lane = threadIdx.x & 31, warp = warp_index(), g = lane / 4, t = lane % 4, m = warp % WM, n = warp / WM;
 
   int b, kv_head, first_row;
-  Range row_range[2];  // of this thread's rows, g and g + 8 of its warp's 16
+  Range row_range[2];  // what this thread's rows, g and g + 8 of its warp's 16, see of the tiles in hand
   int row_query[2], row_head[2];
   float out[D / 8][4];
   float top[2], sum[2];
@@ -73,9 +73,10 @@ struct Prefill {
     const int local = segment % (a.kv_heads * row_blocks);
     begin(segment / (a.kv_heads * row_blocks), local % a.kv_heads, row_blocks - 1 - local / a.kv_heads);
     const int last_row = min(first_row + kRows, a.rows()) - 1;
-    const int from = visible_keys(a, b, first_row / a.group()).first / kPrefillTile;
-    const int to = (visible_keys(a, b, last_row / a.group()).last + kPrefillTile - 1) / kPrefillTile;
+    const int from = coded_keys(a, b, first_row / a.group()).first / kPrefillTile;
+    const int to = (coded_keys(a, b, last_row / a.group()).last + kPrefillTile - 1) / kPrefillTile;
     scan(from, to);
+    if constexpr (COPIES) scan_copies();
     gather();
     for (int i = warp; i < kRows && first_row + i < a.rows(); i += kWarps) {
       const int row = first_row + i;
@@ -89,19 +90,31 @@ struct Prefill {
   /// This block's pieces of the cache, to partial results.
   __device__ void run_split() {
     const int row_blocks = (a.rows() + kRows - 1) / kRows;
-    for_each_piece<kPrefillTile, kRows>(a, [&](int row, int local, int first_tile, int last_tile, int slot) {
+    const auto read_codes = [&](int row, int local, int first_tile, int last_tile, int slot) {
       begin(row, local / row_blocks, local % row_blocks);
       scan(first_tile, last_tile);
-      gather();
-      for (int i = threadIdx.x; i < kRows * D / 4; i += kThreads) {
-        reinterpret_cast<float4*>(Partial<D, false>(a, (long long)slot * kRows + i / (D / 4)).row)[i % (D / 4)] =
-            *reinterpret_cast<const float4*>(&shared.result[i / (D / 4)][i % (D / 4) * 4]);
-      }
-      for (int i = threadIdx.x; i < kRows; i += kThreads) {
-        *Partial<D, false>(a, (long long)slot * kRows + i).sums() = shared.sums[0][i];
-      }
-      __syncthreads();
-    });
+      write(slot);
+    };
+    const auto read_copies = [&](int row, int local, int, int, int slot) {
+      begin(row, local / row_blocks, local % row_blocks);
+      prepare_queries();
+      if constexpr (COPIES) scan_copies();
+      write(slot);
+    };
+    for_each_piece<kPrefillTile, kRows>(a, read_codes, read_copies);
+  }
+
+  /// Gathers and writes a partial result.
+  __device__ void write(int slot) {
+    gather();
+    for (int i = threadIdx.x; i < kRows * D / 4; i += kThreads) {
+      reinterpret_cast<float4*>(Partial<D, false>(a, (long long)slot * kRows + i / (D / 4)).row)[i % (D / 4)] =
+          *reinterpret_cast<const float4*>(&shared.result[i / (D / 4)][i % (D / 4) * 4]);
+    }
+    for (int i = threadIdx.x; i < kRows; i += kThreads) {
+      *Partial<D, false>(a, (long long)slot * kRows + i).sums() = shared.sums[0][i];
+    }
+    __syncthreads();
   }
 
   /// Takes up a block of query rows.
@@ -111,7 +124,6 @@ struct Prefill {
     for (int k = 0; k < 2; ++k) {
       const int row = min(first_row + 16 * m + g + 8 * k, a.rows() - 1);
       row_query[k] = row / a.group(), row_head[k] = kv_head * a.group() + row % a.group();
-      row_range[k] = visible_keys(a, b, row_query[k]);
       top[k] = kNothing, sum[k] = 0;
     }
 #pragma unroll
@@ -167,17 +179,22 @@ struct Prefill {
         unsigned* to = shared.packed[tile & 1][part];
         if (tokens <= 0) continue;
         if (task < 2) {
-          Keys::copy(to, a.key_codes + b * a.key_code_strides[0] + kv_head * a.key_code_strides[1] + row * Keys::words,
+          Keys::copy(to,
+                     a.packed.key_codes + b * a.packed.key_code_strides[0] + kv_head * a.packed.key_code_strides[1] +
+                         row * Keys::words,
                      tokens);
         } else if (task < 4) {
-          Values::copy(
-              to + Keys::size,
-              a.value_codes + b * a.value_code_strides[0] + kv_head * a.value_code_strides[1] + row * Values::words,
-              tokens);
+          Values::copy(to + Keys::size,
+                       a.packed.value_codes + b * a.packed.value_code_strides[0] +
+                           kv_head * a.packed.value_code_strides[1] + row * Values::words,
+                       tokens);
         } else {
-          copy_scales(reinterpret_cast<__half*>(to + Keys::size + Values::size),
-                      a.key_scales + b * a.key_scale_strides[0] + kv_head * a.key_scale_strides[1] + row,
-                      a.value_scales + b * a.value_scale_strides[0] + kv_head * a.value_scale_strides[1] + row, tokens);
+          copy_scales(
+              reinterpret_cast<__half*>(to + Keys::size + Values::size),
+              a.packed.key_scales + b * a.packed.key_scale_strides[0] + kv_head * a.packed.key_scale_strides[1] + row,
+              a.packed.value_scales + b * a.packed.value_scale_strides[0] + kv_head * a.packed.value_scale_strides[1] +
+                  row,
+              tokens);
         }
       }
     }
@@ -219,8 +236,43 @@ struct Prefill {
     }
   }
 
+  /// Expands one side of `tokens` exact copies, zeros behind them, as `expand` does.
+  template <class Slot>
+  __device__ void expand_copies(const unsigned* codes, const long long (&strides)[2], const Slot& slot, int tokens,
+                                __half (&to)[kPrefillTile][kStride]) {
+    constexpr int groups = D / 32, words = D / 4;
+    const unsigned* from = codes + b * strides[0] + kv_head * strides[1];
+    const bool aligned = aligned_to(from, 16);
+#pragma unroll 2
+    for (int i = threadIdx.x; i < kPrefillTile * groups; i += kThreads) {
+      const int token = i / groups, group = i % groups;
+      uint4 packed[2] = {};
+      if (token < tokens) {
+        const unsigned* p = from + (long long)slot(token) * words + 8 * group;
+        if (aligned) {
+          packed[0] = reinterpret_cast<const uint4*>(p)[0], packed[1] = reinterpret_cast<const uint4*>(p)[1];
+        } else {
+          packed[0] = make_uint4(p[0], p[1], p[2], p[3]), packed[1] = make_uint4(p[4], p[5], p[6], p[7]);
+        }
+      }
+      const unsigned pairs[4][2] = {{packed[0].x, packed[0].y},
+                                    {packed[0].z, packed[0].w},
+                                    {packed[1].x, packed[1].y},
+                                    {packed[1].z, packed[1].w}};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        unsigned low[2], high[2];
+        levels_as_halves<8>(pairs[w][0], low);
+        levels_as_halves<8>(pairs[w][1], high);
+        *reinterpret_cast<uint4*>(&to[token][32 * group + 8 * w]) = make_uint4(low[0], low[1], high[0], high[1]);
+      }
+    }
+  }
+
   /// Goes through tiles [first, last) of the segment.
   __device__ void scan(int first, int last) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) row_range[k] = coded_keys(a, b, row_query[k]);
     start_copy(first, last);
     prepare_queries();
 #pragma unroll 1
@@ -234,18 +286,59 @@ struct Prefill {
       if (threadIdx.x < kPrefillTile) {
         const unsigned* part = packed + threadIdx.x / 32 * kPart + Keys::size + Values::size;
         const __half* scales = reinterpret_cast<const __half*>(part) + threadIdx.x % 32;
-        float key = __half2float(scales[0]), value = __half2float(scales[32]);
-        // As in decoding: a value scale that is no number spoils the weight.
-        if (!(fabsf(value) < __uint_as_float(0x7f800000))) key = __uint_as_float(0x7fc00000), value = 0;
-        shared.token_scales[threadIdx.x] = make_float2(key, value);
+        shared.token_scales[threadIdx.x] = checked(make_float2(__half2float(scales[0]), __half2float(scales[32])));
       }
       __syncthreads();
-      multiply(tile);
+      multiply(tile * kPrefillTile);
     }
     wait_copies<0>();
   }
 
-  __device__ void multiply(int tile) {
+  /// Goes through the exact copies that some row of the block may read, after the queries were prepared.  They are few,
+  /// so nothing is copied ahead.
+  __device__ void scan_copies() {
+    const int last_row = min(first_row + kRows, a.rows()) - 1;
+    const int last = visible_keys(a, b, last_row / a.group()).last, start = a.starts ? max(a.starts[b], 0) : 0;
+#pragma unroll 1
+    for (int of_ring = 0; of_ring < 2; ++of_ring) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) row_range[k] = exact_keys(a, b, row_query[k], of_ring);
+      const int begin = of_ring ? ring_begin(a, first_row / a.group()) / kPrefillTile * kPrefillTile : start;
+      const int end = of_ring ? last : min(last, start + a.first);
+#pragma unroll 1
+      for (int key = begin; key < end; key += kPrefillTile) {
+        __syncthreads();  // all have done with the last tile
+        const auto slot = [&](int token) { return of_ring ? (key + token) % a.ring : a.ring + key - start + token; };
+        expand_copies(a.exact.key_codes, a.exact.key_code_strides, slot, end - key, shared.keys);
+        expand_copies(a.exact.value_codes, a.exact.value_code_strides, slot, end - key, shared.values);
+        if (const int token = threadIdx.x; token < kPrefillTile) {
+          float2 scales = make_float2(0, 0);
+          if (token < end - key) {
+            const PackedCache& c = a.exact;
+            scales.x =
+                __half2float(c.key_scales[b * c.key_scale_strides[0] + kv_head * c.key_scale_strides[1] + slot(token)]);
+            scales.y = __half2float(
+                c.value_scales[b * c.value_scale_strides[0] + kv_head * c.value_scale_strides[1] + slot(token)]);
+          }
+          scales = checked(scales);
+          // The other tiles' levels have other steps.
+          scales.x *= step_of(8) / step_of(KEYS), scales.y *= step_of(8) / step_of(VALUES);
+          shared.token_scales[token] = scales;
+        }
+        __syncthreads();
+        multiply(key);
+      }
+    }
+  }
+
+  /// A token's scales; as in decoding, that of a value spoils the weight if it is no number.
+  static __device__ float2 checked(float2 scales) {
+    if (fabsf(scales.y) < __uint_as_float(0x7f800000)) return scales;
+    return make_float2(__uint_as_float(0x7fc00000), 0);
+  }
+
+  /// Scores and values of a tile whose first token is `key`.
+  __device__ void multiply(int key) {
     // Two sets of sums where there are few, for products of one set wait for each other.
     constexpr int sets = kTokens <= 32 ? 2 : 1;
     float s[kTokens / 8][4], more[kTokens / 8][4];
@@ -277,7 +370,7 @@ struct Prefill {
         for (int i = 0; i < 4; ++i) s[j][i] += more[j][i];
       }
     }
-    scale_scores(s, tile * kPrefillTile + kTokens * n);
+    scale_scores(s, key + kTokens * n);
     softmax(s);
 #pragma unroll
     for (int j = 0; j < kTokens / 16; ++j) {
@@ -411,10 +504,10 @@ struct Prefill {
 };
 
 /// Entry for generated code: types from pointers, shared memory as the bytes that were planned.
-template <int D, int KEYS, int VALUES, MaskType MASK, int SHARED_BYTES, int WM, int WN, bool SPLIT, class T,
-          class MaskT>
+template <int D, int KEYS, int VALUES, MaskType MASK, int SHARED_BYTES, bool COPIES, int WM, int WN, bool SPLIT,
+          class T, class MaskT>
 __device__ void run_prefill(const AttentionArgs& a, const T*, const MaskT*, unsigned char* shared) {
-  using Kernel = Prefill<D, KEYS, VALUES, T, MASK, MaskT, WM, WN>;
+  using Kernel = Prefill<D, KEYS, VALUES, T, MASK, MaskT, WM, WN, COPIES>;
   static_assert(sizeof(typename Kernel::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
   Kernel kernel(a, *reinterpret_cast<typename Kernel::Shared*>(shared));
   if constexpr (SPLIT) {

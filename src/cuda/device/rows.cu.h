@@ -12,13 +12,15 @@
 
 namespace turboquant::cuda {
 
-template <int D, int KEYS, int VALUES, class T, MaskType MASK, class MaskT, int GROUPS, int WARPS, int STAGES>
+/// With EXACT it reads exact copies instead (ExactTiles of schedule.cu.h).
+template <int D, int KEYS, int VALUES, class T, MaskType MASK, class MaskT, int GROUPS, int WARPS, int STAGES,
+          bool EXACT = false>
 struct ManyRows {
   static constexpr int kRows = 8 * GROUPS, kTokens = 16;
   static constexpr int kSteps = WARPS * kTokens / kTile;  // products of 32 tokens in a round
   using Keys = Rows<KEYS, D, false, kTokens>;
   using Values = Rows<VALUES, D, true, kTokens>;
-  using Copies = TileCopies<Keys, Values, kTokens, STAGES>;
+  using Copies = typename CopiesOf<Keys, Values, kTokens, STAGES, EXACT>::type;
   using KeyShare = Share<D, 4>;
   static constexpr int kKeySteps = KeyShare::per_thread * KeyShare::words;
   static constexpr int kRoom = (WARPS == 8 ? 12 : 8) / GROUPS;
@@ -32,7 +34,7 @@ struct ManyRows {
   static constexpr int kSets = Passed::kSets;          // of 16 coordinates, that a warp sums
   static constexpr int kStageWords = Copies::kWords;
   static constexpr float kWeightOne = 65280;  // 255 * 256: the fixed-point weight of 1
-  static_assert(STAGES >= 2 && D > 128, "smaller heads have fewer sets of coordinates than eight warps");
+  static_assert(D > 128, "smaller heads have fewer sets of coordinates than eight warps");
   static_assert(kRows < WARPS || kRows % WARPS == 0, "warps prepare as many queries each");
 
   struct Shared {
@@ -44,7 +46,8 @@ struct ManyRows {
     float q_scale[kRows];
     int q_offset[kRows][2];  // what the unsigned bytes of some keys add to the products
     Range range[kRows];
-    int top[2][kRows];  // as `ordered`; proposed for even and for odd rounds
+    Range range_of_first[EXACT ? kRows : 1];  // of exact copies `range` is that of the ring
+    int top[2][kRows];                        // as `ordered`; proposed for even and for odd rounds
     float2 sums[WARPS][kRows];
     typename Levels::Stored levels;
   };
@@ -64,12 +67,6 @@ struct ManyRows {
   float weight_sum[GROUPS];        // of the fixed-point weights, where values' bytes are biased
 
   __device__ ManyRows(const AttentionArgs& args, Shared& memory) : a(args), shared(memory) {}
-
-  __device__ void run() {
-    for_each_piece<kTile, kRows>(a, [this](int row, int local, int first_tile, int last_tile, int slot) {
-      segment(row, local, first_tile, last_tile, slot);
-    });
-  }
 
   __device__ int query_of(int row) const { return min(first_row + row, a.rows() - 1) / a.group(); }
   __device__ int head_of(int row) const { return kv_head * a.group() + min(first_row + row, a.rows() - 1) % a.group(); }
@@ -114,7 +111,13 @@ struct ManyRows {
     start_copy(copies, 0, 0);
     prepare_queries(raw);
     if (threadIdx.x < kRows) {
-      shared.range[threadIdx.x] = visible_keys(a, b, query_of(threadIdx.x));
+      const int query = query_of(threadIdx.x);
+      if constexpr (EXACT) {
+        shared.range[threadIdx.x] = exact_keys(a, b, query, true);
+        shared.range_of_first[threadIdx.x] = exact_keys(a, b, query, false);
+      } else {
+        shared.range[threadIdx.x] = coded_keys(a, b, query);
+      }
       shared.top[0][threadIdx.x] = shared.top[1][threadIdx.x] = ordered(kNothing);
     }
     if (threadIdx.x == 0) levels.store(shared.levels);
@@ -167,7 +170,7 @@ struct ManyRows {
       if (i + 1 < rounds) {
         wait_copies<STAGES - 1>();
         __syncwarp();
-        score(shared.ring[warp][next], i + 1, sees);
+        score(shared.ring[warp][next], i + 1, copies, sees);
       }
       if (late && i > 0) multiply_values(i + 1 & 1);
       if (i >= 0) rescale(down);
@@ -204,10 +207,16 @@ struct ManyRows {
   __device__ int token(int i) const { return 8 * (i / 2) + (i % 2 ? 7 - t : t); }
 
   /// Scores of a round, and larger exponents for the rows that need them.
-  __device__ void score(const unsigned* keys, int round, const Range& sees) {
+  __device__ void score(const unsigned* keys, int round, const Copies& copies, const Range& sees) {
     const float hidden = -__uint_as_float(0x7f800000);
-    const int key = piece(round) * kTokens;
-    if (piece(round) >= last_piece || key >= a.kv_len) {
+    int key = piece(round) * kTokens, tokens = a.kv_len - key;
+    const Range* ranges = shared.range;
+    if constexpr (EXACT) {
+      const ExactPlace<kTokens> place(a, copies.tiles, piece(round));
+      key = place.key, tokens = place.tokens;
+      if (!place.of_ring) ranges = shared.range_of_first;
+    }
+    if (piece(round) >= last_piece || tokens <= 0) {
 #pragma unroll
       for (int r = 0; r < GROUPS; ++r) s[r][0] = s[r][1] = s[r][2] = s[r][3] = hidden;
       if (lane < kTokens) shared.token_scales[warp][lane] = make_float4(0, 0, 0, 0);  // no NaN for the weights of 0
@@ -236,10 +245,10 @@ struct ManyRows {
         s[r][i] = float(dot) * (scales[i].x * q_scale);
       }
     }
-    if (MASK != kNoMask || !__all_sync(~0u, key >= sees.first && key + kTokens <= sees.last)) {
+    if (MASK != kNoMask || EXACT || !__all_sync(~0u, key >= sees.first && key + kTokens <= sees.last)) {
 #pragma unroll
       for (int r = 0; r < GROUPS; ++r) {
-        const Range range = shared.range[8 * r + g];
+        const Range range = ranges[8 * r + g];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int at = key + token(i);
@@ -474,13 +483,24 @@ struct ManyRows {
 };
 
 /// Entry for generated code: types from pointers, shared memory as the bytes that were planned.
-template <int D, int KEYS, int VALUES, MaskType MASK, int SHARED_BYTES, int ROWS, int WARPS, int STAGES, class T,
-          class MaskT>
+template <int D, int KEYS, int VALUES, MaskType MASK, int SHARED_BYTES, bool COPIES, int ROWS, int WARPS, int STAGES,
+          class T, class MaskT>
 __device__ void run_rows(const AttentionArgs& a, const T*, const MaskT*, unsigned char* shared) {
   using Kernel = ManyRows<D, KEYS, VALUES, T, MASK, MaskT, ROWS / 8, WARPS, STAGES>;
   static_assert(sizeof(typename Kernel::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
-  Kernel kernel(a, *reinterpret_cast<typename Kernel::Shared*>(shared));
-  kernel.run();
+  const auto read_codes = [&](int row, int local, int first_tile, int last_tile, int slot) {
+    Kernel kernel(a, *reinterpret_cast<typename Kernel::Shared*>(shared));
+    kernel.segment(row, local, first_tile, last_tile, slot);
+  };
+  const auto read_copies = [&](int row, int local, int first_tile, int last_tile, int slot) {
+    if constexpr (COPIES) {
+      using Exact = ManyRows<D, 8, 8, T, MASK, MaskT, ROWS / 8, WARPS, 1, true>;
+      static_assert(sizeof(typename Exact::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
+      Exact kernel(a, *reinterpret_cast<typename Exact::Shared*>(shared));
+      kernel.segment(row, local, first_tile, last_tile, slot);
+    }
+  };
+  for_each_piece<kTile, ROWS>(a, read_codes, read_copies);
 }
 
 }  // namespace turboquant::cuda

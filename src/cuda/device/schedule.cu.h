@@ -6,18 +6,73 @@
 // in equal contiguous runs.  Starting on a segment costs a block some time; the dealing counts it as some more tiles at
 // the segment's beginning.  A block leaves one partial result for each segment that it has tiles of; in an even launch
 // it leaves one for its segment, even without tiles.
+//
+// Exact copies of a segment's newest and first tokens are read in `exact_parts` pieces, each by one block for a partial
+// result of its own, which lies behind those of the codes.  They count as some tiles more at the segment's end, so that
+// a block which reads a piece has less of the codes, or none.
 #pragma once
 
 #include "cuda/device/attention.cu.h"
 
 namespace turboquant::cuda {
 
-/// Tiles of a segment of batch row b: [first, last).
+/// Tiles of codes of a segment of batch row b: [first, last).
 template <int TILE>
 __device__ Range segment_tiles(const AttentionArgs& a, int b) {
-  const int first = visible_keys(a, b, 0).first / TILE, last = (a.kv_len + TILE - 1) / TILE;
+  const int first = max(visible_keys(a, b, 0).first, first_end(a, b)) / TILE;
+  const int last = (last_ring_begin(a) + TILE - 1) / TILE;
   return {first, max(first, last)};
 }
+
+/// Tiles of 32 exact copies that some query of batch row b may read: those of the first tokens, then those of the ring.
+struct ExactTiles {
+  int start;    // of the row
+  int firsts;   // tiles of first tokens
+  int ring_at;  // the tile of tokens that the next one holds
+  int count;
+
+  __device__ ExactTiles(const AttentionArgs& a, int b) {
+    start = a.starts ? max(a.starts[b], 0) : 0;
+    firsts = (a.first + 31) / 32;
+    ring_at = ring_begin(a, 0) / 32;
+    count = firsts + (a.recent ? (a.kv_len + 31) / 32 - ring_at : 0);
+  }
+  /// The tiles of a piece.
+  __device__ Range piece(const AttentionArgs& a, int part) const {
+    return {count * part / a.exact_parts, count * (part + 1) / a.exact_parts};
+  }
+};
+
+/// key % ring; an integer division would take as long as a load.
+__device__ inline int in_ring(int key, int ring) {
+  int slot = key - ring * int(float(key) * reciprocal_fast(float(ring)));
+  while (slot < 0) slot += ring;
+  while (slot >= ring) slot -= ring;
+  return slot;
+}
+
+/// TOKENS of such copies.
+template <int TOKENS>
+struct ExactPlace {
+  bool of_ring;
+  int key;     // the first one's token
+  int slot;    // and its row
+  int tokens;  // that are there; at most TOKENS, and not always more than 0
+  __device__ ExactPlace(const AttentionArgs& a, const ExactTiles& tiles, int place) {
+    const int firsts = tiles.firsts * (32 / TOKENS);
+    of_ring = place >= firsts;
+    if (of_ring) {
+      key = (tiles.ring_at * (32 / TOKENS) + place - firsts) * TOKENS;
+      slot = in_ring(key, a.ring), tokens = min(TOKENS, a.kv_len - key);
+    } else {
+      key = tiles.start + place * TOKENS;
+      slot = a.ring + place * TOKENS, tokens = min(TOKENS, a.first - place * TOKENS);
+    }
+  }
+};
+
+/// Tokens of codes that reading a segment's exact copies takes as long as.
+constexpr int kExactCost = 768;
 
 /// Segments of a batch row whose query rows are read `rows_per_block` at a time.
 __device__ inline int segments_of_row(const AttentionArgs& a, int rows_per_block) {
@@ -30,7 +85,12 @@ __device__ inline int part_begin(int count, int parts, int i) {
   return __float2int_rn(float(count) * float(i) * reciprocal_fast(float(parts)));
 }
 
-/// Of a batch's first rows: the tiles of one segment of each, and how many rows have any.  All lanes of a warp ask
+/// Whether a segment of batch row b with `tiles` of codes has anything to read.
+__device__ inline bool has_work(const AttentionArgs& a, int b, int tiles) {
+  return tiles > 0 || (a.exact_parts > 0 && (!a.starts || a.starts[b] < a.kv_len));
+}
+
+/// Of a batch's first rows: the tiles of one segment of each, and how many rows have work.  All lanes of a warp ask
 /// together and each counts some rows, for one after the other they would wait for one `start` after the other.
 template <int TILE>
 struct Counted {
@@ -38,7 +98,7 @@ struct Counted {
   __device__ Counted(const AttentionArgs& a, int first_rows) {
     for (int b = threadIdx.x & 31; b < first_rows; b += 32) {
       const Range r = segment_tiles<TILE>(a, b);
-      tiles += r.last - r.first, rows += r.last > r.first;
+      tiles += r.last - r.first, rows += has_work(a, b, r.last - r.first);
     }
     tiles = __reduce_add_sync(~0u, tiles), rows = __reduce_add_sync(~0u, rows);
   }
@@ -49,20 +109,26 @@ template <int TILE>
 struct Runs {
   int blocks, segments_per_row;  // of the batch
   unsigned start;                // what starting on a segment counts
-  unsigned total;                // tiles, and what starting counts
+  unsigned exact;                // what a segment's exact copies count
+  unsigned total;                // tiles, and what these count
 
   __device__ Runs(const AttentionArgs& a, int rows_per_block, int launched) {
     segments_per_row = segments_of_row(a, rows_per_block);
     const Counted<TILE> all(a, a.batch);
     // As measured, but so little that every block gets tiles.
     start = min(1024u / TILE, unsigned(float(all.tiles * segments_per_row) * reciprocal_fast(2.f * float(launched))));
+    exact = a.exact_parts ? max(start, 1u) : 0;
     total = counts(all);
     blocks = min(unsigned(launched), max(total, 1u));
   }
   /// What the segments of some batch rows count.
-  __device__ unsigned counts(const Counted<TILE>& of) const { return (of.tiles + of.rows * start) * segments_per_row; }
-  /// What a segment of some tiles counts.
-  __device__ unsigned segment(unsigned tiles) const { return tiles ? start + tiles : 0; }
+  __device__ unsigned counts(const Counted<TILE>& of) const {
+    return (of.tiles + of.rows * (start + exact)) * segments_per_row;
+  }
+  /// What a segment of a batch row with some tiles counts.
+  __device__ unsigned segment(const AttentionArgs& a, int b, int tiles) const {
+    return has_work(a, b, tiles) ? start + tiles + exact : 0;
+  }
   /// First tile of a block's run.
   __device__ unsigned begin(int block) const { return scaled(block, total, 0, blocks); }
   /// The block whose run holds a tile.
@@ -73,8 +139,11 @@ struct Runs {
     const int lane = threadIdx.x & 31;
     base = 0;
     for (int first = 0;; first += 32) {
-      const Range r = first + lane < a.batch ? segment_tiles<TILE>(a, first + lane) : Range{0, 0};
-      const unsigned own = segment(r.last - r.first) * segments_per_row;
+      unsigned own = 0;
+      if (const int b = first + lane; b < a.batch) {
+        const Range r = segment_tiles<TILE>(a, b);
+        own = segment(a, b, r.last - r.first) * segments_per_row;
+      }
       unsigned end = own;  // of the rows up to this lane's
       for (int step = 1; step < 32; step *= 2) {
         const unsigned before = __shfl_up_sync(~0u, end, step);
@@ -98,17 +167,64 @@ struct Runs {
   }
 };
 
-/// Calls work(batch row, segment within it, first tile, last tile, slot) for every piece of the cache that this block
-/// reads; `slot` is where its partial result belongs.
-template <int TILE, int ROWS, class Work>
-__device__ void for_each_piece(const AttentionArgs& a, const Work& work) {
+/// How an even launch divides a segment of some tiles of codes among `parts` blocks.  Where parts are short, every
+/// piece of exact copies has a block to itself, after those that read the codes; else each counts as kExactCost tokens.
+template <int TILE>
+struct EvenParts {
+  int tiles, exact;  // what a piece of copies counts, 0 if it has a block to itself
+  int parts, pieces;
+  __device__ EvenParts(const AttentionArgs& a, int tiles, int parts)
+      : tiles(tiles), parts(parts), pieces(a.exact_parts) {
+    const int most = kExactCost / TILE;
+    exact = pieces < parts && tiles <= most * (parts - pieces) ? 0 : most;
+    if (pieces == 0) exact = 0;
+  }
+  __device__ int begin(int part) const {
+    if (exact == 0) return part_begin(tiles, parts - pieces, min(part, parts - pieces));
+    return part_begin(tiles + exact * pieces, parts, part);
+  }
+  /// Whether the block reads codes.
+  __device__ bool reads_codes(int part) const {
+    return pieces == 0 || (exact ? begin(part) < tiles : part < parts - pieces);
+  }
+  /// The first part that does not.
+  __device__ int reading_codes() const {
+    if (exact == 0) return parts - pieces;
+    int part = parts;
+    while (part > 0 && !reads_codes(part - 1)) --part;
+    return part;
+  }
+  /// Whether the block reads piece i of the copies.
+  __device__ bool reads_piece(int part, int i) const {
+    if (exact == 0) return part == parts - pieces + i;
+    const int at = tiles + i * exact;
+    return begin(part) <= at && at < begin(part + 1);
+  }
+};
+
+/// Calls work(batch row, segment within it, first tile, last tile, slot) for every piece of the codes that this block
+/// reads; `slot` is where its partial result belongs.  Then calls exact_work likewise for pieces of exact copies, whose
+/// tiles are those of ExactTiles.
+template <int TILE, int ROWS, class Work, class ExactWork>
+__device__ void for_each_piece(const AttentionArgs& a, const Work& work, const ExactWork& exact_work) {
+  const auto read_copies = [&](int row, int local, int part, int slots_of_codes) {
+    const Range tiles = ExactTiles(a, row).piece(a, part);
+    exact_work(row, local, tiles.first, tiles.last,
+               slots_of_codes + (row * segments_of_row(a, ROWS) + local) * a.exact_parts + part);
+  };
   if (a.even) {
     const int segments_per_row = segments_of_row(a, ROWS), segment = blockIdx.y;
     const int row = a.batch == 1 ? 0 : segment / segments_per_row;
     const Range r = segment_tiles<TILE>(a, row);
-    const int count = r.last - r.first, parts = gridDim.x, part = blockIdx.x;
-    work(row, segment - row * segments_per_row, r.first + part_begin(count, parts, part),
-         r.first + part_begin(count, parts, part + 1), segment * parts + part);
+    const int local = segment - row * segments_per_row, part = blockIdx.x;
+    const EvenParts<TILE> all(a, r.last - r.first, gridDim.x);
+    if (all.reads_codes(part)) {
+      work(row, local, r.first + all.begin(part), r.first + min(all.begin(part + 1), all.tiles),
+           segment * all.parts + part);
+    }
+    for (int i = 0; i < a.exact_parts; ++i) {
+      if (all.reads_piece(part, i)) read_copies(row, local, i, all.parts * a.batch * segments_per_row);
+    }
     return;
   }
   const Runs<TILE> runs(a, ROWS, gridDim.x);
@@ -118,13 +234,19 @@ __device__ void for_each_piece(const AttentionArgs& a, const Work& work) {
   const unsigned end = runs.begin(block + 1);
   for (int row = runs.row_of(a, tile, base); tile < end; ++row) {
     const Range r = segment_tiles<TILE>(a, row);
-    const unsigned count = runs.segment(r.last - r.first), all = count * runs.segments_per_row;
+    const unsigned tiles = r.last - r.first, count = runs.segment(a, row, tiles), all = count * runs.segments_per_row;
     while (tile < end && tile < base + all) {
       const int local = int((tile - base) / count);
-      const unsigned start = base + local * count, own = start + runs.start, stop = min(end, start + count);
-      if (stop > own) {
-        work(row, local, r.first + int(max(tile, own) - own), r.first + int(stop - own),
+      const unsigned start = base + local * count, own = start + runs.start, copies = own + tiles;
+      const unsigned stop = min(end, start + count), first = max(tile, own), last = min(stop, copies);
+      if (last > first) {
+        work(row, local, r.first + int(first - own), r.first + int(last - own),
              block + row * runs.segments_per_row + local);
+      }
+      if (a.exact_parts && tile <= copies && copies < stop) {
+        for (int i = 0; i < a.exact_parts; ++i) {
+          read_copies(row, local, i, gridDim.x + a.batch * runs.segments_per_row);
+        }
       }
       tile = stop;
     }
@@ -132,21 +254,33 @@ __device__ void for_each_piece(const AttentionArgs& a, const Work& work) {
   }
 }
 
-/// Slots of the partial results of a segment of batch row b, of `slots` that there is room for: [first, last).
+/// Where the partial results of a segment lie: slots [first, last) of those of the codes, then `count` slots of exact
+/// copies.
+struct PartialSlots {
+  int first, last, exact, count;
+  __device__ int size() const { return last - first + count; }
+  __device__ int operator[](int i) const { return i < last - first ? first + i : exact + i - (last - first); }
+};
+
+/// Those of a segment of batch row b, of `slots` that there is room for.
 template <int TILE, int ROWS>
-__device__ Range partial_slots(const AttentionArgs& a, int b, int segment_of_row, int slots) {
-  const int segments_per_row = segments_of_row(a, ROWS);
-  const int segment = b * segments_per_row + segment_of_row;
+__device__ PartialSlots partial_slots(const AttentionArgs& a, int b, int segment_of_row, int slots) {
+  const int segments_per_row = segments_of_row(a, ROWS), segments = a.batch * segments_per_row;
+  const int segment = b * segments_per_row + segment_of_row, n = a.exact_parts;
+  const int exact = slots - (segments - segment) * n;
   if (a.even) {
-    const int parts = slots / (a.batch * segments_per_row);
-    return {segment * parts, segment * parts + parts};
+    const int parts = slots / segments - n;
+    const Range r = segment_tiles<TILE>(a, b);
+    const int used = n ? EvenParts<TILE>(a, r.last - r.first, parts).reading_codes() : parts;
+    return {segment * parts, segment * parts + used, exact, n};
   }
-  const Runs<TILE> runs(a, ROWS, slots - a.batch * segments_per_row);
+  const Runs<TILE> runs(a, ROWS, slots - segments * (1 + n));
   const Range r = segment_tiles<TILE>(a, b);
-  const unsigned count = runs.segment(r.last - r.first);
-  if (count == 0) return {0, 0};
-  const unsigned begin = runs.counts(Counted<TILE>(a, b)) + count * segment_of_row;
-  return {runs.block_of(begin + runs.start) + segment, runs.block_of(begin + count - 1) + 1 + segment};
+  const unsigned tiles = r.last - r.first, count = runs.segment(a, b, tiles);
+  if (count == 0) return {0, 0, 0, 0};
+  if (tiles == 0) return {0, 0, exact, n};
+  const unsigned begin = runs.counts(Counted<TILE>(a, b)) + count * segment_of_row + runs.start;
+  return {runs.block_of(begin) + segment, runs.block_of(begin + tiles - 1) + 1 + segment, exact, n};
 }
 
 }  // namespace turboquant::cuda

@@ -1,8 +1,8 @@
 // Tiles of packed rows: their layout in shared memory, and the copies that bring them there.
 #pragma once
 
-#include "cuda/device/attention.cu.h"
 #include "cuda/device/codes.cu.h"
+#include "cuda/device/schedule.cu.h"
 
 namespace turboquant::cuda {
 
@@ -135,13 +135,15 @@ struct TileCopies {
   /// `rings`: those of all warps.
   __device__ TileCopies(const AttentionArgs& a, int b, int kv_head, int tile, const unsigned* rings) {
     const long long row = (long long)tile * TOKENS;
-    const __half* key_scales = a.key_scales + b * a.key_scale_strides[0] + kv_head * a.key_scale_strides[1] + row;
+    const __half* key_scales =
+        a.packed.key_scales + b * a.packed.key_scale_strides[0] + kv_head * a.packed.key_scale_strides[1] + row;
     const __half* value_scales =
-        a.value_scales + b * a.value_scale_strides[0] + kv_head * a.value_scale_strides[1] + row;
+        a.packed.value_scales + b * a.packed.value_scale_strides[0] + kv_head * a.packed.value_scale_strides[1] + row;
     const int lane = threadIdx.x & 31;
-    keys = a.key_codes + b * a.key_code_strides[0] + kv_head * a.key_code_strides[1] + row * Keys::words + 4 * lane;
-    values = a.value_codes + b * a.value_code_strides[0] + kv_head * a.value_code_strides[1] + row * Values::words +
-             4 * lane;
+    keys = a.packed.key_codes + b * a.packed.key_code_strides[0] + kv_head * a.packed.key_code_strides[1] +
+           row * Keys::words + 4 * lane;
+    values = a.packed.value_codes + b * a.packed.value_code_strides[0] + kv_head * a.packed.value_code_strides[1] +
+             row * Values::words + 4 * lane;
     scales = (lane < TOKENS / 2 ? key_scales : value_scales) + 2 * (lane % (TOKENS / 2));
     // Not by warp_index(): see copy16.
     to = unsigned(__cvta_generic_to_shared(rings)) + threadIdx.x / 32 * (STAGES * 4 * kWords) + 16 * lane;
@@ -160,8 +162,10 @@ struct TileCopies {
       const TileCopies here(a, b, kv_head, tile, place);
       Keys::copy(place, here.keys - 4 * lane, min(TOKENS, tokens));
       Values::copy(place + Keys::size, here.values - 4 * lane, min(TOKENS, tokens));
-      const __half* key_scales = a.key_scales + b * a.key_scale_strides[0] + kv_head * a.key_scale_strides[1];
-      const __half* value_scales = a.value_scales + b * a.value_scale_strides[0] + kv_head * a.value_scale_strides[1];
+      const __half* key_scales =
+          a.packed.key_scales + b * a.packed.key_scale_strides[0] + kv_head * a.packed.key_scale_strides[1];
+      const __half* value_scales =
+          a.packed.value_scales + b * a.packed.value_scale_strides[0] + kv_head * a.packed.value_scale_strides[1];
       copy_scales<TOKENS>(reinterpret_cast<__half*>(place + Keys::size + Values::size),
                           key_scales + (long long)tile * TOKENS, value_scales + (long long)tile * TOKENS,
                           min(TOKENS, tokens));
@@ -173,6 +177,43 @@ struct TileCopies {
     keys += step * Keys::size, values += step * Values::size, scales += step * TOKENS;
     to += stage == STAGES - 1 ? -(STAGES - 1) * 4 * kWords : 4 * kWords;
   }
+};
+
+/// The same of exact copies: tiles are places of ExactTiles, of TOKENS each.
+template <class Keys, class Values, int TOKENS>
+struct ExactCopies {
+  static constexpr int kWords = Keys::size + Values::size + TOKENS;
+  ExactTiles tiles;
+  const unsigned *keys, *values;
+  const __half *key_scales, *value_scales;
+  __device__ ExactCopies(const AttentionArgs& a, int b, int kv_head, int, const unsigned*) : tiles(a, b) {
+    const PackedCache& c = a.exact;
+    keys = c.key_codes + b * c.key_code_strides[0] + kv_head * c.key_code_strides[1];
+    values = c.value_codes + b * c.value_code_strides[0] + kv_head * c.value_code_strides[1];
+    key_scales = c.key_scales + b * c.key_scale_strides[0] + kv_head * c.key_scale_strides[1];
+    value_scales = c.value_scales + b * c.value_scale_strides[0] + kv_head * c.value_scale_strides[1];
+  }
+
+  __device__ void copy(const AttentionArgs& a, int b, int kv_head, int tile, unsigned* place) const {
+    const ExactPlace<TOKENS> from(a, tiles, tile);
+    if (from.tokens <= 0) return;
+    const long long row = from.slot;
+    Keys::copy(place, keys + row * Keys::words, from.tokens);
+    Values::copy(place + Keys::size, values + row * Values::words, from.tokens);
+    copy_scales<TOKENS>(reinterpret_cast<__half*>(place + Keys::size + Values::size), key_scales + row,
+                        value_scales + row, from.tokens);
+  }
+  __device__ void advance(int, int) {}
+};
+
+/// TileCopies or ExactCopies.
+template <class Keys, class Values, int TOKENS, int STAGES, bool EXACT>
+struct CopiesOf {
+  using type = TileCopies<Keys, Values, TOKENS, STAGES>;
+};
+template <class Keys, class Values, int TOKENS, int STAGES>
+struct CopiesOf<Keys, Values, TOKENS, STAGES, true> {
+  using type = ExactCopies<Keys, Values, TOKENS>;
 };
 
 }  // namespace turboquant::cuda
