@@ -2,7 +2,7 @@
 
     python benchmarks/qwen35_9b_publication_curve.py --model path/to/Qwen3.5-9B-MLX-4bit
     python benchmarks/qwen35_9b_publication_curve.py --shape 9b --long      # the 9B's shape, random weights
-    python benchmarks/qwen35_9b_publication_curve.py --model models/qwen35-tiny-4bit --out benchmarks/results/bundled-cpu
+    python benchmarks/qwen35_9b_publication_curve.py --model models/qwen35-tiny-4bit --out benchmarks
 
 At each context and repetition the modes read the prompt one after the other and then decode in turns of some tokens
 (curve/run.py).  Every run is one row of raw_rows.tsv, so an interrupted sweep goes on where it stopped (curve_rows.py);
