@@ -17,8 +17,11 @@ def cache_name(mode, activations):
         return f"{activations} cache"
     if match := re.fullmatch(r"affine(\d)", mode):
         return f"MLX affine, {match[1]} bits"
-    bits, kind = re.fullmatch(r"(tq\d|k\dv\d)([cf]?)", mode).groups()
-    return (bits.upper() if bits.startswith("tq") else f"K{bits[1]} V{bits[3]}") + CODES[kind]
+    bits, code, kind, recent, sink = re.fullmatch(r"(tq\d|k\dv\d)([ts]?)([cf]?)(?:r(\d+))?(?:s(\d+))?", mode).groups()
+    name = (bits.upper() if bits.startswith("tq") else f"K{bits[1]} V{bits[3]}") + CODES[kind]
+    name += {"": "", "t": ", trellis codes", "s": ", scalar codes"}[code]
+    exact = [f"{what} {n}" for what, n in (("newest", recent), ("first", sink)) if n]
+    return name + (f", {' and '.join(exact)} exact" if exact else "")
 
 
 def ratios(rows, own, name):
