@@ -16,7 +16,7 @@ DEBIAN := g++ make python3-venv python3-dev libopenblas0-pthread libgtest-dev li
 # For the tests alone, and not needed: without Clang's sanitizers ctest skips metal_sanitized and says so.
 DEBIAN_TESTS := clang libclang-rt-dev
 
-.PHONY: demo test quick check test-cpp test-python install system system-tests clean format api
+.PHONY: demo test quick stress fuzz check test-cpp test-python install system system-tests clean format api
 
 demo: install
 	$(WITH_BLAS) $(BIN)/python examples/run_qwen35_tq3.py
@@ -68,6 +68,15 @@ quick: install
 	$(BUILD)/tests/cpp/turboquant_tests --gtest_brief=1 --gtest_filter='-*N40001*:*N9000*:*N4100*:*N2049*'
 	$(BUILD)/tests/cpp/turboquant_mlx_tests --gtest_brief=1
 	$(WITH_BLAS) $(BIN)/python -m pytest -n 2 -m quick
+
+# Random histories of caches, STRESS of each of two machines on each processor: some 40 operations each.
+STRESS ?= 2000
+stress: install
+	rm -rf build/stress && mkdir -p build/stress
+	$(WITH_BLAS) TURBOQUANT_NUM_THREADS=1 TURBOQUANT_STRESS=$(STRESS) TURBOQUANT_STRESS_PARTS=$$(nproc) \
+	  TURBOQUANT_STRESS_REPORT=build/stress $(BIN)/python -m pytest -n $$(nproc) tests/python/test_stress*.py
+	cat build/stress/*.txt | awk '/bound/ {if ($$1 > worst) worst = $$1; next} {n = $$1; $$1 = ""; sum[$$0] += n} \
+	  END {for (name in sum) print sum[name] name; print worst " largest error of attention, of its bound"}' | sort -n
 
 check: install
 	$(BIN)/python -m ruff format --check . && $(BIN)/python -m ruff check .

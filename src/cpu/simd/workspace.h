@@ -45,7 +45,7 @@ struct Workspace {
     const int rows = tile.rows;
     size_t at = 0;
     auto take = [&]<class T>(T*& p, size_t count) {
-      p = reinterpret_cast<T*>(base + at);
+      p = base ? reinterpret_cast<T*>(base + at) : nullptr;  // without a base only the size is asked for
       at += (count * sizeof(T) + 63) / 64 * 64;
     };
     const size_t key_bytes = size_t(kBlockQuads) * key.quad_bytes, value_bytes = size_t(kBlockQuads) * value.quad_bytes;
