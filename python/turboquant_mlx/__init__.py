@@ -27,11 +27,13 @@ from . import _old_paths  # noqa: E402
 from .caches import (  # noqa: E402
     BatchTurboQuantKVCache,
     BatchTurboQuantRotatingKVCache,
+    CheckpointedArraysCache,
     DelayedTurboQuantKVCache,
     TurboQuantKVCache,
     TurboQuantRotatingKVCache,
     to_turboquant,
 )
+from .caches.checkpoints import rewind_and_read, trim_prompt_cache  # noqa: E402
 from .enable import disable, enable  # noqa: E402
 from .ops import attention, decode, encode  # noqa: E402
 from .overlay.patch import apply_patch, remove_patch  # noqa: E402
@@ -42,6 +44,7 @@ _old_paths.install()
 __all__ = [
     "BatchTurboQuantKVCache",
     "BatchTurboQuantRotatingKVCache",
+    "CheckpointedArraysCache",
     "DelayedTurboQuantKVCache",
     "TurboQuantKVCache",
     "TurboQuantRotatingKVCache",
@@ -53,7 +56,9 @@ __all__ = [
     "encode",
     "load_prompt_cache",
     "remove_patch",
+    "rewind_and_read",
     "save_prompt_cache",
     "to_turboquant",
+    "trim_prompt_cache",
 ]
 __version__ = _build_info.VERSION

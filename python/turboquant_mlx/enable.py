@@ -6,10 +6,11 @@ import sys
 from collections.abc import Mapping
 
 import mlx.core as mx
-from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 
-from .caches import TurboQuantKVCache
+from .caches import CheckpointedArraysCache, TurboQuantKVCache
 from .caches.arguments import whole
+from .caches.checkpoints import limits_for
 from .caches.maker import CacheMaker, packed_like
 from .caches.slots import (
     REPLACED,
@@ -148,6 +149,7 @@ def packing(
     start=None,
     recent=None,
     sink=None,
+    checkpoints=False,
 ):
     """What `enable` installs, after all its checks, while the model stays as it is.
 
@@ -162,6 +164,7 @@ def packing(
     )
     if start is not None:
         whole("enable", "start", start)
+    limits_for(checkpoints, 0)
     shard = sharding.of(model)
     if shard.pipelined and not any(type(c) in REPLACED for _, c in leaves(own_caches(model))):
         slots = {}  # this rank has none; sharding.agree() sees to it that another has
@@ -196,8 +199,28 @@ def packing(
     if problems:
         lines = "\n".join(f"  {layer_name(path)}: {why}" for path, why in problems.items())
         raise ValueError(f"[enable] {len(problems)} of {len(slots)} KVCache slots cannot be packed:\n{lines}")
+    _add_checkpoints(model, maker, checkpoints)
     maker.names.current(fresh=True)
     return maker, slots
+
+
+def _add_checkpoints(model, maker, checkpoints):
+    """Lets `maker` make recurrent states that can go back, as `enable` was told."""
+    maker.limits = limits_for(checkpoints, 0)
+    if maker.limits is None or not any(type(c) is ArraysCache for _, c in leaves(own_caches(model))):
+        return
+    caches = maker()
+    model(mx.zeros((1, 2), mx.int32), cache=caches)  # the graph's shapes; nothing is computed
+    states = {path: c for path, c in leaves(caches) if isinstance(c, CheckpointedArraysCache)}
+    maker.uncounted = frozenset(path for path, c in states.items() if c.position != 2)
+    if maker.uncounted and checkpoints != "auto":
+        raise ValueError(
+            "[enable] checkpoints need layers that count the tokens of their states (advance); these do not: "
+            + ", ".join(layer_name(path) for path in sorted(maker.uncounted))
+        )
+    each = sum(c.state_nbytes for path, c in states.items() if path not in maker.uncounted)
+    token = sum(c.nbytes / c.step for _, c in leaves(caches) if isinstance(c, TurboQuantKVCache))
+    maker.limits = limits_for(checkpoints, each / token if token else 0)
 
 
 def _calibrated_now(model, tokenizer, seed):
@@ -229,6 +252,7 @@ def enable(
     recent=None,
     sink=None,
     chunked_recurrence=False,
+    checkpoints=False,
 ):
     """Makes `model.make_cache()` give packed caches in its `KVCache` and `RotatingKVCache` slots; other slots stay.
 
@@ -250,6 +274,10 @@ def enable(
             such caches are not batched.
         recent, sink (int): the newest and the first tokens that queries read exactly, as for TurboQuantKVCache; caches
             of sliding windows have none.
+        checkpoints (bool, int or "auto"): let recurrent states (`ArraysCache` slots) go back: True keeps copies of a state
+            at the ends of a prompt's chunks, fewer and fewer towards its beginning, which take no more bytes than the
+            packed keys and values, but may be 4; a number keeps at most so many; "auto" is True, without the slots
+            whose layers do not count tokens.  trim_prompt_cache and rewind_and_read use them.
         chunked_recurrence (bool): off Metal, read prompts through the linear attention of Qwen3.5 and its like 64 tokens
             a step, where mlx-lm loops over tokens: for every model of the process, until
             turboquant_mlx.gated_delta.disable_chunked_recurrence(); without effect on models that have no such layers.
@@ -276,6 +304,7 @@ def enable(
         "start": start,
         "recent": recent,
         "sink": sink,
+        "checkpoints": checkpoints,
     }
 
     def pack(found):

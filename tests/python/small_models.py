@@ -7,7 +7,7 @@ import mlx.core as mx
 from conftest import MODEL
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.generate import generate_step
-from mlx_lm.models import gemma3_text, gemma3n, gpt_oss, llama, phi, phi3, qwen2, qwen3
+from mlx_lm.models import gemma3_text, gemma3n, gpt_oss, llama, phi, phi3, qwen2, qwen3, qwen3_5
 from mlx_lm.models.cache import make_prompt_cache
 
 VOCAB = 128
@@ -77,6 +77,31 @@ def small_gpt_oss():
     )
     for layer in model.model.layers:
         layer.self_attn.sinks = mx.random.normal((4,))
+    return model
+
+
+def small_hybrid(seed=0, **changes):
+    """Qwen3.5 in small: layers of a recurrent state and of attention in turn."""
+    config = {
+        "model_type": "qwen3_5_text",
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": VOCAB,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "full_attention_interval": 2,
+        "tie_word_embeddings": False,
+    } | changes
+    mx.random.seed(seed)
+    model = qwen3_5.Model(qwen3_5.ModelArgs(model_type="qwen3_5", text_config=config))
+    model.update(tree_map_with_path(_spread, model.parameters()))
+    mx.eval(model.parameters())
     return model
 
 

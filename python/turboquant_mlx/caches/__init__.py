@@ -1,5 +1,6 @@
 """Packed caches in mlx-lm's cache protocol.  Nothing here replaces a name of another program (see overlay)."""
 
+from .checkpoints import CheckpointedArraysCache
 from .convert import DelayedTurboQuantKVCache, to_turboquant
 from .kv_cache import BatchTurboQuantKVCache, PackedBatch, TurboQuantKVCache
 from .packed import PackedCache, layer_name, leaves
@@ -8,6 +9,7 @@ from .rotating import BatchTurboQuantRotatingKVCache, TurboQuantRotatingKVCache
 __all__ = [
     "BatchTurboQuantKVCache",
     "BatchTurboQuantRotatingKVCache",
+    "CheckpointedArraysCache",
     "DelayedTurboQuantKVCache",
     "PackedBatch",
     "PackedCache",

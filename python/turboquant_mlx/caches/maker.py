@@ -3,8 +3,9 @@
 import copy
 import weakref
 
-from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 
+from .checkpoints import CheckpointedArraysCache
 from .convert import DelayedTurboQuantKVCache
 from .identity import Names
 from .kv_cache import TurboQuantKVCache
@@ -41,6 +42,8 @@ class CacheMaker:
         self.names = Names(model)
         self.layers = None  # the model's, when `extras` were numbered by them
         self.replaced = None  # a make_cache that somebody had set on this very model
+        self.limits = None  # of the checkpoints of recurrent states; None: those stay ArraysCaches
+        self.uncounted = frozenset()  # paths of recurrent states whose layers do not count their tokens
 
     @property
     def model(self):
@@ -58,6 +61,7 @@ class CacheMaker:
             return self
         other = CacheMaker(model, self.settings, self.extras, self.start)
         other.replaced, other.layers = self.replaced, self.layers
+        other.limits, other.uncounted = self.limits, self.uncounted
         return other
 
     def coding(self, path):
@@ -73,6 +77,8 @@ class CacheMaker:
         name = self.names.latest or self.names.current()  # looked at again when the first tokens come
 
         def make(path, original):
+            if type(original) is ArraysCache and self.limits and path not in self.uncounted:
+                return CheckpointedArraysCache(len(original.cache), limits=self.limits)
             cache = packed_like(original, self.start, self.coding(path))
             if cache is not None:
                 cache.fingerprint, cache._names = name, self.names
@@ -103,6 +109,7 @@ class CacheMaker:
         model = self._model()
         other = CacheMaker(memo.get(id(model), model), self.settings, self.extras, self.start)
         other.replaced, other.layers = copy.deepcopy(self.replaced, memo), self.layers
+        other.limits, other.uncounted = self.limits, self.uncounted
         return other
 
     def __reduce__(self):
@@ -112,5 +119,7 @@ class CacheMaker:
             {
                 "replaced": self.replaced,
                 "layers": self.layers,
+                "limits": self.limits,
+                "uncounted": self.uncounted,
             },
         )

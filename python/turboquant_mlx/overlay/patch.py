@@ -27,15 +27,17 @@ from .. import _core
 from ..caches import (
     BatchTurboQuantKVCache,
     BatchTurboQuantRotatingKVCache,
+    CheckpointedArraysCache,
     DelayedTurboQuantKVCache,
     PackedCache,
     TurboQuantKVCache,
     TurboQuantRotatingKVCache,
     leaves,
 )
+from ..caches.checkpoints import trim_prompt_cache
 from ..caches.kv_cache import one_kind
 from ..caches.maker import CacheMaker
-from . import drafts, other_slots
+from . import drafts, other_slots, prefixes
 
 _OURS = __name__.partition(".")[0]  # the package, whose own modules keep mlx-lm's functions
 CACHE_CLASSES = (
@@ -103,6 +105,7 @@ _REPLACED = {  # name: (mlx-lm's, ours)
     "maybe_quantize_kv_cache": (_maybe_quantize, _patched_maybe_quantize),
     "save_prompt_cache": (other_slots.save_original, other_slots.save_prompt_cache),
     "load_prompt_cache": (other_slots.load_original, other_slots.load_prompt_cache),
+    "trim_prompt_cache": (mlx_lm_cache.trim_prompt_cache, trim_prompt_cache),
     "speculative_generate_step": (drafts.original, drafts.speculative_generate_step),
 }
 _own_code: list = []  # globals of models' own code that were changed, for remove_patch
@@ -152,13 +155,19 @@ def _refusing(operation, original):
     return extend
 
 
-_BATCHING = {  # (class, name): (mlx-lm's, ours)
+_METHODS = {  # (class, name): (mlx-lm's, ours)
     (cls, name): (vars(cls)[name], _refusing(name, vars(cls)[name]))
     for cls in vars(mlx_lm_cache).values()
     if isinstance(cls, type) and cls.__module__ == mlx_lm_cache.__name__ and cls is not mlx_lm_cache.CacheList
     for name in ("merge", "extend")
     if name in vars(cls)
 }
+
+_METHODS |= {  # the prompt cache of mlx-lm's server
+    (mlx_lm_cache.LRUPromptCache, name): (vars(mlx_lm_cache.LRUPromptCache)[name], ours)
+    for name, ours in prefixes.METHODS.items()
+}
+_LOADABLE = (*CACHE_CLASSES, CheckpointedArraysCache)  # kinds that load_prompt_cache looks up by name
 
 
 def _rebind(name, old, new):
@@ -172,9 +181,9 @@ def apply_patch():
     base.quantized_scaled_dot_product_attention = _patched_quantized
     for name, (original, ours) in _REPLACED.items():
         _rebind(name, original, ours)
-    for (cls, name), (_, ours) in _BATCHING.items():
+    for (cls, name), (_, ours) in _METHODS.items():
         setattr(cls, name, ours)
-    for cls in CACHE_CLASSES:  # load_prompt_cache looks classes up there
+    for cls in _LOADABLE:  # load_prompt_cache looks classes up there
         setattr(mlx_lm_cache, cls.__name__, cls)
 
 
@@ -183,13 +192,13 @@ def remove_patch():
     base.quantized_scaled_dot_product_attention = original_quantized_attention
     for name, (original, ours) in _REPLACED.items():
         _rebind(name, ours, original)
-    for (cls, name), (original, _) in _BATCHING.items():
+    for (cls, name), (original, _) in _METHODS.items():
         setattr(cls, name, original)
     while _own_code:
         found = _own_code.pop()
         for old, new in _REPLACED.values():
             found.update({name: old for name, value in found.items() if value is new})
-    for cls in CACHE_CLASSES:
+    for cls in _LOADABLE:
         if getattr(mlx_lm_cache, cls.__name__, None) is cls:
             delattr(mlx_lm_cache, cls.__name__)
 
