@@ -50,6 +50,11 @@ $(VENV)/.requirements: requirements.txt $(BIN)/activate
 	$(BIN)/python -m pip install -q -r requirements.txt $(if $(MLX_EXTRA),"mlx[$(MLX_EXTRA)]==0.32.4")
 	@touch $@
 
+# mlx-vlm, for the tests that run it; without it they are skipped with the reason.
+$(VENV)/.requirements-vlm: requirements-vlm.txt $(VENV)/.requirements
+	$(BIN)/python -m pip install -q -r requirements-vlm.txt $(if $(MLX_EXTRA),"mlx[$(MLX_EXTRA)]==0.32.4")
+	@touch $@
+
 install: $(VENV)/.requirements
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 
@@ -58,7 +63,7 @@ test-cpp: $(VENV)/.requirements | system-tests
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(BUILD)
 	PATH="$(abspath $(BIN)):$$PATH" ctest --test-dir $(BUILD) --output-on-failure -j 2
 
-test-python: install
+test-python: install $(VENV)/.requirements-vlm
 	$(WITH_BLAS) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The long rows of the shared table take half of its time and rarely fail alone.

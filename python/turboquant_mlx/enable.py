@@ -6,12 +6,13 @@ import sys
 from collections.abc import Mapping
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache
 
 from .caches import CheckpointedArraysCache, TurboQuantKVCache
 from .caches.arguments import whole
 from .caches.checkpoints import limits_for
 from .caches.maker import CacheMaker, packed_like
+from .caches.rotating import PackedWindow
 from .caches.slots import (
     REPLACED,
     kv_slots,
@@ -22,8 +23,14 @@ from .caches.slots import (
     replace_slots,
     slot_name,
 )
-from .calibration import as_calibration, automatic, calibrate_by_default, check_weights, load_beside
-from .overlay import sharding
+from .calibration import (
+    as_calibration,
+    automatic,
+    calibrate_by_default,
+    check_weights,
+    load_beside,
+)
+from .overlay import hosts, sharding
 from .overlay.gated_delta import enable_chunked_recurrence
 from .overlay.patch import apply_patch, reach_own_code, record_reads
 
@@ -86,7 +93,7 @@ def _probe_once(model, make_cache, left):
         return cache
 
     error = None
-    with record_reads() as seen:
+    with record_reads() as seen, hosts.undisturbed(model):
         try:
             model(mx.zeros((1, 2), mx.int32), cache=replace_slots(own_caches(model), make))
         except Exception as raised:  # whatever a model does with keys that are not arrays
@@ -97,7 +104,7 @@ def _probe_once(model, make_cache, left):
         if probe.failure:
             problems[path] = probe.failure
         elif probe.handed_out is not None and id(probe.handed_out) not in seen:
-            problems[path] = "its attention does not go through mlx_lm.models.base.scaled_dot_product_attention" + (
+            problems[path] = f"its attention does not go through {hosts.attention(model)}" + (
                 f" ({type(error).__name__}: {str(error).splitlines()[0]})" if str(error or "") else ""
             )
     return problems, {path: probe.heads for path, probe in probes.items()}, error
@@ -159,6 +166,7 @@ def packing(
         (make_cache, slots): a function that makes the model's caches, packed ones in their places, and the kinds of the
         slots they replace, {path: class}.
     """
+    model = hosts.language_model(model)
     TurboQuantKVCache(  # refuses wrong settings first
         bits, key_bits=key_bits, value_bits=value_bits, code=code, seed=seed, recent=recent, sink=sink
     )
@@ -177,7 +185,12 @@ def packing(
     unknown = [slot for slot in calibration if slot not in names]
     if unknown:
         raise ValueError(f"[enable] calibration must belong to slots that are packed, {names}; got {unknown}")
-    windows = [layer_name(path) for path, kind in slots.items() if start and kind is RotatingKVCache]
+    if start and hosts.of_mlx_vlm(model):
+        raise ValueError(
+            f"[enable] start = {start} is for models of mlx-lm: mlx-vlm batches every cache, and one that packs itself later "
+            "cannot be batched"
+        )
+    windows = [layer_name(path) for path, kind in slots.items() if start and issubclass(REPLACED[kind], PackedWindow)]
     if windows:
         raise ValueError(
             f"[enable] start = {start} needs caches that can be packed later, and a RotatingKVCache cannot: "
@@ -186,6 +199,7 @@ def packing(
 
     apply_patch()
     reach_own_code(model)
+    hosts.apply_patch(model)
     if shard.tensor and calibration:
         _, heads = _probe(model, lambda path, c: packed_like(c, None, settings))
         calibration = shard.own_heads(calibration, {slot_name(path): n for path, n in heads.items()})
@@ -226,7 +240,12 @@ def _add_checkpoints(model, maker, checkpoints):
 def _calibrated_now(model, tokenizer, seed):
     """The calibration of a model for which none was given, or None: of a large one, or when there is a tokenizer; of
     others a warning where the weights say that plain codes fail."""
-    if automatic.wanted(model):
+    if tokenizer is not None and hosts.of_mlx_vlm(model):
+        raise ValueError(
+            "[enable] tokenizer calibrates models of mlx-lm; for this one of mlx-vlm make the file with "
+            "python -m turboquant_mlx calibrate --model FOLDER and give calibration=FOLDER"
+        )
+    if automatic.wanted(model) and not hosts.of_mlx_vlm(model):
         return automatic.calibrated(model, tokenizer, seed=seed)
     if tokenizer is not None and sharding.of(model).group is None:
         print("[enable] no calibration is given: the model reads the package's text now", file=sys.stderr)
@@ -260,7 +279,7 @@ def enable(
     the settings; `disable(model)` undoes it.
 
     Args:
-        model: a model of mlx-lm.
+        model: a model of mlx-lm or of mlx-vlm; the latter's caches are made by its language_model.
         bits, key_bits, value_bits, code, seed: as for TurboQuantKVCache.
         calibration: centres and feedback: a file of `calibrate` or a model directory that holds one (str or PathLike),
             which is checked against the weights that lie beside it; or {slot index: Calibration}, as
@@ -296,6 +315,7 @@ def enable(
     Of a model that is sharded over ranks (mlx-lm's `shard` or `pipeline`), every rank calls this, and takes its own
     heads and slots of a calibration; when one rank refuses, all raise its reason.
     """
+    model = hosts.language_model(model)
     settings = {
         "key_bits": key_bits,
         "value_bits": value_bits,
@@ -324,6 +344,7 @@ def enable(
 def disable(model):
     """Gives the model its own caches back.  The patch stays, which float caches do not notice, and so does the chunked
     recurrence, which belongs to the process."""
+    model = hosts.language_model(model)
     ours = vars(model).get("make_cache")
     if not isinstance(ours, CacheMaker):
         return

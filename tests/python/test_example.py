@@ -118,3 +118,20 @@ def test_windows_count_as_packed(example, capsys):
     out = capsys.readouterr().out
     assert out.count("TurboQuantRotatingKVCache K3 V3") == 2 and "kept" not in out
     assert "attention caches, 10 tokens" in out
+
+
+def test_the_chat_template_takes_lists_of_parts(bundled):
+    """As OpenAI's clients and mlx-vlm send them."""
+    template = bundled[1].apply_chat_template
+    plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "One two"}]
+    parts = [
+        {"role": "system", "content": ["Be ", {"type": "text", "text": "brief."}]},
+        {"role": "user", "content": [{"type": "text", "text": "One "}, {"type": "text", "text": "two"}]},
+    ]
+    want = template(plain, add_generation_prompt=True, tokenize=False)
+    assert (
+        want == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nOne two<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert template(parts, add_generation_prompt=True, tokenize=False) == want
+    with pytest.raises(Exception, match="reads text alone; got a part of type image"):
+        template([{"role": "user", "content": [{"type": "image"}]}], tokenize=False)

@@ -3,24 +3,24 @@
 import copy
 import weakref
 
-from mlx_lm.models.cache import ArraysCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache
 
 from .checkpoints import CheckpointedArraysCache
 from .convert import DelayedTurboQuantKVCache
 from .identity import Names
-from .kv_cache import TurboQuantKVCache
-from .rotating import TurboQuantRotatingKVCache
-from .slots import REPLACED, leaves, own_caches, replace_slots, slot_name
+from .rotating import PackedWindow
+from .slots import REPLACED, default_kinds, leaves, own_caches, replace_slots, slot_name
 
 
 def packed_like(original, start, coding):
     """The packed cache that stands in for `original`; None for kinds that stay."""
-    if type(original) not in REPLACED:
+    packed = REPLACED.get(type(original))
+    if packed is None:
         return None
-    if type(original) is RotatingKVCache:
+    if issubclass(packed, PackedWindow):
         codes = {name: value for name, value in coding.items() if name not in ("recent", "sink")}
-        return TurboQuantRotatingKVCache(original.max_size, original.keep, **codes)
-    return DelayedTurboQuantKVCache(start, **coding) if start else TurboQuantKVCache(**coding)
+        return packed(original.max_size, original.keep, **codes)
+    return DelayedTurboQuantKVCache(start, **coding) if start else packed(**coding)
 
 
 class CacheMaker:
@@ -103,7 +103,8 @@ class CacheMaker:
     def _windows(self, max_kv_size):
         if self.start:
             raise ValueError(f"[enable] start = {self.start} and max_kv_size = {max_kv_size} exclude each other")
-        return self._packed([RotatingKVCache(max_size=max_kv_size, keep=4) for _ in self.model.layers])
+        window = default_kinds(self.model)[1]
+        return self._packed([window(max_size=max_kv_size, keep=4) for _ in self.model.layers])
 
     def __deepcopy__(self, memo):
         model = self._model()

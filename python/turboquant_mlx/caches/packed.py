@@ -6,18 +6,24 @@ import copy
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import CacheList, _BaseCache
+from mlx_lm.models.cache import _BaseCache
 
 from .. import _core
 from .arguments import Centres, Feedback, query_maps
 from .identity import CODEBOOK, Identity, read
 
 
+def inner_slots(cache):
+    """The slots in a CacheList, of mlx-lm or mlx-vlm, or in a tuple; None of a cache."""
+    return cache if isinstance(cache, tuple) else getattr(cache, "caches", None)
+
+
 def leaves(caches, path=()):
     """(path, cache) of every slot; a CacheList holds further slots."""
     for i, c in enumerate(caches):
-        if isinstance(c, CacheList):
-            yield from leaves(c.caches, (*path, i))
+        inner = inner_slots(c)
+        if inner is not None:
+            yield from leaves(inner, (*path, i))
         else:
             yield (*path, i), c
 

@@ -1,8 +1,10 @@
 """The slots of a model's caches: finding them, naming them, replacing them."""
 
-from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from .packed import layer_name, leaves
+from .kv_cache import TurboQuantKVCache
+from .packed import PackedCache, inner_slots, layer_name, leaves
+from .rotating import TurboQuantRotatingKVCache
 
 __all__ = [
     "REPLACED",
@@ -16,7 +18,10 @@ __all__ = [
     "slot_name",
 ]
 
-REPLACED = (KVCache, RotatingKVCache)
+# {kind of slot: what stands in its place}.  overlay/vlm.py adds mlx-vlm's kinds, which have these names too.
+REPLACED: dict[type, type[PackedCache]] = {KVCache: TurboQuantKVCache, RotatingKVCache: TurboQuantRotatingKVCache}
+# The kinds of caches of models without a make_cache, by the package of their class.
+DEFAULT_KINDS: dict[str, tuple[type, type]] = {"mlx_lm": (KVCache, RotatingKVCache)}
 
 
 def replace_slots(caches, make, path=()):
@@ -32,8 +37,10 @@ def replace_slots(caches, make, path=()):
     out = []
     for i, c in enumerate(caches):
         where = (*path, i)
-        if isinstance(c, CacheList):
-            out.append(CacheList(*replace_slots(c.caches, make, where)))
+        inner = inner_slots(c)
+        if inner is not None:
+            replaced = replace_slots(inner, make, where)
+            out.append(tuple(replaced) if isinstance(c, tuple) else type(c)(*replaced))
         else:
             out.append(make(where, c) or c)
     return out
@@ -52,9 +59,19 @@ def kv_slots(caches, caller, model="the model"):
     """
     slots = {path: type(c) for path, c in leaves(caches) if type(c) in REPLACED}
     if not slots:
-        kinds = sorted({type(c).__name__ for _, c in leaves(caches)})
+        kinds = sorted({kind_name(type(c)) for _, c in leaves(caches)})
         raise ValueError(f"[{caller}] {model} has no KVCache slot, so there is nothing to compress; it has {kinds}")
     return slots
+
+
+def kind_name(kind):
+    """The name of a class of caches, with its module where that is not mlx-lm's."""
+    return kind.__name__ if kind.__module__ == KVCache.__module__ else f"{kind.__module__}.{kind.__name__}"
+
+
+def default_kinds(model):
+    """(class of a whole history, class of a window) of the program that runs the model."""
+    return DEFAULT_KINDS.get(type(model).__module__.partition(".")[0], DEFAULT_KINDS["mlx_lm"])
 
 
 def own_make_cache(model):
@@ -70,7 +87,9 @@ def own_make_cache(model):
 def own_caches(model):
     """New caches of the model's own kinds, as mlx-lm makes them, whether or not `enable` was called: a list."""
     make_cache = own_make_cache(model)
-    return make_cache() if make_cache else [KVCache() for _ in model.layers]
+    if make_cache:
+        return make_cache()
+    return [default_kinds(model)[0]() for _ in model.layers]
 
 
 def slot_name(path):

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import KVCache, RotatingKVCache
 from tqdm import tqdm
 
-from ..caches.slots import leaves, own_caches
+from ..caches.slots import REPLACED, leaves, own_caches
 from .feedback import matrix
 from .measure import calibrate
 from .moments import attentions
@@ -69,7 +68,7 @@ def steady_keys(model):
 
     Read from the weights alone: after a norm a layer's input has about unit coordinates times the norm's weights, so what
     varies of a head's keys has about the length |W diag(norm)| of its rows of the projection."""
-    slots = {path: c for path, c in leaves(own_caches(model)) if type(c) in (KVCache, RotatingKVCache)}
+    slots = {path: c for path, c in leaves(own_caches(model)) if type(c) in REPLACED}
     found = {}
     for path, attention in attentions(model, slots).items():
         projection = getattr(attention, "k_proj", None)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..caches.identity import weight_names
-from ..overlay import sharding
+from ..overlay import hosts, sharding
 
 FILE_NAME = "turboquant_calibration.safetensors"
 FORMAT = "turboquant calibration 3"
@@ -58,7 +58,7 @@ def check_weights(calibration, model):
     made_with = getattr(calibration, "weights", None)
     if not made_with or sharding.of(model).group is not None:  # a rank has a part of the weights
         return
-    found = weight_names(model)
+    found = set().union(*(weight_names(module) for module in hosts.as_named_in_mlx_lm(model)))
     if not made_with & found:
         raise ValueError(
             f"[enable] the calibration was made with other weights ({sorted(made_with)[0]}; these are "

@@ -11,6 +11,8 @@ import sys
 import threading
 from pathlib import Path
 
+from . import hub, vlm
+
 PROGRAMS = {
     "generate": "mlx_lm.generate",
     "chat": "mlx_lm.chat",
@@ -18,10 +20,11 @@ PROGRAMS = {
     "cache-prompt": "mlx_lm.cache_prompt",
 }
 MODULES = {"doctor": ".commands.doctor", "calibrate": ".calibration.command", "eval": ".eval"}
-COMMANDS = (*PROGRAMS, "batch", "inspect", *MODULES)
+COMMANDS = (*PROGRAMS, *vlm.PROGRAMS, "batch", "inspect", *MODULES)
 USAGE = f"""usage: python -m turboquant_mlx {{{",".join(COMMANDS)}}} [options]
 
-generate, chat, server and cache-prompt are mlx-lm's programs and take its options; batch answers many prompts at once,
+generate, chat, server and cache-prompt are mlx-lm's programs and take its options, vlm-generate, vlm-chat and vlm-server
+are mlx-vlm's; batch answers many prompts at once,
 inspect shows what each layer's cache holds, doctor checks this installation, calibrate makes a model's centres and feedback,
 eval measures quality.  All that run a model take the --tq options; `<command> --help` lists them."""
 
@@ -132,7 +135,7 @@ def prepare(model, args, where, max_kv_size=None, main=True, tokenizer=None):
 
     from ..calibration import automatic
     from ..enable import enable
-    from ..overlay import sharding
+    from ..overlay import hosts, sharding
     from .report import summary
 
     def calibrated():
@@ -160,13 +163,15 @@ def prepare(model, args, where, max_kv_size=None, main=True, tokenizer=None):
             model = dequantize_model(model)
         model.set_dtype(mx.float32)
     calibration = sharding.agreed_in(sharding.of(model).group, calibrated)
-    sized = hasattr(model.make_cache, "sized")
+    texts = hosts.language_model(model)
+    sized = hasattr(texts.make_cache, "sized")
     if max_kv_size is not None and sized and args.tq_start:
         raise ValueError("--tq-start and --max-kv-size exclude each other: a cache that packs later drops no tokens")
     if max_kv_size is not None and not sized:
-        print("[tq] --max-kv-size has no effect: mlx-lm lets this model make its own caches", file=sys.stderr)
+        host = "mlx-vlm" if hosts.of_mlx_vlm(model) else "mlx-lm"
+        print(f"[tq] --max-kv-size has no effect: {host} lets this model make its own caches", file=sys.stderr)
     extra = _describe(calibration) if calibration else ""
-    print(f"[tq] {summary(make_prompt_cache(model, max_kv_size))}{extra}", file=sys.stderr)
+    print(f"[tq] {summary(make_prompt_cache(texts, max_kv_size))}{extra}", file=sys.stderr)
     return model
 
 
@@ -254,6 +259,8 @@ def _run_program(command, argv):
     }
     for name, original in replaced.items():
         setattr(module, name, checked_cache if name == "load_prompt_cache" else prepared(original))
+    if command == "server":
+        hub.make_cache_folder()
     serving = command == "server" and not {"-h", "--help"} & set(rest)
     failed = _watch_server(module, seen, replaced) if serving else []
     argv, sys.argv = sys.argv, [f"python -m turboquant_mlx {command}", *rest]
@@ -433,6 +440,8 @@ def main(argv=None):
         sys.exit(f"{USAGE}\n\nturboquant_mlx: " + (f"unknown command {command!r}" if command else "give a command"))
     elif command in PROGRAMS:
         _run_program(command, rest)
+    elif command in vlm.PROGRAMS:
+        vlm.run(command, rest, tq_options(), _fail)
     elif command in MODULES:
         sys.exit(importlib.import_module(MODULES[command], __package__.partition(".")[0]).main(rest))
     else:

@@ -13,7 +13,7 @@ def run():
     MLX keeps compiled functions for each thread, and a thread that has ended asks for the interpreter to drop them.  If
     that is at its end by then, the process is aborted (SIGABRT): a program of MLX alone does it too (docs/limits.md),
     and in a server one thread computes all answers."""
-    serving = sys.argv[1:2] == ["server"]
+    serving = sys.argv[1:2] in (["server"], ["vlm-server"])
     try:
         main()
     except SystemExit as end:

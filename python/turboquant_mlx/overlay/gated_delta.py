@@ -30,6 +30,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models import gated_delta as _mlx_lm
 
+from . import hosts
+
 CHUNK = 64
 # Prompts longer than this go through in parts, which bounds the memory of the chunks' matrices.
 MAX_TOKENS = 2048
@@ -190,9 +192,11 @@ def enable_chunked_recurrence(model: Any = None) -> bool:
     after are served alike, since `gated_delta_update` looks the loop up when called.  Returns whether `model` uses
     the recurrence at all (True when no model is given)."""
     _mlx_lm.gated_delta_ops = _gated_delta_ops
+    hosts.enable_chunked_recurrence()
     return model is None or uses_recurrence(model)
 
 
 def disable_chunked_recurrence() -> None:
     """Brings mlx-lm's loop back."""
     _mlx_lm.gated_delta_ops = _loop
+    hosts.disable_chunked_recurrence()

@@ -15,6 +15,7 @@ the model (reach_own_code).
 
 import functools
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -108,6 +109,7 @@ _REPLACED = {  # name: (mlx-lm's, ours)
     "trim_prompt_cache": (mlx_lm_cache.trim_prompt_cache, trim_prompt_cache),
     "speculative_generate_step": (drafts.original, drafts.speculative_generate_step),
 }
+undo_also: list[Callable[[], None]] = []  # what remove_patch calls beside: vlm.py's
 _own_code: list = []  # globals of models' own code that were changed, for remove_patch
 
 
@@ -192,6 +194,8 @@ def remove_patch():
     base.quantized_scaled_dot_product_attention = original_quantized_attention
     for name, (original, ours) in _REPLACED.items():
         _rebind(name, ours, original)
+    for undo in undo_also:
+        undo()
     for (cls, name), (original, _) in _METHODS.items():
         setattr(cls, name, original)
     while _own_code:
