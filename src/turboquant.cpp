@@ -21,13 +21,11 @@ void require(bool ok, const Parts&... parts) {
   throw std::invalid_argument(message.str());
 }
 
-/// The largest head dimension of a backend.
-int most_head_dim(Backend backend) { return backend == Backend::reference ? 512 : 256; }
+void check_dim(const char* op, const char* name, int dim) {
+  require(valid_head_dim(dim), "[", op, "] ", name, " must be a multiple of 32 from 32 to 512; got ", dim);
+}
 
-void check_vectors(const char* op, int head_dim, int bits, Code code, Backend backend) {
-  const int most = most_head_dim(backend);
-  require(valid_head_dim(head_dim, most), "[", op, "] head_dim must be a multiple of 32 from 32 to ", most, "; got ",
-          head_dim);
+void check_codes(const char* op, int bits, Code code) {
   require((bits >= 2 && bits <= 4) || bits == 8, "[", op, "] bits must be 2, 3, 4 or 8; got ", bits);
   require(code == Code::scalar || bits <= 3, "[", op, "] bits must be 2 or 3 with a trellis; got ", bits);
 }
@@ -37,23 +35,24 @@ void check_size(const char* op, const char* name, int value, int least) {
 }
 
 template <class P, class Side>
-void check_rows(const char* op, const P& p, const Side& packed, Backend backend) {
-  check_vectors(op, p.head_dim, packed.bits, packed.code, backend);
+void check_rows(const char* op, const P& p, const Side& packed) {
+  check_dim(op, "head_dim", p.head_dim);
+  check_codes(op, packed.bits, packed.code);
   check_size(op, "batch", p.batch, 0);
   check_size(op, "heads", p.heads, 0);
   check_size(op, "tokens", p.tokens, 0);
 }
 
 /// The exact copies, when there are any.
-void check_exact(const AttendParams& p, Backend backend) {
+void check_exact(const AttendParams& p) {
   const ExactTier& e = p.exact;
   check_size("attend", "exact.recent", e.recent, 0);
   check_size("attend", "exact.first", e.first, 0);
   if (e.recent == 0 && e.first == 0) return;
   check_size("attend", "exact.ring", e.ring, e.recent);
   require(e.ring % 32 == 0, "[attend] exact.ring must be a multiple of 32; got ", e.ring);
-  check_vectors("attend", p.head_dim, e.keys.bits, e.keys.code, backend);
-  check_vectors("attend", p.head_dim, e.values.bits, e.values.code, backend);
+  check_codes("attend", e.keys.bits, e.keys.code);
+  check_codes("attend", e.values.bits, e.values.code);
   require(p.kv_len == 0 || (e.keys.codes && e.keys.scales && e.values.codes && e.values.scales),
           "[attend] codes and scales of the exact copies must not be null");
 }
@@ -63,21 +62,21 @@ const BackendTable& table_of(Backend backend) { return backend == Backend::cpu ?
 }  // namespace
 
 void encode(const EncodeParams& p, Backend backend) {
-  check_rows("encode", p, p.out, backend);
+  check_rows("encode", p, p.out);
   if (int64_t(p.batch) * p.heads * p.tokens == 0) return;
   require(p.x.data && p.out.codes && p.out.scales, "[encode] x, codes and scales must not be null");
   table_of(backend).encode(p);
 }
 
 void decode(const DecodeParams& p, Backend backend) {
-  check_rows("decode", p, p.in, backend);
+  check_rows("decode", p, p.in);
   if (int64_t(p.batch) * p.heads * p.tokens == 0) return;
   require(p.out.data && p.in.codes && p.in.scales, "[decode] codes, scales and out must not be null");
   table_of(backend).decode(p);
 }
 
 void transform(const TransformParams& p, Backend backend) {
-  require(valid_head_dim(p.head_dim), "[transform] head_dim must be a multiple of 32 from 32 to 256; got ", p.head_dim);
+  check_dim("transform", "head_dim", p.head_dim);
   check_size("transform", "batch", p.batch, 0);
   check_size("transform", "heads", p.heads, 0);
   check_size("transform", "tokens", p.tokens, 0);
@@ -91,8 +90,10 @@ void transform(const TransformParams& p, Backend backend) {
 }
 
 void attend(const AttendParams& p, Backend backend) {
-  check_vectors("attend", p.head_dim, p.keys.bits, p.keys.code, backend);
-  check_vectors("attend", p.head_dim, p.values.bits, p.values.code, backend);
+  check_dim("attend", "key_dim", p.key_dim);
+  if (p.value_dim != 0) check_dim("attend", "value_dim", p.value_dim);
+  check_codes("attend", p.keys.bits, p.keys.code);
+  check_codes("attend", p.values.bits, p.values.code);
   check_size("attend", "batch", p.batch, 0);
   check_size("attend", "kv_heads", p.kv_heads, 1);
   check_size("attend", "query_heads", p.query_heads, 1);
@@ -102,8 +103,8 @@ void attend(const AttendParams& p, Backend backend) {
   require(p.query_heads % p.kv_heads == 0, "[attend] query_heads must be a multiple of kv_heads; got ", p.query_heads,
           " and ", p.kv_heads);
   require(std::isfinite(p.scale), "[attend] scale must be finite; got ", p.scale);
-  check_exact(p, backend);
-  if (int64_t(p.batch) * p.query_len == 0) return;
+  check_exact(p);
+  if (int64_t(p.batch) * p.query_len * p.value_dim == 0) return;
   require(p.q.data && p.out.data, "[attend] q and out must not be null");
   require(p.kv_len == 0 || (p.keys.codes && p.keys.scales && p.values.codes && p.values.scales),
           "[attend] codes and scales must not be null");

@@ -110,7 +110,7 @@ double time_attention(const Shape& s, double* bytes) {
   for (int i = 0; i < copies; ++i) {
     AttendParams p;
     p.batch = s.batch, p.query_heads = s.query_heads, p.kv_heads = s.kv_heads, p.query_len = s.query_len;
-    p.kv_len = s.kv_len, p.head_dim = s.head_dim, p.scale = 1 / std::sqrt(float(s.head_dim)), p.seed = 1;
+    p.kv_len = s.kv_len, p.key_dim = p.value_dim = s.head_dim, p.scale = 1 / std::sqrt(float(s.head_dim)), p.seed = 1;
     p.causal = s.causal;
     p.q = {q_device.get(), Dtype::float16, int64_t(s.query_heads) * s.query_len * s.head_dim,
            int64_t(s.query_len) * s.head_dim, s.head_dim};

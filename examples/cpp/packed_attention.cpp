@@ -33,7 +33,7 @@ int main() {
   pack(values, value_codes, value_scales);
 
   tq::AttendParams p;
-  p.batch = 1, p.query_heads = 1, p.kv_heads = 1, p.query_len = 1, p.kv_len = kTokens, p.head_dim = kDim;
+  p.batch = 1, p.query_heads = 1, p.kv_heads = 1, p.query_len = 1, p.kv_len = kTokens, p.key_dim = p.value_dim = kDim;
   p.scale = 1 / std::sqrt(float(kDim));
   p.q = {query.data(), tq::Dtype::float32, 0, 0, kDim};
   p.keys = {key_codes.data(), key_scales.data(), kBits, 0, 0, 0, 0};

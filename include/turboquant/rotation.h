@@ -16,8 +16,8 @@ constexpr int odd_factor(int dim) {
   return dim;
 }
 
-/// Whether vectors of this size can be coded: multiples of 32 from 32 to `most`, 256 or, where a backend says so, 512.
-constexpr bool valid_head_dim(int dim, int most = 256) { return dim >= 32 && dim <= most && dim % 32 == 0; }
+/// Whether vectors of this size can be coded: multiples of 32 from 32 to `most`.
+constexpr bool valid_head_dim(int dim, int most = 512) { return dim >= 32 && dim <= most && dim % 32 == 0; }
 
 /// Signs of coordinates 32w .. 32w + 31 as bits (1 is negative): the top half of the splitmix64 output for counter
 /// w + 1 from `seed`.  They depend on the seed and the coordinate alone.

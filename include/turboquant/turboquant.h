@@ -118,17 +118,21 @@ struct ExactTier {
 };
 
 /// What `attend` does:  out = softmax(scale * q K^T + mask, sink) V  with K and V decoded from their codes.
+/// `values` may be `keys` themselves (latent attention, arXiv 2405.04434: one vector is key and value; the scores of the
+/// rotary part come as an additive mask of each query head).
 /// Query head h reads KV head h / (query_heads / kv_heads).  Query i stands at position kv_len - query_len + i.
 /// A key is visible when every rule given allows it; hidden keys have no influence, whatever they hold.  A query that
 /// sees no key gets 0.  Numbers beyond the range of a float16 output saturate.
 struct AttendParams {
-  int batch = 0, query_heads = 0, kv_heads = 0, query_len = 0, kv_len = 0, head_dim = 0;
+  int batch = 0, query_heads = 0, kv_heads = 0, query_len = 0, kv_len = 0;
+  int key_dim = 0;                      // of queries and keys
+  int value_dim = 0;                    // of values and out; 0: values and out are empty
   float scale = 1;                      // of the scores; finite
   uint64_t seed = 0;                    // of the signs, for keys and values alike
-  Tensor q;                             // [batch, query_heads, query_len, head_dim]
+  Tensor q;                             // [batch, query_heads, query_len, key_dim]
   Packed keys, values;                  // [batch, kv_heads, kv_len]; widths may differ
-  const float* key_centre = nullptr;    // [kv_heads, head_dim]; matters only beside sinks (softmax ignores a shift)
-  const float* value_centre = nullptr;  // [kv_heads, head_dim]; added once to the output
+  const float* key_centre = nullptr;    // [kv_heads, key_dim]; matters only beside sinks (softmax ignores a shift)
+  const float* value_centre = nullptr;  // [kv_heads, value_dim]; added once to the output
   bool causal = false;                  // key position <= query position
   int window = 0;                       // > 0: key position > query position - window
   const int32_t* starts = nullptr;      // [batch] first visible key: a left-padded batch; null: 0
@@ -138,20 +142,20 @@ struct AttendParams {
   int64_t mask_strides[4] = {0, 0, 0, 0};  // in elements
   ExactTier exact;                         // none by default
   const float* sinks = nullptr;            // [query_heads] a logit per head that takes weight and has no value
-  MutableTensor out;                       // [batch, query_heads, query_len, head_dim]
+  MutableTensor out;                       // [batch, query_heads, query_len, value_dim]
 };
 
 /// A set of kernels.  `reference` is the oracle: scalar, double, in the paper's order.  `cpu` picks the best
 /// instruction set of the processor.
 enum class Backend : uint8_t { reference, cpu };
 
-/// Sizes: head_dim a multiple of 32 from 32 to 256 (to 512 for the reference), bits 2, 3, 4 or 8 (2 or 3 with a
-/// trellis), the rest >= 0 (heads >= 1).
+/// Sizes: head_dim a multiple of 32 from 32 to 512, bits 2, 3, 4 or 8 (2 or 3 with a trellis), the rest >= 0
+/// (heads >= 1).
 void encode(const EncodeParams& params, Backend backend = Backend::cpu);
 void decode(const DecodeParams& params, Backend backend = Backend::cpu);
 /// Also: heads a multiple of matrices.
 void transform(const TransformParams& params, Backend backend = Backend::cpu);
-/// Also: query_heads a multiple of kv_heads, a finite scale; of exact copies: 0 <= recent <= ring.
+/// Also: key_dim and value_dim as head_dim, or value_dim 0; query_heads a multiple of kv_heads, a finite scale; of exact copies: 0 <= recent <= ring.
 void attend(const AttendParams& params, Backend backend = Backend::cpu);
 
 /// Instruction sets of the `cpu` backend that this processor can run, best first; the last is "scalar".

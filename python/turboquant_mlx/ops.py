@@ -21,7 +21,7 @@ def encode(
     """Codes of vectors (TurboQuant's MSE quantizer, arXiv 2504.19874, section 3).
 
     Args:
-        x (mx.array): (..., D) float16, bfloat16 or float32; D a multiple of 32 from 32 to 256.
+        x (mx.array): (..., D) float16, bfloat16 or float32; D a multiple of 32 from 32 to 512.
         bits (int): 2, 3, 4 or 8 bits a coordinate.
         seed (int): of the random signs; decode and attention need the same.
         centre (mx.array): (H, D), taken from every vector of head H before coding; x is then (B, H, N, D).

@@ -31,7 +31,7 @@ struct Split {
     const int64_t work = int64_t(p.batch) * p.kv_heads * tiles;
     // Some 64 tasks, of 512 to 2048 tokens (each prepares its queries anew) unless there are tiles enough, and at most
     // 4 MiB of partial results.
-    int64_t most = std::max<int64_t>(1, (4 << 20) / (4 * int64_t(p.head_dim) * p.batch * p.query_heads * p.query_len));
+    int64_t most = std::max<int64_t>(1, (4 << 20) / (4 * int64_t(p.value_dim) * p.batch * p.query_heads * p.query_len));
     if (work >= 32) most = 1;
     int64_t tokens = std::clamp<int64_t>(p.kv_len * work / 64, 512, 2048);
     tokens = std::max(tokens, (p.kv_len + most - 1) / most);
@@ -98,11 +98,11 @@ struct Base2Softmax {
 class Attention {
  public:
   explicit Attention(const AttendParams& p) : p_(p), split_(p), kernels_(kernels()) {
-    fill_signs(p.seed, p.head_dim, signs_);
+    fill_signs(p.seed, std::max(p.key_dim, p.value_dim), signs_);
     const size_t rows = size_t(p.batch) * p.kv_heads * split_.rows * split_.chunks;
     max_.resize(rows);
     sum_.resize(rows);
-    acc_.reset(new float[rows * p.head_dim]);
+    acc_.reset(new float[rows * p.value_dim]);
     const size_t tiles = size_t(p.batch) * p.kv_heads * split_.tiles;
     left_.reset(new std::atomic<int>[tiles]);
     for (size_t i = 0; i < tiles; ++i) left_[i] = split_.chunks;
@@ -132,10 +132,9 @@ class Attention {
     const size_t out = partial(tile, chunk);
     const MaskContext context{p_, b, kv * split_.group, begin, split_.group};
     Tile t;
-    t.dim = p_.head_dim;
     t.rows = tile_end(tile) - begin;
-    t.keys = rows_of(p_.keys, p_.head_dim, b, kv);
-    t.values = rows_of(p_.values, p_.head_dim, b, kv);
+    t.keys = rows_of(p_.keys, p_.key_dim, b, kv);
+    t.values = rows_of(p_.values, p_.value_dim, b, kv);
     t.scale = p_.scale;
     t.q_dtype = p_.q.dtype;
     t.signs = signs_;
@@ -145,7 +144,7 @@ class Attention {
     }
     t.add_mask = p_.mask_kind == MaskKind::none ? nullptr : add_mask;
     t.context = &context;
-    const Partial result{&max_[out], &sum_[out], &acc_[out * p_.head_dim]};
+    const Partial result{&max_[out], &sum_[out], &acc_[out * p_.value_dim]};
     const int chunk_begin = chunk * split_.chunk_tokens;
     const int chunk_end = std::min(p_.kv_len, chunk_begin + split_.chunk_tokens);
     t.ranges = 1;
@@ -195,8 +194,8 @@ class Attention {
       exact[r] = exact_keys(p_, b, (first_row + r) / split_.group);
       if (seen[r].first < seen[r].last) begin = std::min(begin, std::max(seen[r].first, exact[r].recent_begin));
     }
-    t.keys = rows_of(p_.exact.keys, p_.head_dim, b, kv);
-    t.values = rows_of(p_.exact.values, p_.head_dim, b, kv);
+    t.keys = rows_of(p_.exact.keys, p_.key_dim, b, kv);
+    t.values = rows_of(p_.exact.values, p_.value_dim, b, kv);
     t.ranges = 0;
     const auto add = [&](int from, int to, int slot, const auto& visible) {
       Range& range = t.range[t.ranges];
@@ -216,27 +215,28 @@ class Attention {
       });
       from = to;
     }
-    float* const more = reinterpret_cast<float*>(workspace<1>(size_t(rows) * (t.dim + 2) * sizeof(float)));
+    const int dim = p_.value_dim;
+    float* const more = reinterpret_cast<float*>(workspace<1>(size_t(rows) * (dim + 2) * sizeof(float)));
     const Partial copies{more, more + rows, more + 2 * rows};
     run_kernel(t, copies);
     for (int r = 0; r < rows; ++r) {
       Base2Softmax softmax{result.max[r], result.sum[r]};
       const auto [old_part, new_part] = softmax.merge(copies.max[r], copies.sum[r]);
       result.max[r] = softmax.max, result.sum[r] = softmax.sum;
-      float* const x = result.acc + size_t(r) * t.dim;
-      const float* const y = copies.acc + size_t(r) * t.dim;
-      for (int d = 0; d < t.dim; ++d) x[d] = x[d] * old_part + y[d] * new_part;
+      float* const x = result.acc + size_t(r) * dim;
+      const float* const y = copies.acc + size_t(r) * dim;
+      for (int d = 0; d < dim; ++d) x[d] = x[d] * old_part + y[d] * new_part;
     }
   }
 
   /// Merges the chunks of a tile, rotates back and writes the output.
   void finish(int tile) {
     const int head = tile / split_.tiles, b = head / p_.kv_heads, kv = head % p_.kv_heads;
-    const int begin = tile_begin(tile), rows = tile_end(tile) - begin, dim = p_.head_dim;
+    const int begin = tile_begin(tile), rows = tile_end(tile) - begin, dim = p_.value_dim;
     for (int r = 0; r < rows; ++r) {
       const int i = (begin + r) / split_.group, h = kv * split_.group + (begin + r) % split_.group;
       Base2Softmax softmax;
-      alignas(64) float x[256] = {};
+      alignas(64) float x[kMaxDim] = {};
       for (int c = 0; c < split_.chunks; ++c) {
         const size_t at = partial(tile, c) + r;
         const auto [old_part, new_part] = softmax.merge(max_[at], sum_[at]);
@@ -250,8 +250,8 @@ class Attention {
         float due = 0;
         if (p_.key_centre) {
           const int64_t row = row_offset(p_.q, b, h, i);
-          for (int d = 0; d < dim; ++d)
-            due += load_number(p_.q.data, p_.q.dtype, row + d) * p_.key_centre[kv * dim + d];
+          for (int d = 0; d < p_.key_dim; ++d)
+            due += load_number(p_.q.data, p_.q.dtype, row + d) * p_.key_centre[kv * p_.key_dim + d];
         }
         const auto [old_part, new_part] = softmax.merge((p_.sinks[h] - p_.scale * due) * kLog2E, 1);
         norm = old_part == 0 && seen == 0 ? 0 : old_part / softmax.sum;
@@ -270,7 +270,7 @@ class Attention {
   const AttendParams& p_;
   const Split split_;
   const Kernels& kernels_;
-  alignas(64) float signs_[256];
+  alignas(64) float signs_[kMaxDim];
   std::vector<float> max_, sum_;
   std::unique_ptr<float[]> acc_;
   std::unique_ptr<std::atomic<int>[]> left_;

@@ -23,7 +23,7 @@ void for_rows(const Params& p, const Run& run) {
 
 void encode(const EncodeParams& p) {
   const Kernels& k = kernels();
-  alignas(64) float signs[256];
+  alignas(64) float signs[kMaxDim];
   fill_signs(p.seed, p.head_dim, signs);
   const bool feedback = p.feedback && p.head_dim > 32;  // one block has none before it
   for_rows(p, [&](int b, int h, int t, int count) {
@@ -45,13 +45,13 @@ void encode(const EncodeParams& p) {
 
 void decode(const DecodeParams& p) {
   const Kernels& k = kernels();
-  alignas(64) float signs[256];
+  alignas(64) float signs[kMaxDim];
   fill_signs(p.seed, p.head_dim, signs);
   for_rows(p, [&](int b, int h, int t, int count) {
     DecodeRows rows;
     rows.dim = p.head_dim;
     rows.count = count;
-    rows.in = {row_codes(p.in, p.head_dim, b, h, t), &row_scale(p.in, b, h, t), kind_of(p.in)};
+    rows.in = {row_codes(p.in, p.head_dim, b, h, t), &row_scale(p.in, b, h, t), p.head_dim, kind_of(p.in)};
     rows.centre = p.centre ? p.centre + h * p.head_dim : nullptr;
     rows.signs = signs;
     rows.out = static_cast<std::byte*>(p.out.data) + row_offset(p.out, b, h, t) * size_of(p.out.dtype);

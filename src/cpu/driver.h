@@ -25,7 +25,7 @@ Kind kind_of(const P& packed) {
 
 inline Rows rows_of(const Packed& packed, int head_dim, int b, int h) {
   return {packed.codes ? row_codes(packed, head_dim, b, h, 0) : nullptr,
-          packed.scales ? &row_scale(packed, b, h, 0) : nullptr, kind_of(packed)};
+          packed.scales ? &row_scale(packed, b, h, 0) : nullptr, head_dim, kind_of(packed)};
 }
 
 }  // namespace turboquant::cpu

@@ -15,7 +15,7 @@ namespace turboquant::cpu {
 
 constexpr int kBlock = 128;    // tokens attended at a time: 16 KiB of nibbles of keys, of values, at head_dim 256
 constexpr int kTileRows = 64;  // query rows attended at a time
-constexpr int kMaxDim = 256;   // coordinates of a vector
+constexpr int kMaxDim = 512;   // coordinates of a vector
 
 /// What codes are: their width, and whether they are paths through a trellis.
 struct Kind {
@@ -28,6 +28,7 @@ struct Kind {
 struct Rows {
   const uint32_t* codes;
   const uint16_t* scales;
+  int dim;
   Kind kind;
 };
 
@@ -39,20 +40,20 @@ struct Range {
 };
 constexpr int kMaxRanges = 3;
 
-/// Query rows [rows, dim] against ranges of tokens of one KV head.
+/// Query rows [rows, keys.dim] against ranges of tokens of one KV head.
 struct Tile {
-  int dim, rows, ranges;
+  int rows, ranges;
   Range range[kMaxRanges];
   Rows keys, values;
   float scale;  // of the scores
   Dtype q_dtype;
-  const void* q[kTileRows];  // of each row, dim numbers
-  const float* signs;        // [dim] +-1
+  const void* q[kTileRows];  // of each row, keys.dim numbers
+  const float* signs;        // [keys.dim] +-1
   /// Adds the mask of `row` to scores [t, t + n) (base-2 logarithms); null: no mask.
   void (*add_mask)(const void* context, int row, int t, int n, float* scores);
   const void* context;
   std::byte* workspace;    // workspace_bytes of the other fields, 64-byte aligned
-  float *max, *sum, *acc;  // out: [rows] base-2 maximum and sum, [rows, dim] weighted values, rotated basis
+  float *max, *sum, *acc;  // out: [rows] base-2 maximum and sum, [rows, values.dim] weighted values, rotated basis
 };
 
 /// Vectors of one head, `count` rows.

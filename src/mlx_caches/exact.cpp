@@ -15,7 +15,7 @@ Store encode_copies(const CacheCoding& coding, const mx::array& keys, const mx::
 /// The same from codes.
 Store transcode(const CacheCoding& coding, const Store& codes, mx::StreamOrDevice s) {
   return encode_copies(coding, decoded_keys(coding, codes.keys, mx::float32, s),
-                       decode(codes.values, coding.values, mx::float32, s), s);
+                       decoded_values(coding, codes.values, mx::float32, s), s);
 }
 
 /// A store of two parts along the tokens, of which either may be empty.
@@ -136,9 +136,10 @@ Copies append_copies(const CacheCoding& coding, const std::optional<Copies>& cop
 Copies copies_of_codes(const CacheCoding& coding, const Store& codes, int length, const std::vector<int>& starts,
                        mx::StreamOrDevice s) {
   const int ring = ring_slots(coding);
-  Copies out{
-      zeros(coding_of_copies(coding), codes.batch(), codes.heads(), ring + coding.sink, codes.head_dim(coding), s),
-      length, std::nullopt};
+  const int batch = codes.batch(), heads = codes.heads();
+  const Store empty = zeros(coding_of_copies(coding), {batch, heads, 0, codes.head_dim(coding)},
+                            {batch, heads, 0, codes.value_dim(coding)}, ring + coding.sink, s);
+  Copies out{empty, length, std::nullopt};
   if (coding.sink > 0 && length > 0) {
     std::vector<int> index;
     for (int start : starts) {
@@ -199,8 +200,9 @@ void check_restored(const char* op, const CacheCoding& coding, const Copies& cop
   const auto eight = coding_of_copies(coding);
   check_store(op, eight, copies.held, 0);
   const mx::Shape want{store.batch(), store.heads(), ring_slots(coding) + coding.sink};
-  require(copies.held.keys.scales.shape() == want && copies.held.head_dim(eight) == store.head_dim(coding), "[", op,
-          "] the exact copies must have shape ", want, " and the codes' head_dim; got ",
+  require(copies.held.keys.scales.shape() == want && copies.held.head_dim(eight) == store.head_dim(coding) &&
+              copies.held.value_dim(eight) == store.value_dim(coding),
+          "[", op, "] the exact copies must have shape ", want, " and the codes' head_dim; got ",
           copies.held.keys.scales.shape());
   require(copies.from >= 0 && copies.from <= std::max(0, length - coding.recent), "[", op, "] the exact copies of ",
           length, " tokens must begin at ", std::max(0, length - coding.recent), " or before; got ", copies.from);

@@ -155,23 +155,25 @@ Store zeros_like(const Store& like, int batch, int tokens, mx::StreamOrDevice s)
   });
 }
 
-Store zeros(const CacheCoding& coding, int batch, int heads, int tokens, int head_dim, mx::StreamOrDevice s) {
-  const auto side = [&](int bits) {
-    return PackedArrays{mx::zeros({batch, heads, tokens, words_per_vector(bits, head_dim)}, mx::uint32, s),
-                        mx::zeros({batch, heads, tokens}, mx::float16, s)};
+Store zeros(const CacheCoding& coding, mx::Shape keys, mx::Shape values, int tokens, mx::StreamOrDevice s) {
+  const auto side = [&](int bits, const mx::Shape& x) {
+    return PackedArrays{mx::zeros({x[0], x[1], tokens, words_per_vector(bits, x[3])}, mx::uint32, s),
+                        mx::zeros({x[0], x[1], tokens}, mx::float16, s)};
   };
-  return {side(coding.keys.bits()), side(coding.values.bits())};
+  return {side(coding.keys.bits(), keys), side(coding.values.bits(), values)};
 }
 
 void check_same_shape(const char* op, const Store& a, const Store& b) {
-  require(a.heads() == b.heads() && a.keys.codes.shape(3) == b.keys.codes.shape(3), "[", op,
+  require(a.heads() == b.heads() && a.keys.codes.shape(3) == b.keys.codes.shape(3) &&
+              a.values.codes.shape(3) == b.values.codes.shape(3),
+          "[", op,
           "] caches must have the same heads and head_dim; got codes ", a.keys.codes.shape(), " and ",
           b.keys.codes.shape());
 }
 
 void check_store(const char* op, const CacheCoding& coding, const Store& store, int length) {
   check_packed(op, "keys", store.keys, coding.keys.bits());
-  check_packed(op, "values", store.values, coding.values.bits());
+  check_packed(op, "values", store.values, coding.values.bits(), true);
   require(store.keys.codes.ndim() == 4, "[", op, "] codes must have shape (batch, kv_heads, tokens, words); got ",
           store.keys.codes.shape());
   require(store.keys.scales.shape() == store.values.scales.shape(), "[", op,
@@ -191,11 +193,12 @@ Store concatenate(const std::vector<Store>& stores, int axis, mx::StreamOrDevice
           {join([](const Store& x) { return x.values.codes; }), join([](const Store& x) { return x.values.scales; })}};
 }
 
-void check_follows(const CacheCoding& coding, const mx::Shape& shape, const Store& held) {
-  require(shape[0] == held.batch(), "[append] batch must stay ", held.batch(), "; got ", shape[0]);
-  require(shape[1] == held.heads(), "[append] KV heads must stay ", held.heads(), "; got ", shape[1]);
-  const int dim = held.head_dim(coding);
-  require(shape[3] == dim, "[append] head_dim must stay ", dim, "; got ", shape[3]);
+void check_follows(const CacheCoding& coding, const mx::Shape& keys, const mx::Shape& values, const Store& held) {
+  require(keys[0] == held.batch(), "[append] batch must stay ", held.batch(), "; got ", keys[0]);
+  require(keys[1] == held.heads(), "[append] KV heads must stay ", held.heads(), "; got ", keys[1]);
+  const int dim = held.head_dim(coding), value_dim = held.value_dim(coding);
+  require(keys[3] == dim, "[append] head_dim must stay ", dim, "; got ", keys[3]);
+  require(values[3] == value_dim, "[append] head_dim of values must stay ", value_dim, "; got ", values[3]);
 }
 
 Store encode_store(const CacheCoding& coding, const mx::array& keys, const mx::array& values,
@@ -203,7 +206,7 @@ Store encode_store(const CacheCoding& coding, const mx::array& keys, const mx::a
   check_sides("encode", keys, values);
   const auto [mapped, key_coding] = mapped_keys(coding, keys, s);
   auto [k, v] = encode_kv(mapped, values, key_coding, coding.values, s);
-  if (held) check_follows(coding, keys.shape(), *held);
+  if (held) check_follows(coding, keys.shape(), values.shape(), *held);
   return {k, v};
 }
 
@@ -219,13 +222,14 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
   o.mask = mask;
   o.starts = starts;
   o.sinks = sinks;
+  if (latent) o.values = coding.keys;
   if (!sinks) o.keys.centre = std::nullopt;  // the softmax does not see it
   if (o.keys.centre && coding.key_map) {
     o.keys.centre = mx::squeeze(mx::matmul(mx::expand_dims(*o.keys.centre, 1, s), *coding.key_map, s), 1, s);
   }
   if (copies) {
     const Store x = copies->settled();
-    o.exact = ExactArrays{x.keys, x.values};
+    o.exact = ExactArrays{x.keys, latent ? x.keys : x.values};
     o.recent = coding.recent;
     o.first = coding.sink;
   }
@@ -235,7 +239,7 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
   const bool waits = store.written && int(store.written->size()) == length + 1 && can_append_in_place({q}, stream);
   if (waits) o.written = store.written;
   const Store x = waits ? store : store.settled();
-  const auto out = attention(asked, x.keys, x.values, o, stream);
+  const auto out = attention(asked, x.keys, latent ? x.keys : x.values, o, stream);
   return out.dtype() == q.dtype() ? out : mx::astype(out, q.dtype(), stream);
 }
 
@@ -248,9 +252,14 @@ mx::array decoded_keys(const CacheCoding& coding, const PackedArrays& keys, mx::
   return mx::astype(shifted, dtype, s);
 }
 
+mx::array decoded_values(const CacheCoding& coding, const PackedArrays& values, mx::Dtype dtype, mx::StreamOrDevice s) {
+  if (values.codes.shape(-1) == 0) return mx::zeros(values.codes.shape(), dtype, s);
+  return ops::decode(values, coding.values, dtype, s);
+}
+
 std::pair<mx::array, mx::array> View::decode(mx::Dtype dtype, mx::StreamOrDevice s) const {
   const auto numbers = [&](const Store& held, const CacheCoding& of) {
-    return std::pair{decoded_keys(of, held.keys, dtype, s), ops::decode(held.values, of.values, dtype, s)};
+    return std::pair{decoded_keys(of, held.keys, dtype, s), decoded_values(of, held.values, dtype, s)};
   };
   if (!copies || starts) return numbers(store.tokens(0, length, s), coding);
   // The first tokens, the codes, and the newest in their order.
@@ -296,11 +305,11 @@ Store append_store(const CacheCoding& coding, const std::optional<Store>& held, 
                    const mx::array& values, mx::StreamOrDevice s) {
   const auto stream = mx::to_stream(s);
   check_sides("encode", keys, values);
-  if (held) check_follows(coding, keys.shape(), *held);
+  if (held) check_follows(coding, keys.shape(), values.shape(), *held);
   const int added = keys.shape(2);
   std::vector<mx::array> arrays{keys, values};
   if (held) arrays.insert(arrays.end(), {held->keys.codes, held->values.codes});
-  const bool possible = can_append_in_place(arrays, stream);
+  const bool possible = keys.shape(3) == values.shape(3) && can_append_in_place(arrays, stream);
   arrays.clear();  // or they would count as holders
   if (!possible || added == 0) {
     const auto rows = encode_store(coding, keys, values, held, stream);
@@ -308,7 +317,7 @@ Store append_store(const CacheCoding& coding, const std::optional<Store>& held, 
   }
   Store next = owns_room(held, length, added) ? *held
                : held                         ? copy_with_room(held, length, *held, length + added, stream)
-                      : zeros(coding, keys.shape(0), keys.shape(1), round_up(added), keys.shape(3), stream);
+                      : zeros(coding, keys.shape(), values.shape(), round_up(added), stream);
   if (!next.frontier) next.frontier = std::make_shared<int>(length);
   const bool follows = next.written && int(next.written->size()) == length + 1;
   const auto [mapped, key_coding] = mapped_keys(coding, keys, stream);

@@ -1,6 +1,7 @@
 // Checks of the operations' arguments.  Each throws std::invalid_argument that names the rule and the value found.
 #pragma once
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 
@@ -29,21 +30,25 @@ inline void check_bits(const char* op, const char* name, int bits) {
 inline void check_vectors(const char* op, const char* name, const mx::array& x) {
   require(is_float(x.dtype()), "[", op, "] ", name, " must be float16, bfloat16 or float32; got ", x.dtype());
   require(x.ndim() >= 1, "[", op, "] ", name, " must have at least one axis; got a scalar");
-  require(valid_head_dim(x.shape(-1)), "[", op, "] head_dim must be a multiple of 32 from 32 to 256; got ", x.shape(-1),
+  require(valid_head_dim(x.shape(-1)), "[", op, "] head_dim must be a multiple of 32 from 32 to 512; got ", x.shape(-1),
           " in ", name, " of shape ", x.shape());
 }
 
-/// Keys and values of one cache.
+/// The head dimension of codes; 0 of a side without numbers.
+inline int head_dim_of(const PackedArrays& p, int bits) { return p.codes.shape(-1) / bits * 32; }
+
+/// Keys and values of one cache: values may have a head_dim of their own, or 0.
 inline void check_sides(const char* op, const mx::array& keys, const mx::array& values) {
   check_vectors(op, "keys", keys);
-  check_vectors(op, "values", values);
+  const bool empty = values.ndim() == 4 && values.shape(3) == 0;
+  if (!empty) check_vectors(op, "values", values);
   require(keys.ndim() == 4, "[", op, "] keys must have shape (batch, kv_heads, tokens, head_dim); got ", keys.shape());
-  require(keys.shape() == values.shape(), "[", op, "] keys and values must have the same shape; got ", keys.shape(),
-          " and ", values.shape());
+  require(values.ndim() == 4 && std::equal(keys.shape().begin(), keys.shape().begin() + 3, values.shape().begin()), "[",
+          op, "] keys and values must agree in batch, heads and tokens; got ", keys.shape(), " and ", values.shape());
 }
 
-/// Codes and scales that belong together.
-inline void check_packed(const char* op, const char* name, const PackedArrays& p, int bits) {
+/// Codes and scales that belong together; with `empty` a side may have no numbers.
+inline void check_packed(const char* op, const char* name, const PackedArrays& p, int bits, bool empty = false) {
   require(p.codes.dtype() == mx::uint32, "[", op, "] ", name, " codes must be uint32; got ", p.codes.dtype());
   require(p.scales.dtype() == mx::float16, "[", op, "] ", name, " scales must be float16; got ", p.scales.dtype());
   require(p.codes.ndim() >= 1 && p.scales.ndim() + 1 == p.codes.ndim() &&
@@ -51,8 +56,8 @@ inline void check_packed(const char* op, const char* name, const PackedArrays& p
           "[", op, "] ", name, " scales must have the codes' shape without its last axis; got codes ", p.codes.shape(),
           " and scales ", p.scales.shape());
   const int words = p.codes.shape(-1);
-  require(words % bits == 0 && valid_head_dim(words / bits * 32), "[", op, "] ", name, " of ", bits,
-          " bits must have bits * head_dim / 32 words in the last axis, head_dim a multiple of 32 from 32 to 256; got ",
+  require((empty && words == 0) || (words % bits == 0 && valid_head_dim(words / bits * 32)), "[", op, "] ", name, " of ", bits,
+          " bits must have bits * head_dim / 32 words in the last axis, head_dim a multiple of 32 from 32 to 512; got ",
           words, " words");
 }
 

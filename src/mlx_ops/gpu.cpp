@@ -62,6 +62,10 @@ bool gpu_supported(std::string* why) {
   return ok;
 }
 
+int most_head_dim_gpu() { return on_metal() ? 512 : 256; }
+
+bool has_value_dims_gpu() { return false; }
+
 std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const std::vector<Coding>& codings,
                                      mx::Stream stream) {
   require_gpu("encode");

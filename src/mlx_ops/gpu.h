@@ -9,11 +9,15 @@ namespace turboquant::ops {
 /// Whether a GPU backend of this library can serve this device; `why` says what is missing.
 bool gpu_supported(std::string* why = nullptr);
 
-/// As `encode_kv`, for two sides that share batch, heads and tokens; with no values, one side is encoded.
+/// The largest head dimension that this GPU's kernels have, and whether values may have another than keys.
+int most_head_dim_gpu();
+bool has_value_dims_gpu();
+
+/// As `encode_kv`, for two sides of one shape; with no values, one side is encoded.
 std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const std::vector<Coding>& codings,
                                      mx::Stream stream);
 
-/// Whether append_gpu exists for this GPU.
+/// Whether append_gpu exists for this GPU.  Its two sides must have one head dimension.
 bool appends_in_place_gpu();
 /// As append_kv.
 mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<Coding>& codings,

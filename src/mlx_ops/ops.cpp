@@ -37,6 +37,17 @@ mx::Shape without_last(mx::Shape shape) {
   return shape;
 }
 
+/// The GPU's kernels may not have every head dimension that the CPU's have.
+void check_gpu_dim(const char* op, int dim) {
+  require(dim <= most_head_dim_gpu(), "[", op, "] head_dim must be at most ", most_head_dim_gpu(),
+          " with the kernels of this GPU; got ", dim);
+}
+
+/// A side without numbers: vectors of no coordinate.
+PackedArrays encode_nothing(const mx::array& x, mx::Stream stream) {
+  return {mx::zeros(x.shape(), mx::uint32, stream), mx::zeros(without_last(x.shape()), mx::float16, stream)};
+}
+
 PackedArrays encode_rank4(const mx::array& x, const Coding& coding, mx::Stream stream) {
   std::vector<mx::array> inputs{x};
   for (const auto* extra : {&coding.centre, &coding.feedback}) {
@@ -71,6 +82,7 @@ PackedArrays encode(const mx::array& x, const Coding& coding, mx::StreamOrDevice
   const auto shape = as_rank4(x.shape());
   const auto ready = checked("encode", "", coding, shape[1], shape[3], stream);
   const auto rank4 = x.shape() == shape ? x : mx::reshape(x, shape, stream);
+  if (on_gpu(stream)) check_gpu_dim("encode", shape[3]);
   auto packed = on_gpu(stream) ? encode_gpu({rank4}, {ready}, stream)[0] : encode_rank4(rank4, ready, stream);
   if (x.shape() == shape) return packed;
   return {mx::reshape(packed.codes, with_last(x.shape(), packed.codes.shape(-1)), stream),
@@ -86,8 +98,10 @@ std::vector<Coding> checked_sides(const char* op, const mx::array& keys, const m
   check_bits(op, "value_bits", value_coding.bits());
   check_sides(op, keys, values);
   check_one_seed(op, key_coding, value_coding);
-  const int heads = keys.shape(1), dim = keys.shape(3);
-  return {checked(op, "key_", key_coding, heads, dim, stream), checked(op, "value_", value_coding, heads, dim, stream)};
+  const int heads = keys.shape(1), dim = keys.shape(3), value_dim = values.shape(3);
+  if (on_gpu(stream)) check_gpu_dim(op, std::max(dim, value_dim));
+  return {checked(op, "key_", key_coding, heads, dim, stream),
+          checked(op, "value_", value_coding, heads, value_dim, stream)};
 }
 
 }  // namespace
@@ -97,11 +111,15 @@ std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx:
                                                 mx::StreamOrDevice s) {
   const auto stream = mx::to_stream(s);
   const auto codings = checked_sides("encode", keys, values, key_coding, value_coding, stream);
-  if (on_gpu(stream)) {
+  if (on_gpu(stream) && keys.shape(3) == values.shape(3)) {  // one kernel for both
     auto sides = encode_gpu({keys, values}, codings, stream);
     return {sides[0], sides[1]};
   }
-  return {encode_rank4(keys, codings[0], stream), encode_rank4(values, codings[1], stream)};
+  const auto side = [&](const mx::array& x, const Coding& coding) {
+    if (x.shape(3) == 0) return encode_nothing(x, stream);
+    return on_gpu(stream) ? encode_gpu({x}, {coding}, stream)[0] : encode_rank4(x, coding, stream);
+  };
+  return {side(keys, codings[0]), side(values, codings[1])};
 }
 
 namespace {
@@ -166,7 +184,8 @@ mx::array decode(const PackedArrays& packed, const Coding& coding, mx::Dtype dty
   check_packed("decode", "packed", packed, coding.bits());
   require(is_float(dtype), "[decode] dtype must be float16, bfloat16 or float32; got ", dtype);
   const auto stream = mx::to_stream(s);
-  const int dim = packed.codes.shape(-1) / coding.bits() * 32;
+  const int dim = head_dim_of(packed, coding.bits());
+  if (on_gpu(stream)) check_gpu_dim("decode", dim);
   const auto shape = as_rank4(packed.codes.shape());
   Coding ready{coding.width, coding.seed};  // codes with feedback decode as those without
   ready.centre = checked_centre("decode", "centre", coding.centre, shape[1], dim, stream);
@@ -194,7 +213,7 @@ AttentionOptions checked_options(const mx::array& q, const PackedArrays& keys, c
   check_one_seed("attention", o.keys, o.values);
   check_vectors("attention", "q", q);
   check_packed("attention", "keys", keys, o.keys.bits());
-  check_packed("attention", "values", values, o.values.bits());
+  check_packed("attention", "values", values, o.values.bits(), true);
   require(q.ndim() == 4, "[attention] q must have shape (batch, query_heads, query_len, head_dim); got ", q.shape());
   require(keys.codes.ndim() == 4 && values.codes.ndim() == 4,
           "[attention] codes must have shape (batch, kv_heads, tokens, words); got ", keys.codes.shape(), " and ",
@@ -203,14 +222,18 @@ AttentionOptions checked_options(const mx::array& q, const PackedArrays& keys, c
           "[attention] keys and values must agree in batch, heads and tokens; got ", keys.scales.shape(), " and ",
           values.scales.shape());
   const int batch = q.shape(0), query_heads = q.shape(1), dim = q.shape(3);
+  const int value_dim = head_dim_of(values, o.values.bits());
+  if (on_gpu(stream)) {
+    check_gpu_dim("attention", std::max(dim, value_dim));
+    require(dim == value_dim || value_dim == 0 || has_value_dims_gpu(),
+            "[attention] the kernels of this GPU need keys and values of one head_dim; got ", dim, " and ", value_dim);
+  }
   const int kv_heads = keys.codes.shape(1), capacity = keys.codes.shape(2);
   require(keys.codes.shape(0) == batch, "[attention] q and keys must have the same batch; got ", batch, " and ",
           keys.codes.shape(0));
-  for (auto [side, bits, name] : {std::tuple{&keys, o.keys.bits(), "keys"}, {&values, o.values.bits(), "values"}}) {
-    require(side->codes.shape(3) == words_per_vector(bits, dim), "[attention] ", name, " of ", bits,
-            " bits and head_dim ", dim, " must have ", words_per_vector(bits, dim), " words a vector; got ",
-            side->codes.shape(3));
-  }
+  require(keys.codes.shape(3) == words_per_vector(o.keys.bits(), dim), "[attention] keys of ", o.keys.bits(),
+          " bits and head_dim ", dim, " must have ", words_per_vector(o.keys.bits(), dim), " words a vector; got ",
+          keys.codes.shape(3));
   require(kv_heads > 0 && query_heads % kv_heads == 0, "[attention] query heads must be a multiple of KV heads; got ",
           query_heads, " and ", kv_heads);
   require(std::isfinite(o.scale), "[attention] scale must be finite; got ", o.scale);
@@ -242,10 +265,11 @@ AttentionOptions checked_options(const mx::array& q, const PackedArrays& keys, c
     o.sinks = mx::contiguous(mx::astype(*o.sinks, mx::float32, stream), false, stream);
   }
   if (o.exact) {
-    for (auto [side, name] : {std::pair{&o.exact->keys, "exact keys"}, {&o.exact->values, "exact values"}}) {
-      check_packed("attention", name, *side, 8);
+    for (auto [side, width, name] :
+         {std::tuple{&o.exact->keys, dim, "exact keys"}, {&o.exact->values, value_dim, "exact values"}}) {
+      check_packed("attention", name, *side, 8, true);
       require(side->codes.ndim() == 4 && side->codes.shape(0) == batch && side->codes.shape(1) == kv_heads &&
-                  side->codes.shape(3) == words_per_vector(8, dim),
+                  side->codes.shape(3) == words_per_vector(8, width),
               "[attention] ", name, " must fit the keys' batch, heads and head_dim; got codes ", side->codes.shape());
     }
     require(o.exact->keys.scales.shape() == o.exact->values.scales.shape(),
@@ -257,7 +281,7 @@ AttentionOptions checked_options(const mx::array& q, const PackedArrays& keys, c
             ", and first = ", o.first, " more; got ", o.exact->keys.scales.shape(2), " slots");
   }
   o.keys.centre = checked_centre("attention", "key_centre", o.keys.centre, kv_heads, dim, stream);
-  o.values.centre = checked_centre("attention", "value_centre", o.values.centre, kv_heads, dim, stream);
+  o.values.centre = checked_centre("attention", "value_centre", o.values.centre, kv_heads, value_dim, stream);
   return o;
 }
 
@@ -279,8 +303,10 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
                     const AttentionOptions& options, mx::StreamOrDevice s) {
   const auto stream = mx::to_stream(s);
   const auto o = checked_options(q, keys, values, options, stream);
+  const auto out_shape = with_last(q.shape(), head_dim_of(values, o.values.bits()));
+  if (out_shape.back() == 0) return mx::zeros(out_shape, q.dtype(), stream);
   if (on_gpu(stream)) {
-    if (q.size() == 0) return mx::zeros(q.shape(), q.dtype(), stream);  // no kernel has nothing to do
+    if (q.size() == 0) return mx::zeros(out_shape, q.dtype(), stream);  // no kernel has nothing to do
     auto gpu = o;                                                       // kernels are built for these shapes
     if (gpu.kv_len < 0) gpu.kv_len = keys.codes.shape(2);
     require(!o.exact || reads_exact_copies_gpu(),
@@ -316,7 +342,7 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
     const auto& [k, v] = *o.exact;
     inputs.insert(inputs.end(), {k.codes, k.scales, v.codes, v.scales});
   }
-  return mx::array(q.shape(), q.dtype(), std::make_shared<Attention>(stream, settings), std::move(inputs));
+  return mx::array(out_shape, q.dtype(), std::make_shared<Attention>(stream, settings), std::move(inputs));
 }
 
 }  // namespace turboquant::ops

@@ -182,7 +182,8 @@ void Attention::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::a
   auto& out = outputs[0];
   allocate(out);
   AttendParams p;
-  p.batch = q.shape(0), p.query_heads = q.shape(1), p.query_len = q.shape(2), p.head_dim = q.shape(3);
+  p.batch = q.shape(0), p.query_heads = q.shape(1), p.query_len = q.shape(2), p.key_dim = q.shape(3);
+  p.value_dim = out.shape(3);
   p.kv_heads = key_codes.shape(1), p.kv_len = settings_.kv_len < 0 ? key_codes.shape(2) : settings_.kv_len;
   p.scale = settings_.scale;
   p.seed = settings_.seed;
@@ -221,7 +222,7 @@ std::vector<mx::Shape> Attention::output_shapes(const std::vector<mx::array>& in
   require(keys.shape(0) == batch && values.shape(0) == batch && values.shape(1) == keys.shape(1) &&
               values.shape(2) == held && inputs[2].shape() == scales && inputs[4].shape() == scales &&
               keys.shape(3) == words_per_vector(settings_.keys.bits, dim) &&
-              values.shape(3) == words_per_vector(settings_.values.bits, dim) && q.shape(1) % keys.shape(1) == 0,
+              values.shape(3) % settings_.values.bits == 0 && q.shape(1) % keys.shape(1) == 0,
           "[attention] q, keys and values must fit together; got q ", q.shape(), ", keys ", keys.shape(),
           " and values ", values.shape());
   require(kv_len <= held, "[attention] kv_len must be at most the ", held, " tokens held; got ", kv_len);
@@ -235,7 +236,9 @@ std::vector<mx::Shape> Attention::output_shapes(const std::vector<mx::array>& in
     require(inputs[next].shape() == mx::Shape{batch}, "[attention] starts must have shape (", batch, "); got ",
             inputs[next].shape());
   }
-  return {q.shape()};
+  auto out = q.shape();
+  out.back() = values.shape(3) / settings_.values.bits * 32;
+  return {out};
 }
 
 bool Attention::is_equivalent(const mx::Primitive& other) const {

@@ -353,10 +353,10 @@ TEST(Arguments, ErrorsNameOperationRuleAndValue) {
     return error_of([&] { attend(p); });
   };
   using P = AttendParams;
-  EXPECT_EQ(attend_with([](P& p) { p.head_dim = 80; }),
-            "[attend] head_dim must be a multiple of 32 from 32 to 256; got 80");
-  EXPECT_EQ(attend_with([](P& p) { p.head_dim = 288; }),
-            "[attend] head_dim must be a multiple of 32 from 32 to 256; got 288");
+  EXPECT_EQ(attend_with([](P& p) { p.key_dim = 80; }),
+            "[attend] key_dim must be a multiple of 32 from 32 to 512; got 80");
+  EXPECT_EQ(attend_with([](P& p) { p.value_dim = 544; }),
+            "[attend] value_dim must be a multiple of 32 from 32 to 512; got 544");
   EXPECT_EQ(attend_with([](P& p) { p.keys.bits = 5; }), "[attend] bits must be 2, 3, 4 or 8; got 5");
   EXPECT_EQ(attend_with([](P& p) { p.values.bits = 1; }), "[attend] bits must be 2, 3, 4 or 8; got 1");
   EXPECT_EQ(attend_with([](P& p) { p.query_heads = 5; }),
@@ -379,7 +379,7 @@ TEST(Arguments, ErrorsNameOperationRuleAndValue) {
             "[attend] codes and scales of the exact copies must not be null");
   EncodeParams e;
   e.batch = e.heads = e.tokens = 1, e.head_dim = 100;
-  EXPECT_EQ(error_of([&] { encode(e); }), "[encode] head_dim must be a multiple of 32 from 32 to 256; got 100");
+  EXPECT_EQ(error_of([&] { encode(e); }), "[encode] head_dim must be a multiple of 32 from 32 to 512; got 100");
   e.head_dim = 64;
   EXPECT_EQ(error_of([&] { encode(e); }), "[encode] x, codes and scales must not be null");
   DecodeParams d;

@@ -45,6 +45,9 @@ std::string name_of(const testing::TestParamInfo<cases::Case>& info) {
 }
 INSTANTIATE_TEST_SUITE_P(Cases, Table, testing::ValuesIn(cases::table(true)), name_of);
 INSTANTIATE_TEST_SUITE_P(Trellis, Table, testing::ValuesIn(cases::table_trellis()), name_of);
+INSTANTIATE_TEST_SUITE_P(Wide, Table, testing::ValuesIn(cases::table_wide()), name_of);
+INSTANTIATE_TEST_SUITE_P(Widths, Table, testing::ValuesIn(cases::table_widths()), name_of);
+INSTANTIATE_TEST_SUITE_P(Latent, Table, testing::ValuesIn(cases::table_latent()), name_of);
 INSTANTIATE_TEST_SUITE_P(EightBits, Table, testing::ValuesIn(cases::table_8bits()), name_of);
 INSTANTIATE_TEST_SUITE_P(Exact, Table, testing::ValuesIn(cases::table_exact()), name_of);
 

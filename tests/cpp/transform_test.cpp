@@ -42,7 +42,7 @@ std::vector<float> transformed(const Given& g, Backend backend) {
 
 TEST_P(Transform, AgreesWithTheOracle) {
   const int batch = 2, heads = 6, tokens = 7;  // a group of four rows and three alone
-  for (int dim : {32, 64, 96, 128, 160, 192, 224, 256}) {
+  for (int dim : {32, 64, 96, 128, 160, 192, 224, 256, 288, 512}) {
     for (int matrices : {1, 2, 6}) {
       for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
         SCOPED_TRACE(testing::Message() << "dim " << dim << " matrices " << matrices << " dtype " << int(dtype));
@@ -101,7 +101,7 @@ TEST(TransformErrors, NameTheRule) {
   p.out.dtype = Dtype::float16;
   EXPECT_EQ(message(), "[transform] out must be float32");
   p.head_dim = 80;
-  EXPECT_EQ(message(), "[transform] head_dim must be a multiple of 32 from 32 to 256; got 80");
+  EXPECT_EQ(message(), "[transform] head_dim must be a multiple of 32 from 32 to 512; got 80");
 }
 
 INSTANTIATE_TEST_SUITE_P(Isa, Transform, testing::ValuesIn(available_isas()),

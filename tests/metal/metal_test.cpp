@@ -255,7 +255,7 @@ std::pair<std::vector<float>, std::vector<float>> run_changed(const cases::Case&
   emulator::attend(p, splits);
   std::vector<float> got(inputs.out.size()), want(inputs.out.size());
   for (size_t i = 0; i < got.size(); ++i) got[i] = inputs.out.get(i);
-  p.out = cases::contiguous<void*>(want.data(), Dtype::float32, c.query_heads, c.query_len, c.head_dim);
+  p.out = cases::contiguous<void*>(want.data(), Dtype::float32, c.query_heads, c.query_len, c.value_width());
   attend(p, Backend::reference);
   return {got, want};
 }

@@ -94,7 +94,7 @@ def test_the_history_handed_out_does_not_move():
         (lambda: kv(3, heads=2), "KV heads must stay 4; got 2"),
         (lambda: kv(3, dim=128), "head_dim must stay 256; got 128"),
         (lambda: kv(3, dtype=mx.int32), "must be float16, bfloat16 or float32; got int32"),
-        (lambda: [kv(3)[0], kv(4)[1]], "same shape"),
+        (lambda: [kv(3)[0], kv(4)[1]], "agree in batch, heads and tokens"),
         (lambda: [kv(3)[0][0], kv(3)[1][0]], r"shape \(batch, kv_heads, tokens, head_dim\)"),
     ],
 )

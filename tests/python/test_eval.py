@@ -312,7 +312,7 @@ SHORT = ["--context", "64", "--windows", "1", "--lengths", "200", "--depths", "0
 @pytest.mark.parametrize(
     "family, changes, names, message",
     [
-        (llama, {"head_dim": 80}, "tq3", "head_dim must be a multiple of 32 from 32 to 256; got 80"),
+        (llama, {"head_dim": 80}, "tq3", "head_dim must be a multiple of 32 from 32 to 512; got 80"),
         (llama, {"head_dim": 96}, "affine4", "cannot be measured with affine4: [affine] head_dim must be a multiple of 64"),
         (llama, {}, "tq3c", "there is no"),
     ],

@@ -160,7 +160,7 @@ def test_enable_refuses_with_the_reason_per_layer():
     with pytest.raises(ValueError, match="layer 0: its attention does not go through"):
         enable(BypassModel())
     model = small_llama(head_dim=80)
-    reason = "head_dim must be a multiple of 32 from 32 to 256; got 80"
+    reason = "head_dim must be a multiple of 32 from 32 to 512; got 80"
     with pytest.raises(ValueError, match=rf"2 of 2 .*\n  layer 0: .*{reason}.*\n  layer 1: .*{reason}"):
         enable(model)
     assert type(make_prompt_cache(model)[0]) is KVCache

@@ -97,7 +97,7 @@ def test_a_request_for_a_model_that_cannot_be_packed_harms_nobody(served, alone,
 
     got = at_once(ask, range(4))
     status, answer = got.pop(2)
-    assert status >= 400 and b"head_dim must be a multiple of 32 from 32 to 256; got 80" in answer
+    assert status >= 400 and b"head_dim must be a multiple of 32 from 32 to 512; got 80" in answer
     assert got == want[:2] + want[3:]
     assert [complete(served, prompt) for prompt in prompts[:4]] == want
 

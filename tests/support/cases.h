@@ -27,13 +27,19 @@ struct Case {
   Code key_code = Code::scalar, value_code = Code::scalar;
   int recent = 0, first = 0, ring = 0;  // exact copies (ExactTier), of exact_bits
   int exact_bits = 8;
+  int value_dim = -1;      // -1: as the keys' head_dim
+  bool latent = false;     // values are the keys' own codes
+  bool head_mask = false;  // the mask has numbers of its own for each query head
   bool saturated = false;  // every key's scale and every second value's is the largest; queries are small accordingly
+
+  int value_width() const { return value_dim < 0 ? head_dim : value_dim; }
 
   std::string name() const {
     std::ostringstream s;
     const auto mark = [](Code code) { return code == Code::trellis ? "t" : ""; };
-    s << "K" << key_bits << mark(key_code) << "V" << value_bits << mark(value_code) << "_D" << head_dim << "_B" << batch
-      << "_H" << query_heads << "x" << kv_heads << "_L" << query_len << "_N" << kv_len;
+    s << "K" << key_bits << mark(key_code) << "V" << value_bits << mark(value_code)  << "_D" << head_dim;
+    if (value_dim >= 0) s << "v" << value_dim;
+    s << "_B" << batch << "_H" << query_heads << "x" << kv_heads << "_L" << query_len << "_N" << kv_len;
     if (causal) s << "_causal";
     if (window) s << "_window" << window;
     if (ragged) s << "_ragged";
@@ -43,6 +49,8 @@ struct Case {
     if (mask == MaskKind::additive) s << "_additive";
     if (recent) s << "_recent" << recent << "of" << ring;
     if (first) s << "_first" << first;
+    if (latent) s << "_latent";
+    if (head_mask) s << "_headmask";
     if (saturated) s << "_saturated";
     if (dtype != Dtype::float32) s << (dtype == Dtype::float16 ? "_f16" : "_bf16");
     return s.str();
@@ -113,42 +121,43 @@ struct Inputs {
   explicit Inputs(const Case& c)
       : c(c),
         q(c.dtype, size_t(c.batch) * c.query_heads * c.query_len * c.head_dim),
-        mask(c.dtype, c.mask == MaskKind::additive ? size_t(c.batch) * c.query_len * c.kv_len : 0),
-        out(c.dtype, q.size()),
+        mask(c.dtype, c.mask == MaskKind::additive ? mask_size() : 0),
+        out(c.dtype, size_t(c.batch) * c.query_heads * c.query_len * c.value_width()),
         keys(c.batch, c.kv_heads, c.kv_len + 7, c.head_dim, c.key_bits, c.key_code),
-        values(c.batch, c.kv_heads, c.kv_len + 7, c.head_dim, c.value_bits, c.value_code),
+        values(c.batch, c.kv_heads, c.kv_len + 7, c.value_width(), c.value_bits, c.value_code),
         exact_keys(c.batch, c.kv_heads, c.ring + c.first, c.head_dim, c.exact_bits),
-        exact_values(c.batch, c.kv_heads, c.ring + c.first, c.head_dim, c.exact_bits) {
+        exact_values(c.batch, c.kv_heads, c.ring + c.first, c.value_width(), c.exact_bits) {
     std::mt19937_64 rng(c.seed);
     std::normal_distribution<float> normal;
     for (size_t i = 0; i < q.size(); ++i) q.set(i, normal(rng));
     const size_t rows = size_t(c.batch) * c.kv_heads * c.kv_len;
-    std::vector<float> k(rows * c.head_dim), v(rows * c.head_dim);
+    std::vector<float> k(rows * c.head_dim), v(rows * c.value_width());
     for (auto& x : k) x = normal(rng);
-    for (size_t i = 0; i < v.size(); ++i) v[i] = 0.5f * normal(rng) + (i % c.head_dim % 7 == 0 ? 0.7f : -0.1f);
+    for (size_t i = 0; i < v.size(); ++i) v[i] = 0.5f * normal(rng) + (i % c.value_width() % 7 == 0 ? 0.7f : -0.1f);
     if (c.saturated) {
       for (auto& x : k) x *= 1e6f;
-      for (size_t i = 0; i < v.size(); ++i) v[i] *= i / c.head_dim % 2 ? 1e6f : 1;
+      for (size_t i = 0; i < v.size(); ++i) v[i] *= i / c.value_width() % 2 ? 1e6f : 1;
       for (size_t i = 0; i < q.size(); ++i) q.set(i, q.get(i) / largest_scale());
     }
     if (c.centred) {
-      for (int i = 0; i < c.kv_heads * c.head_dim; ++i) {
-        key_centre.push_back(0.3f * normal(rng));
-        value_centre.push_back(0.3f * normal(rng));
+      key_centre.resize(c.kv_heads * c.head_dim), value_centre.resize(c.kv_heads * c.value_width());
+      for (size_t i = 0; i < std::max(key_centre.size(), value_centre.size()); ++i) {
+        if (i < key_centre.size()) key_centre[i] = 0.3f * normal(rng);
+        if (i < value_centre.size()) value_centre[i] = 0.3f * normal(rng);
       }
     }
-    pack(k, key_centre, keys);
-    pack(v, value_centre, values);
+    pack(k, c.head_dim, key_centre, keys);
+    pack(v, c.value_width(), value_centre, values);
     if (c.sinks) {
       for (int h = 0; h < c.query_heads; ++h) sinks.push_back(normal(rng));
     }
     if (c.ragged) {
       for (int b = 0; b < c.batch; ++b) starts.push_back(b * c.kv_len / (c.batch + 1));
     }
-    copy_exactly(k, key_centre, exact_keys);
-    copy_exactly(v, value_centre, exact_values);
-    if (c.mask == MaskKind::boolean) mask.bytes.resize(size_t(c.batch) * c.query_len * c.kv_len);
-    for (size_t i = 0; i < size_t(c.batch) * c.query_len * c.kv_len && c.mask != MaskKind::none; ++i) {
+    copy_exactly(k, c.head_dim, key_centre, exact_keys);
+    copy_exactly(v, c.value_width(), value_centre, exact_values);
+    if (c.mask == MaskKind::boolean) mask.bytes.resize(mask_size());
+    for (size_t i = 0; i < mask_size() && c.mask != MaskKind::none; ++i) {
       const bool hidden = rng() % 3 == 0;
       if (c.mask == MaskKind::boolean) mask.bytes[i] = !hidden;
       if (c.mask == MaskKind::additive) mask.set(i, hidden ? -INFINITY : 0.5f * normal(rng));
@@ -163,48 +172,53 @@ struct Inputs {
     p.kv_heads = c.kv_heads;
     p.query_len = c.query_len;
     p.kv_len = c.kv_len;
-    p.head_dim = c.head_dim;
+    p.key_dim = c.head_dim;
+    p.value_dim = c.value_width();
     p.scale = 1.5f / std::sqrt(float(c.head_dim));
     p.seed = c.seed;
     p.q = contiguous<const void*>(q.bytes.data(), c.dtype, c.query_heads, c.query_len, c.head_dim);
     p.keys = keys.packed();
-    p.values = values.packed();
-    if (c.centred) p.key_centre = key_centre.data(), p.value_centre = value_centre.data();
+    p.values = c.latent ? p.keys : values.packed();
+    if (c.centred) p.key_centre = key_centre.data(), p.value_centre = c.latent ? p.key_centre : value_centre.data();
     p.causal = c.causal;
     p.window = c.window;
     if (c.ragged) p.starts = starts.data();
     if (c.sinks) p.sinks = sinks.data();
-    if (c.recent || c.first) p.exact = {exact_keys.packed(), exact_values.packed(), c.ring, c.recent, c.first};
+    if (c.recent || c.first) p.exact = {exact_keys.packed(), (c.latent ? exact_keys : exact_values).packed(), c.ring, c.recent, c.first};
     p.mask_kind = c.mask;
     p.mask_dtype = c.dtype;
     if (c.mask != MaskKind::none) p.mask = mask.bytes.data();
-    p.mask_strides[0] = int64_t(c.query_len) * c.kv_len;  // one mask for all heads
+    p.mask_strides[0] = int64_t(mask_heads()) * c.query_len * c.kv_len;
+    p.mask_strides[1] = c.head_mask ? int64_t(c.query_len) * c.kv_len : 0;
     p.mask_strides[2] = c.kv_len;
     p.mask_strides[3] = 1;
-    p.out = contiguous<void*>(out.bytes.data(), c.dtype, c.query_heads, c.query_len, c.head_dim);
+    p.out = contiguous<void*>(out.bytes.data(), c.dtype, c.query_heads, c.query_len, c.value_width());
     return p;
   }
 
  private:
-  void pack(const std::vector<float>& x, const std::vector<float>& centre, PackedBuffer& into) {
+  int mask_heads() const { return c.head_mask ? c.query_heads : 1; }
+  size_t mask_size() const { return size_t(c.batch) * mask_heads() * c.query_len * c.kv_len; }
+
+  void pack(const std::vector<float>& x, int dim, const std::vector<float>& centre, PackedBuffer& into) {
     EncodeParams p;
     p.batch = c.batch;
     p.heads = c.kv_heads;
     p.tokens = c.kv_len;
-    p.head_dim = c.head_dim;
+    p.head_dim = dim;
     p.seed = c.seed;
-    p.x = contiguous<const void*>(x.data(), Dtype::float32, c.kv_heads, c.kv_len, c.head_dim);
+    p.x = contiguous<const void*>(x.data(), Dtype::float32, c.kv_heads, c.kv_len, dim);
     if (!centre.empty()) p.centre = centre.data();
     p.out = into.view;
     encode(p, Backend::reference);
   }
 
   /// The copies of the newest and the first tokens.  What is no copy stays as it was: NaN.
-  void copy_exactly(const std::vector<float>& x, const std::vector<float>& centre, PackedBuffer& into) {
+  void copy_exactly(const std::vector<float>& x, int dim, const std::vector<float>& centre, PackedBuffer& into) {
     if (c.recent == 0 && c.first == 0) return;
-    PackedBuffer all(c.batch, c.kv_heads, c.kv_len, c.head_dim, c.exact_bits);
-    pack(x, centre, all);
-    const int words = words_per_vector(c.exact_bits, c.head_dim), slots = c.ring + c.first;
+    PackedBuffer all(c.batch, c.kv_heads, c.kv_len, dim, c.exact_bits);
+    pack(x, dim, centre, all);
+    const int words = words_per_vector(c.exact_bits, dim), slots = c.ring + c.first;
     for (int row = 0; row < c.batch * c.kv_heads; ++row) {
       const auto copy = [&](int t, int slot) {
         const auto from = all.codes.begin() + (int64_t(row) * c.kv_len + t) * words;
@@ -229,7 +243,7 @@ inline Buffer oracle(Inputs& inputs) {
   const Case& c = inputs.c;
   Buffer want(Dtype::float32, inputs.out.size());
   AttendParams p = inputs.params();
-  p.out = contiguous<void*>(want.bytes.data(), Dtype::float32, c.query_heads, c.query_len, c.head_dim);
+  p.out = contiguous<void*>(want.bytes.data(), Dtype::float32, c.query_heads, c.query_len, c.value_width());
   attend(p, Backend::reference);
   return want;
 }
@@ -241,10 +255,11 @@ inline Difference compare(Inputs& inputs, const Buffer& want, const std::functio
   run(inputs.params());
   Difference d;
   double all_error = 0, all_square = 0;
-  for (size_t row = 0; row < want.size() / c.head_dim; ++row) {
+  for (size_t row = 0; row < want.size() / c.value_width(); ++row) {
     double error = 0, square = 0;
-    for (int i = 0; i < c.head_dim; ++i) {
-      const double a = inputs.out.get(row * c.head_dim + i), wide = want.get(row * c.head_dim + i);
+    for (int i = 0; i < c.value_width(); ++i) {
+      const size_t at = row * c.value_width() + i;
+      const double a = inputs.out.get(at), wide = want.get(at);
       const double b = c.dtype == Dtype::float16 ? std::clamp(wide, -65504.0, 65504.0) : wide;
       error += (a - b) * (a - b);
       square += b * b;
@@ -473,6 +488,108 @@ inline std::vector<Case> table_wide() {
   rows.push_back(
       {.head_dim = 512, .query_len = 4, .kv_len = 111, .mask = MaskKind::additive, .value_code = Code::trellis});
   rows.push_back({.head_dim = 512, .query_heads = 8, .kv_heads = 4, .kv_len = 2049});
+  return rows;
+}
+
+/// Rows whose keys and values have different head dimensions, either the larger.
+inline std::vector<Case> table_widths() {
+  std::vector<Case> rows;
+  for (auto [dk, dv] : {std::pair{192, 128}, {96, 64}, {64, 96}, {128, 256}, {256, 32}, {512, 64}, {64, 512}}) {
+    for (int n : {1, 33, 300}) {
+      rows.push_back({.head_dim = dk,
+                      .query_heads = 2,
+                      .kv_len = n,
+                      .key_code = Code::trellis,
+                      .value_code = Code::trellis,
+                      .value_dim = dv});
+    }
+    for (int len : {1, 5, 40}) {
+      rows.push_back({.key_bits = 8,
+                      .value_bits = 4,
+                      .head_dim = dk,
+                      .batch = 2,
+                      .query_heads = 8,
+                      .kv_heads = 2,
+                      .query_len = len,
+                      .kv_len = 150,
+                      .causal = true,
+                      .ragged = true,
+                      .sinks = true,
+                      .centred = true,
+                      .dtype = len == 5 ? Dtype::bfloat16 : Dtype::float32,
+                      .value_dim = dv});
+    }
+  }
+  for (auto [kb, vb] : {std::pair{3, 8}, {2, 3}, {4, 2}}) {
+    rows.push_back({.key_bits = kb, .value_bits = vb, .head_dim = 192, .kv_len = 1200, .value_dim = 128});
+    rows.push_back({.key_bits = kb,
+                    .value_bits = vb,
+                    .head_dim = 192,
+                    .query_len = 3,
+                    .kv_len = 200,
+                    .causal = true,
+                    .recent = 20,
+                    .first = 3,
+                    .ring = 64,
+                    .value_dim = 128});
+  }
+  return rows;
+}
+
+/// Rows of latent attention: the keys' codes are the values too, one KV head, the rotary part's scores as a mask of each
+/// query head.
+inline std::vector<Case> table_latent() {
+  std::vector<Case> rows;
+  for (int dim : {32, 256, 512}) {
+    for (auto [bits, code] :
+         {std::pair{2, Code::scalar}, {3, Code::scalar}, {4, Code::scalar}, {8, Code::scalar}, {3, Code::trellis}}) {
+      rows.push_back({.key_bits = bits,
+                      .value_bits = bits,
+                      .head_dim = dim,
+                      .query_heads = 16,
+                      .kv_len = 300,
+                      .mask = MaskKind::additive,
+                      .key_code = code,
+                      .value_code = code,
+                      .latent = true,
+                      .head_mask = true});
+    }
+  }
+  for (int heads : {1, 4, 20, 128}) {
+    for (int len : {1, 3}) {
+      rows.push_back({.head_dim = 512,
+                      .batch = 2,
+                      .query_heads = heads,
+                      .query_len = len,
+                      .kv_len = 97,
+                      .ragged = true,
+                      .centred = true,
+                      .mask = MaskKind::additive,
+                      .dtype = len == 1 ? Dtype::bfloat16 : Dtype::float16,
+                      .key_code = Code::trellis,
+                      .value_code = Code::trellis,
+                      .latent = true,
+                      .head_mask = true});
+    }
+  }
+  rows.push_back({.head_dim = 512,
+                  .query_heads = 16,
+                  .kv_len = 2500,
+                  .mask = MaskKind::additive,
+                  .key_code = Code::trellis,
+                  .value_code = Code::trellis,
+                  .latent = true,
+                  .head_mask = true});
+  rows.push_back({.head_dim = 512,
+                  .query_heads = 8,
+                  .query_len = 2,
+                  .kv_len = 200,
+                  .mask = MaskKind::additive,
+                  .recent = 20,
+                  .first = 3,
+                  .ring = 64,
+                  .latent = true,
+                  .head_mask = true});
   return rows;
 }
 

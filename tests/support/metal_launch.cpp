@@ -194,14 +194,14 @@ void attend(const turboquant::AttendParams& p, int splits) {
   shape.window = p.window;
   shape.mask = p.mask_kind;
   shape.splits = splits;
-  const auto [key_codes, key_scales] = packed(p.keys, p.batch, p.kv_heads, p.kv_len, p.head_dim);
-  const auto [value_codes, value_scales] = packed(p.values, p.batch, p.kv_heads, p.kv_len, p.head_dim);
+  const auto [key_codes, key_scales] = packed(p.keys, p.batch, p.kv_heads, p.kv_len, p.key_dim);
+  const auto [value_codes, value_scales] = packed(p.values, p.batch, p.kv_heads, p.kv_len, p.value_dim);
   std::optional<Array> mask;
   if (p.mask_kind != MaskKind::none) {
     mask = view(p.mask_kind == MaskKind::boolean ? "bool" : type_name(p.mask_dtype),
                 {p.batch, p.query_heads, p.query_len, p.kv_len}, {p.mask_strides, p.mask_strides + 4}, p.mask);
   }
-  metal::AttentionArrays<Array> arrays{tensor(p.q, p.batch, p.query_heads, p.query_len, p.head_dim),
+  metal::AttentionArrays<Array> arrays{tensor(p.q, p.batch, p.query_heads, p.query_len, p.key_dim),
                                        key_codes,
                                        key_scales,
                                        value_codes,
@@ -209,15 +209,15 @@ void attend(const turboquant::AttendParams& p, int splits) {
                                        dense_if("int32_t", {p.batch}, p.starts),
                                        mask,
                                        dense_if("float", {p.query_heads}, p.sinks),
-                                       dense_if("float", {p.kv_heads, p.head_dim}, p.key_centre),
-                                       dense_if("float", {p.kv_heads, p.head_dim}, p.value_centre)};
+                                       dense_if("float", {p.kv_heads, p.key_dim}, p.key_centre),
+                                       dense_if("float", {p.kv_heads, p.value_dim}, p.value_centre)};
   if (p.exact.recent || p.exact.first) {
     shape.exact = {p.exact.keys.bits, p.exact.keys.code};
     shape.recent = p.exact.recent;
     shape.first = p.exact.first;
     const int slots = p.exact.ring + p.exact.first;
-    const auto [exact_keys, exact_key_scales] = packed(p.exact.keys, p.batch, p.kv_heads, slots, p.head_dim);
-    const auto [exact_values, exact_value_scales] = packed(p.exact.values, p.batch, p.kv_heads, slots, p.head_dim);
+    const auto [exact_keys, exact_key_scales] = packed(p.exact.keys, p.batch, p.kv_heads, slots, p.key_dim);
+    const auto [exact_values, exact_value_scales] = packed(p.exact.values, p.batch, p.kv_heads, slots, p.value_dim);
     arrays.exact_key_codes = exact_keys, arrays.exact_key_scales = exact_key_scales;
     arrays.exact_value_codes = exact_values, arrays.exact_value_scales = exact_value_scales;
   }

@@ -26,7 +26,7 @@ inline std::vector<Case> attention_cases(bool long_contexts) {
   return {};
 #else
   auto rows = turboquant::cases::table_trellis();
-  for (const auto& more : {turboquant::cases::table_8bits(), turboquant::cases::table_wide(),
+  for (const auto& more : {turboquant::cases::table_8bits(), turboquant::cases::table_wide(), turboquant::cases::table_latent(),
                            turboquant::cases::table_exact(), turboquant::cases::table(long_contexts)}) {
     rows.insert(rows.end(), more.begin(), more.end());
   }
@@ -251,7 +251,8 @@ inline turboquant::AttendParams shape_of(const Case& c) {
   p.kv_heads = c.kv_heads;
   p.query_len = c.query_len;
   p.kv_len = c.kv_len;
-  p.head_dim = c.head_dim;
+  p.key_dim = c.head_dim;
+  p.value_dim = c.value_width();
   p.q.dtype = p.out.dtype = p.mask_dtype = c.dtype;
   p.keys.bits = c.key_bits;
   p.keys.code = c.key_code;

@@ -33,6 +33,10 @@ std::pair<mx::array, Coding> mapped_keys(const CacheCoding& coding, const mx::ar
 /// Keys as they came, from their codes: (B, H_kv, N, D) of `dtype`.
 mx::array decoded_keys(const CacheCoding& coding, const PackedArrays& keys, mx::Dtype dtype, mx::StreamOrDevice s = {});
 
+/// Values likewise.
+mx::array decoded_values(const CacheCoding& coding, const PackedArrays& values, mx::Dtype dtype,
+                         mx::StreamOrDevice s = {});
+
 /// Throws std::invalid_argument naming `op` unless both codings decode the same bits to the same vectors.
 void check_same_coding(const char* op, const CacheCoding& a, const CacheCoding& b);
 
@@ -49,6 +53,7 @@ struct Store {
   int heads() const { return keys.scales.shape(1); }
   int capacity() const { return keys.scales.shape(2); }
   int head_dim(const CacheCoding& coding) const { return keys.codes.shape(3) / coding.keys.bits() * 32; }
+  int value_dim(const CacheCoding& coding) const { return values.codes.shape(3) / coding.values.bits() * 32; }
   /// Bytes of all four arrays.
   size_t nbytes() const;
   /// This store after its pending in-place writes: evaluates `written`.  The operations below call it first, but for
@@ -77,8 +82,8 @@ struct Store {
 /// Zero tokens of the same kind: (batch, H_kv, tokens, ...).
 Store zeros_like(const Store& like, int batch, int tokens, mx::StreamOrDevice s = {});
 
-/// Zero tokens of this coding: (batch, heads, tokens, ...).
-Store zeros(const CacheCoding& coding, int batch, int heads, int tokens, int head_dim, mx::StreamOrDevice s = {});
+/// Zero tokens of this coding, for keys and values of the shapes (B, H_kv, N, D) but for N.
+Store zeros(const CacheCoding& coding, mx::Shape keys, mx::Shape values, int tokens, mx::StreamOrDevice s = {});
 
 /// Throws std::invalid_argument naming `op` unless both hold vectors of the same heads and size.
 void check_same_shape(const char* op, const Store& a, const Store& b);
@@ -89,8 +94,8 @@ void check_store(const char* op, const CacheCoding& coding, const Store& store, 
 /// Stores joined along an axis (0: batch, 2: tokens).
 Store concatenate(const std::vector<Store>& stores, int axis, mx::StreamOrDevice s = {});
 
-/// Throws std::invalid_argument unless vectors of `shape` (B, H_kv, N, D) can follow those held.
-void check_follows(const CacheCoding& coding, const mx::Shape& shape, const Store& held);
+/// Throws std::invalid_argument unless keys and values of these shapes (B, H_kv, N, D) can follow those held.
+void check_follows(const CacheCoding& coding, const mx::Shape& keys, const mx::Shape& values, const Store& held);
 
 /// Encodes keys and values (B, H_kv, N, D) and checks that they can follow `held`.
 Store encode_store(const CacheCoding& coding, const mx::array& keys, const mx::array& values,
@@ -115,12 +120,14 @@ struct View {
   mx::Dtype dtype = mx::float16;                      // of the vectors as they came, for models that ask
   std::shared_ptr<LastKernel> last_kernel = nullptr;  // if given, `attend` notes its kernel there
   std::optional<Store> copies = std::nullopt;         // exact copies of the newest and the first tokens (exact.h)
+  bool latent = false;  // latent attention: the keys' codes are the values, too; those of the store are the rotary keys
 
   int head_dim() const { return store.head_dim(coding); }
+  int value_dim() const { return store.value_dim(coding); }
   /// Attention of q (B, H_q, L, D) over the history.
   mx::array attend(const mx::array& q, float scale, bool causal, const std::optional<mx::array>& mask = std::nullopt,
                    const std::optional<mx::array>& sinks = std::nullopt, mx::StreamOrDevice s = {}) const;
-  /// The history as numbers, (B, H_kv, length, D) each: materialises all of it.
+  /// The history as numbers, keys and values (B, H_kv, length, D): materialises all of it.
   std::pair<mx::array, mx::array> decode(mx::Dtype dtype, mx::StreamOrDevice s = {}) const;
 };
 

@@ -172,8 +172,8 @@ class PackedCache(_BaseCache):
         """Appends keys and values.
 
         Args:
-            keys, values (mx.array): (B, H_kv, N, D) float16, bfloat16 or float32, of one shape; keys after RoPE; D a
-                multiple of 32 from 32 to 256.
+            keys, values (mx.array): (B, H_kv, N, D) float16, bfloat16 or float32; keys after RoPE; D a multiple of 32
+                from 32 to 512, of values another or 0.
 
         Returns:
             The packed history twice, as keys and as values, for the attention that apply_patch() installs.

@@ -293,11 +293,11 @@ struct Reading {
   Pieces<S> key_pieces, value_pieces;
 
   Reading(const Tile& tile, const Workspace<S>& w)
-      : fed(S::interleaves && w.key.bytes == w.value.bytes),
+      : fed(S::interleaves && w.key.bytes == w.value.bytes && tile.keys.dim == tile.values.dim),
         key_tables(tile.keys.kind),
         value_tables(tile.values.kind),
-        key_pieces(tile.keys.kind, tile.dim),
-        value_pieces(tile.values.kind, tile.dim) {}
+        key_pieces(tile.keys.kind, tile.keys.dim),
+        value_pieces(tile.values.kind, tile.values.dim) {}
 };
 
 /// The tokens [begin, end) of a range against all rows, with queries prepared.
@@ -313,10 +313,10 @@ void attend_blocks(const Tile& tile, const Range& range, const Reading<S>& readi
   for (int t = begin; t < end; t += kBlock) {
     const int n = end - t < kBlock ? end - t : kBlock, quads = (n + 3) / 4, at = t + shift;
     if (t == begin || !fed) {
-      Feed<S, uint32_t>(reading.key_pieces, tile.keys, tile.dim, at, n, kv_len + shift, 1, w.padded, w.keys).unpack();
+      Feed<S, uint32_t>(reading.key_pieces, tile.keys, at, n, kv_len + shift, 1, w.padded, w.keys).unpack();
     }
     const int scorings = (quads + 3) / 4 * (rows / S::score_rows + rows % S::score_rows);
-    Feed<S, uint8_t> values(reading.value_pieces, tile.values, tile.dim, at, n, kv_len + shift, scorings, w.padded,
+    Feed<S, uint8_t> values(reading.value_pieces, tile.values, at, n, kv_len + shift, scorings, w.padded,
                             w.values);
     score_keys(w, rows, quads, reading.key_tables.at, values);
     if (!fed) values.unpack();
@@ -333,7 +333,7 @@ void attend_blocks(const Tile& tile, const Range& range, const Reading<S>& readi
     for (int r = 0; r < rows; ++r) round_weights<S>(w, r, tile.values.kind);
     const int next = end - t - kBlock < kBlock ? end - t - kBlock : kBlock;
     const bool more = next > 0;
-    Feed<S, uint32_t> keys(reading.key_pieces, tile.keys, tile.dim, more ? at + kBlock : at, next, kv_len + shift,
+    Feed<S, uint32_t> keys(reading.key_pieces, tile.keys, more ? at + kBlock : at, next, kv_len + shift,
                            (rows / 4 + rows % 4) * w.value.positions / 2, w.padded, w.keys);
     (more ? weigh_values : weigh_last)(w, rows, quads, reading.value_tables.at, keys);
   }
@@ -346,10 +346,11 @@ void gather_row(const Tile& tile, const Workspace<S>& w, int row) {
   constexpr int lanes = S::bytes / 4;
   const Layout<S>& of = w.value;
   const float* at = w.acc + size_t(row) * of.positions * lanes;
-  float* const out = tile.acc + size_t(row) * tile.dim;
+  const int dim = tile.values.dim;
+  float* const out = tile.acc + size_t(row) * dim;
   if (of.bytes) {
     for (int p = 0; p < of.positions; ++p, at += lanes) {
-      for (int c = 0; c < kChunks<S> && coordinate<S>(true, p, c, 0) < tile.dim; ++c) {
+      for (int c = 0; c < kChunks<S> && coordinate<S>(true, p, c, 0) < dim; ++c) {
         __builtin_memcpy(out + coordinate<S>(true, p, c, 0), at + 4 * c, 16);
       }
     }
@@ -360,7 +361,7 @@ void gather_row(const Tile& tile, const Workspace<S>& w, int row) {
     float halves[2][lanes];
     store(halves[0], interleave<float, false>(even, odd));
     store(halves[1], interleave<float, true>(even, odd));
-    for (int c = 0; c < kChunks<S> && coordinate<S>(false, p, c, 0) < tile.dim; ++c) {
+    for (int c = 0; c < kChunks<S> && coordinate<S>(false, p, c, 0) < dim; ++c) {
       __builtin_memcpy(out + coordinate<S>(false, p, c, 0), halves[0] + 4 * c, 16);
       __builtin_memcpy(out + coordinate<S>(false, p, c, 0) + 4, halves[1] + 4 * c, 16);
     }

@@ -61,8 +61,17 @@ void hadamard(float* x, int dim) {
       case 128:
         walsh_hadamard_block<128, F>(x + b * n, 0.08838834764831845f);
         break;
-      default:
+      case 256:
         walsh_hadamard_block<256, F>(x + b * n, 0.0625f);
+        break;
+      default:  // 512, in two halves
+        walsh_hadamard_block<256, F>(x, 0.04419417382415922f);
+        walsh_hadamard_block<256, F>(x + 256, 0.04419417382415922f);
+        for (int i = 0; i < 256; i += int(sizeof(F) / 4)) {
+          const F low = load<F>(x + i), high = load<F>(x + 256 + i);
+          store(x + i, low + high);
+          store(x + 256 + i, low - high);
+        }
     }
   }
   if (m == 1) return;

@@ -9,7 +9,7 @@
 namespace turboquant::cpu {
 namespace {
 
-constexpr int kLargestDim = 256;
+constexpr int kLargestDim = 512;
 
 /// out[v][j] = sum over i of x[v][i] * matrix[i * dim + j], for `columns` registers of j.
 template <class F, int vectors, int columns>

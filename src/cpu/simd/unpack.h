@@ -152,11 +152,11 @@ class Feed {
  public:
   /// Tokens [t, t + n) to `out`, for `calls` of prefetch().  A block that ends near the last row in memory goes by way
   /// of a copy to `padded`.
-  Feed(const Pieces<S>& pieces, const Rows& rows, int dim, int t, int n, int kv_len, int calls, uint32_t* padded,
+  Feed(const Pieces<S>& pieces, const Rows& rows, int t, int n, int kv_len, int calls, uint32_t* padded,
        uint8_t* out)
-      : rows_(rows.codes + int64_t(t) * words_per_vector(rows.kind.bits, dim)),
+      : rows_(rows.codes + int64_t(t) * words_per_vector(rows.kind.bits, rows.dim)),
         kind_(rows.kind),
-        stride_(words_per_vector(rows.kind.bits, dim)),
+        stride_(words_per_vector(rows.kind.bits, rows.dim)),
         piece_(pieces.at),
         pieces_(n > 0 ? (n + 3) / 4 * pieces.per_quad : 0),
         out_(out) {

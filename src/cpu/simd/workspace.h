@@ -41,7 +41,7 @@ struct Workspace {
   int32_t *query_bias, *weight_bias;  // [rows] what undoes level_offset
   size_t bytes;
 
-  Workspace(std::byte* base, const Tile& tile) : key(tile.keys.kind, tile.dim), value(tile.values.kind, tile.dim) {
+  Workspace(std::byte* base, const Tile& tile) : key(tile.keys.kind, tile.keys.dim), value(tile.values.kind, tile.values.dim) {
     const int rows = tile.rows;
     size_t at = 0;
     auto take = [&]<class T>(T*& p, size_t count) {
@@ -52,8 +52,9 @@ struct Workspace {
     take(keys, S::interleaves || key_bytes > value_bytes ? key_bytes : value_bytes);
     values = keys;
     if (S::interleaves) take(values, value_bytes);
-    const int bits = tile.keys.kind.bits > tile.values.kind.bits ? tile.keys.kind.bits : tile.values.kind.bits;
-    take(padded, size_t(kBlock) * words_per_vector(bits, tile.dim) + 4);
+    const int key_words = words_per_vector(tile.keys.kind.bits, tile.keys.dim);
+    const int value_words = words_per_vector(tile.values.kind.bits, tile.values.dim);
+    take(padded, size_t(kBlock) * (key_words > value_words ? key_words : value_words) + 4);
     take(queries, size_t(rows) * key.positions * 2 * S::bytes);
     take(acc, size_t(rows) * value.positions * S::bytes / 4);
     take(scores, size_t(rows) * kBlock);
@@ -80,14 +81,15 @@ void prepare_query(const Tile& tile, int row, const Workspace<S>& w) {
   using F = Vec<float, S::bytes>;
   using I32 = Vec<int32_t, S::bytes>;
   constexpr int lanes = S::bytes / 4;
+  const int dim = tile.keys.dim;
   alignas(64) float x[kMaxDim];
   alignas(64) int32_t rounded[kMaxDim + 96] = {};  // groups beyond dim (of a vector's last chunks) stay 0
   F largest = {}, poison = {};
-  for (int i = 0; i < tile.dim; i += lanes) {
+  for (int i = 0; i < dim; i += lanes) {
     store(x + i, load_floats<F>(tile.q[row], tile.q_dtype, i) * load<F>(tile.signs + i));
   }
-  hadamard<F>(x, tile.dim);
-  for (int i = 0; i < tile.dim; i += lanes) {
+  hadamard<F>(x, dim);
+  for (int i = 0; i < dim; i += lanes) {
     const F v = absolute(load<F>(x + i));
     largest = larger(v, largest);
     poison += v - v;  // NaN if v is not finite
@@ -100,7 +102,7 @@ void prepare_query(const Tile& tile, int row, const Workspace<S>& w) {
   int32_t sum = 0;
   if (usable) {
     I32 total = {};
-    for (int i = 0; i < tile.dim; i += lanes) {
+    for (int i = 0; i < dim; i += lanes) {
       const F v = load<F>(x + i) * inverse;
       const F magic = splat<F>(12582912.0f);  // rounds to the nearest integer
       const I32 r = __builtin_convertvector((v + magic) - magic, I32);
