@@ -118,11 +118,11 @@ struct ExactTier {
 };
 
 /// What `attend` does:  out = softmax(scale * q K^T + mask, sink) V  with K and V decoded from their codes.
-/// `values` may be `keys` themselves (latent attention, arXiv 2405.04434: one vector is key and value; the scores of the
-/// rotary part come as an additive mask of each query head).
-/// Query head h reads KV head h / (query_heads / kv_heads).  Query i stands at position kv_len - query_len + i.
-/// A key is visible when every rule given allows it; hidden keys have no influence, whatever they hold.  A query that
-/// sees no key gets 0.  Numbers beyond the range of a float16 output saturate.
+/// `values` may be `keys` themselves (latent attention, arXiv 2405.04434: one vector is key and value; the scores of
+/// the rotary part come as an additive mask of each query head). Query head h reads KV head h / (query_heads /
+/// kv_heads).  Query i stands at position kv_len - query_len + i. A key is visible when every rule given allows it;
+/// hidden keys have no influence, whatever they hold.  A query that sees no key gets 0.  Numbers beyond the range of a
+/// float16 output saturate.
 struct AttendParams {
   int batch = 0, query_heads = 0, kv_heads = 0, query_len = 0, kv_len = 0;
   int key_dim = 0;                      // of queries and keys
@@ -155,7 +155,8 @@ void encode(const EncodeParams& params, Backend backend = Backend::cpu);
 void decode(const DecodeParams& params, Backend backend = Backend::cpu);
 /// Also: heads a multiple of matrices.
 void transform(const TransformParams& params, Backend backend = Backend::cpu);
-/// Also: key_dim and value_dim as head_dim, or value_dim 0; query_heads a multiple of kv_heads, a finite scale; of exact copies: 0 <= recent <= ring.
+/// Also: key_dim and value_dim as head_dim, or value_dim 0; query_heads a multiple of kv_heads, a finite scale; of
+/// exact copies: 0 <= recent <= ring.
 void attend(const AttendParams& params, Backend backend = Backend::cpu);
 
 /// Instruction sets of the `cpu` backend that this processor can run, best first; the last is "scalar".

@@ -166,8 +166,7 @@ Store zeros(const CacheCoding& coding, mx::Shape keys, mx::Shape values, int tok
 void check_same_shape(const char* op, const Store& a, const Store& b) {
   require(a.heads() == b.heads() && a.keys.codes.shape(3) == b.keys.codes.shape(3) &&
               a.values.codes.shape(3) == b.values.codes.shape(3),
-          "[", op,
-          "] caches must have the same heads and head_dim; got codes ", a.keys.codes.shape(), " and ",
+          "[", op, "] caches must have the same heads and head_dim; got codes ", a.keys.codes.shape(), " and ",
           b.keys.codes.shape());
 }
 
@@ -317,7 +316,7 @@ Store append_store(const CacheCoding& coding, const std::optional<Store>& held, 
   }
   Store next = owns_room(held, length, added) ? *held
                : held                         ? copy_with_room(held, length, *held, length + added, stream)
-                      : zeros(coding, keys.shape(), values.shape(), round_up(added), stream);
+                                              : zeros(coding, keys.shape(), values.shape(), round_up(added), stream);
   if (!next.frontier) next.frontier = std::make_shared<int>(length);
   const bool follows = next.written && int(next.written->size()) == length + 1;
   const auto [mapped, key_coding] = mapped_keys(coding, keys, stream);

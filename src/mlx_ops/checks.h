@@ -56,7 +56,8 @@ inline void check_packed(const char* op, const char* name, const PackedArrays& p
           "[", op, "] ", name, " scales must have the codes' shape without its last axis; got codes ", p.codes.shape(),
           " and scales ", p.scales.shape());
   const int words = p.codes.shape(-1);
-  require((empty && words == 0) || (words % bits == 0 && valid_head_dim(words / bits * 32)), "[", op, "] ", name, " of ", bits,
+  require((empty && words == 0) || (words % bits == 0 && valid_head_dim(words / bits * 32)), "[", op, "] ", name,
+          " of ", bits,
           " bits must have bits * head_dim / 32 words in the last axis, head_dim a multiple of 32 from 32 to 512; got ",
           words, " words");
 }

@@ -25,8 +25,8 @@ struct Random {
       scales[i] = tame ? float_to_half(0.5f + float(noise.word() & 255) / 255) : uint16_t(noise.word());
     }
     if (!tame && rows > 0 && in.chance(2)) scales[in.word() % rows] = 0x7e00;
-    view = {codes.get(), scales.get(), bits, int64_t(heads) * room * words, int64_t(room) * words,
-            int64_t(heads) * room, room, code};
+    view = {codes.get(),           scales.get(),          bits, int64_t(heads) * room * words,
+            int64_t(room) * words, int64_t(heads) * room, room, code};
   }
 };
 
@@ -57,15 +57,15 @@ std::unique_ptr<char[]> pick_mask(Bytes& in, AttendParams& p, bool tame) {
 
 /// The largest distance of a query's output from the oracle's, against what the rounding of scores and weights can do.
 void compare(const AttendParams& p, const std::vector<char>& got, const std::vector<char>& want) {
-  const double rounding =
-      p.out.dtype == Dtype::bfloat16 ? 0x1p-8 : p.out.dtype == Dtype::float16 ? 0x1p-10 : 1e-5;
+  const double rounding = p.out.dtype == Dtype::bfloat16 ? 0x1p-8 : p.out.dtype == Dtype::float16 ? 0x1p-10 : 1e-5;
   for (int b = 0; b < p.batch; ++b) {
     for (int h = 0; h < p.query_heads; ++h) {
       for (int i = 0; i < p.query_len; ++i) {
         const int64_t at = b * p.out.batch_stride + h * p.out.head_stride + i * p.out.token_stride;
         double error = 0, size = 0;
         for (int d = 0; d < p.head_dim; ++d) {
-          const double w = get(want.data(), p.out.dtype, size_t(at + d)), g = get(got.data(), p.out.dtype, size_t(at + d));
+          const double w = get(want.data(), p.out.dtype, size_t(at + d)),
+                       g = get(got.data(), p.out.dtype, size_t(at + d));
           TQ_CHECK(std::isfinite(w) && std::isfinite(g));
           error += (w - g) * (w - g), size += w * w;
         }

@@ -69,8 +69,9 @@ inline void put(void* data, Dtype dtype, size_t i, float x) {
   if (dtype == Dtype::float32) {
     static_cast<float*>(data)[i] = x;
   } else {
-    static_cast<uint16_t*>(data)[i] =
-        dtype == Dtype::float16 ? float_to_half(x) : std::isnan(x) ? uint16_t(0x7fc0) : uint16_t(bits >> 16);
+    static_cast<uint16_t*>(data)[i] = dtype == Dtype::float16 ? float_to_half(x)
+                                      : std::isnan(x)         ? uint16_t(0x7fc0)
+                                                              : uint16_t(bits >> 16);
   }
 }
 
@@ -92,7 +93,7 @@ inline std::unique_ptr<char[]> numbers(Bytes& in, Dtype dtype, size_t count, boo
   for (size_t i = 0; i < count; ++i) put(out.get(), dtype, i, noise.normal() * size);
   for (int n = tame ? 0 : in.byte() % 8; n > 0 && count > 0; --n) {
     constexpr float inf = std::numeric_limits<float>::infinity();
-    constexpr float ends[] = {0,   -0.0f, inf,     -inf,    NAN,      3.4e38f, -3.4e38f,
+    constexpr float ends[] = {0,      -0.0f, inf,      -inf,    NAN,      3.4e38f, -3.4e38f,
                               1e-45f, 65504, 65520.0f, 6.1e-5f, 5.96e-8f, 1,       -1};
     put(out.get(), dtype, in.word() % count, ends[in.byte() % (sizeof ends / sizeof *ends)]);
   }

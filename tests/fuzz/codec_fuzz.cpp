@@ -13,9 +13,7 @@ struct Shape {
   size_t vectors() const { return size_t(batch) * heads * tokens; }
 };
 
-Shape pick_shape(Bytes& in) {
-  return {in.number(0, 2), in.number(1, 3), in.number(0, 9), 32 * in.number(1, 8)};
-}
+Shape pick_shape(Bytes& in) { return {in.number(0, 2), in.number(1, 3), in.number(0, 9), 32 * in.number(1, 8)}; }
 
 /// A tensor whose rows have gaps between them, and its length in numbers.
 template <class Pointer>
@@ -37,14 +35,9 @@ struct Coded {
 };
 
 Packed as_read(const MutablePacked& p) {
-  return {p.codes,
-          p.scales,
-          p.bits,
-          p.codes_batch_stride,
-          p.codes_head_stride,
-          p.scales_batch_stride,
-          p.scales_head_stride,
-          p.code};
+  return {
+      p.codes, p.scales, p.bits, p.codes_batch_stride, p.codes_head_stride, p.scales_batch_stride, p.scales_head_stride,
+      p.code};
 }
 
 /// Whole vectors of one call, decoded by the oracle, dense.
@@ -173,7 +166,8 @@ void fuzz_decode(Bytes& in) {
         }
       }
       for (int i = 0; i < s.dim; ++i) {
-        const double w = get(want.data(), p.out.dtype, size_t(at + i)), g = get(got.data(), p.out.dtype, size_t(at + i));
+        const double w = get(want.data(), p.out.dtype, size_t(at + i)),
+                     g = get(got.data(), p.out.dtype, size_t(at + i));
         TQ_CHECK(std::isnan(w) == std::isnan(g));
         if (std::isfinite(w) && largest < 1e38) TQ_CHECK(std::abs(w - g) <= rounding * largest + 1e-6);
       }

@@ -37,7 +37,7 @@ struct Case {
   std::string name() const {
     std::ostringstream s;
     const auto mark = [](Code code) { return code == Code::trellis ? "t" : ""; };
-    s << "K" << key_bits << mark(key_code) << "V" << value_bits << mark(value_code)  << "_D" << head_dim;
+    s << "K" << key_bits << mark(key_code) << "V" << value_bits << mark(value_code) << "_D" << head_dim;
     if (value_dim >= 0) s << "v" << value_dim;
     s << "_B" << batch << "_H" << query_heads << "x" << kv_heads << "_L" << query_len << "_N" << kv_len;
     if (causal) s << "_causal";
@@ -184,7 +184,8 @@ struct Inputs {
     p.window = c.window;
     if (c.ragged) p.starts = starts.data();
     if (c.sinks) p.sinks = sinks.data();
-    if (c.recent || c.first) p.exact = {exact_keys.packed(), (c.latent ? exact_keys : exact_values).packed(), c.ring, c.recent, c.first};
+    if (c.recent || c.first)
+      p.exact = {exact_keys.packed(), (c.latent ? exact_keys : exact_values).packed(), c.ring, c.recent, c.first};
     p.mask_kind = c.mask;
     p.mask_dtype = c.dtype;
     if (c.mask != MaskKind::none) p.mask = mask.bytes.data();
@@ -536,8 +537,8 @@ inline std::vector<Case> table_widths() {
   return rows;
 }
 
-/// Rows of latent attention: the keys' codes are the values too, one KV head, the rotary part's scores as a mask of each
-/// query head.
+/// Rows of latent attention: the keys' codes are the values too, one KV head, the rotary part's scores as a mask of
+/// each query head.
 inline std::vector<Case> table_latent() {
   std::vector<Case> rows;
   for (int dim : {32, 256, 512}) {

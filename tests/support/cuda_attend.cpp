@@ -10,7 +10,7 @@ std::vector<int64_t> strides_of(int64_t batch, int64_t head, int64_t row) { retu
 void* writable(const void* p) { return const_cast<void*>(p); }
 
 cuda::AttentionShape shape_of(const AttendParams& p) {
-  return {p.batch,       p.query_heads,       p.kv_heads,  p.query_len,   p.kv_len,       p.key_dim,   p.keys.bits,
+  return {p.batch,       p.query_heads,       p.kv_heads,  p.query_len,   p.kv_len,       p.key_dim,    p.keys.bits,
           p.values.bits, p.starts != nullptr, p.keys.code, p.values.code, p.exact.recent, p.exact.first};
 }
 

@@ -26,8 +26,9 @@ inline std::vector<Case> attention_cases(bool long_contexts) {
   return {};
 #else
   auto rows = turboquant::cases::table_trellis();
-  for (const auto& more : {turboquant::cases::table_8bits(), turboquant::cases::table_wide(), turboquant::cases::table_latent(),
-                           turboquant::cases::table_exact(), turboquant::cases::table(long_contexts)}) {
+  for (const auto& more :
+       {turboquant::cases::table_8bits(), turboquant::cases::table_wide(), turboquant::cases::table_latent(),
+        turboquant::cases::table_exact(), turboquant::cases::table(long_contexts)}) {
     rows.insert(rows.end(), more.begin(), more.end());
   }
   std::erase_if(rows, [](const Case& c) { return c.kv_len > 10000 && c.key_bits == 3; });

@@ -49,8 +49,8 @@ struct PackedArrays {
 /// feedback, their heads are the third axis from the end of x (B, H, N, D).
 PackedArrays encode(const mx::array& x, const Coding& coding, mx::StreamOrDevice s = {});
 
-/// Both sides of a cache at once, of one seed: keys (B, H, N, D) and values (B, H, N, D_v), where D_v may be 0.  One kernel
-/// on a GPU if D_v = D.
+/// Both sides of a cache at once, of one seed: keys (B, H, N, D) and values (B, H, N, D_v), where D_v may be 0.  One
+/// kernel on a GPU if D_v = D.
 std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx::array& values,
                                                 const Coding& key_coding, const Coding& value_coding,
                                                 mx::StreamOrDevice s = {});
@@ -61,8 +61,8 @@ std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx:
 mx::array transform(const mx::array& x, const mx::array& matrix, const std::optional<mx::array>& centre = std::nullopt,
                     mx::StreamOrDevice s = {});
 
-/// Whether `append_kv` can serve these arrays on this stream: CUDA, and no transformation is being traced.  It also needs
-/// keys and values of one head_dim.
+/// Whether `append_kv` can serve these arrays on this stream: CUDA, and no transformation is being traced.  It also
+/// needs keys and values of one head_dim.
 bool can_append_in_place(const std::vector<mx::array>& arrays, mx::Stream stream);
 
 /// As encode_kv, into the buffers `keys_to` and `values_to` (B, H, capacity, ...) from a token on, in place: one kernel

@@ -316,8 +316,7 @@ void attend_blocks(const Tile& tile, const Range& range, const Reading<S>& readi
       Feed<S, uint32_t>(reading.key_pieces, tile.keys, at, n, kv_len + shift, 1, w.padded, w.keys).unpack();
     }
     const int scorings = (quads + 3) / 4 * (rows / S::score_rows + rows % S::score_rows);
-    Feed<S, uint8_t> values(reading.value_pieces, tile.values, at, n, kv_len + shift, scorings, w.padded,
-                            w.values);
+    Feed<S, uint8_t> values(reading.value_pieces, tile.values, at, n, kv_len + shift, scorings, w.padded, w.values);
     score_keys(w, rows, quads, reading.key_tables.at, values);
     if (!fed) values.unpack();
     load_scales<S>(tile.keys.scales, at, n, key_scales);

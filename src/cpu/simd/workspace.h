@@ -41,7 +41,8 @@ struct Workspace {
   int32_t *query_bias, *weight_bias;  // [rows] what undoes level_offset
   size_t bytes;
 
-  Workspace(std::byte* base, const Tile& tile) : key(tile.keys.kind, tile.keys.dim), value(tile.values.kind, tile.values.dim) {
+  Workspace(std::byte* base, const Tile& tile)
+      : key(tile.keys.kind, tile.keys.dim), value(tile.values.kind, tile.values.dim) {
     const int rows = tile.rows;
     size_t at = 0;
     auto take = [&]<class T>(T*& p, size_t count) {
