@@ -57,7 +57,7 @@ TEST_F(MetalExport, Encodes) {
   const auto shapes = export_shapes(
       [](const Arrays& in) {
         const auto sides =
-            metal_backend::encode({in[0], in[2]}, {3, 4}, 1, {in[1], std::nullopt}, {std::nullopt, std::nullopt}, kGpu);
+            metal_backend::encode({in[0], in[2]}, {{.width = 3, .seed = 1, .centre = in[1]}, {4, 1}}, kGpu);
         expect_bound(sides[1].codes, metal::encode_kernel({2, 3, 5, 96, {3, 4}, {true, false}}).inputs,
                      {{"x", in[0]}, {"x_centre", in[1]}, {"y", in[2]}});
         return Arrays{sides[0].codes, sides[0].scales, sides[1].codes, sides[1].scales};
@@ -72,8 +72,8 @@ TEST_F(MetalExport, EncodesWithFeedback) {
     const auto shapes = export_shapes(
         [fed](const Arrays& in) {
           const std::optional<mx::array> none, first = in[2], second = in[3];
-          const auto sides = metal_backend::encode({in[0], in[1]}, {3, 4}, 1, {in[4], std::nullopt},
-                                                   {fed == 1 ? none : first, fed == 0 ? none : second}, kGpu);
+          const Coding x{3, 1, in[4], fed == 1 ? none : first}, y{4, 1, none, fed == 0 ? none : second};
+          const auto sides = metal_backend::encode({in[0], in[1]}, {x, y}, kGpu);
           std::map<std::string, mx::array> arrays{{"x", in[0]}, {"x_centre", in[4]}, {"y", in[1]}};
           if (fed != 1) arrays.emplace("x_feedback", in[2]);
           if (fed != 0) arrays.emplace("y_feedback", in[3]);
@@ -87,7 +87,7 @@ TEST_F(MetalExport, EncodesWithFeedback) {
   }
   const auto one = export_shapes(
       [](const Arrays& in) {
-        const auto side = metal_backend::encode({in[0]}, {3}, 1, {std::nullopt}, {in[1]}, kGpu)[0];
+        const auto side = metal_backend::encode({in[0]}, {{.width = 3, .seed = 1, .feedback = in[1]}}, kGpu)[0];
         expect_bound(side.codes, metal::encode_kernel({2, 3, 5, 96, {3}, {false}, 1, {true}}).inputs,
                      {{"x", in[0]}, {"x_feedback", in[1]}});
         return Arrays{side.codes, side.scales};
@@ -99,7 +99,7 @@ TEST_F(MetalExport, EncodesWithFeedback) {
 TEST_F(MetalExport, Decodes) {
   const auto shapes = export_shapes(
       [](const Arrays& in) {
-        const auto out = metal_backend::decode({in[0], in[1]}, 3, 1, mx::bfloat16, in[2], kGpu);
+        const auto out = metal_backend::decode({in[0], in[1]}, {3, 1, in[2]}, mx::bfloat16, kGpu);
         expect_bound(out, metal::decode_kernel({2, 3, 5, 96, {3}, {true}}, Dtype::bfloat16).inputs,
                      {{"codes", in[0]}, {"scales", in[1]}, {"centre", in[2]}});
         return Arrays{out};
@@ -120,8 +120,8 @@ TEST_F(MetalExport, Attends) {
               o.mask = in[5];
               o.starts = in[6];
               o.sinks = in[7];
-              o.key_centre = in[8];
-              o.value_centre = in[9];
+              o.keys.centre = in[8];
+              o.values.centre = in[9];
             }
             const auto out = metal_backend::attention(in[0], {in[1], in[2]}, {in[3], in[4]}, o, kGpu);
             std::map<std::string, mx::array> arrays{{"q", in[0]},
