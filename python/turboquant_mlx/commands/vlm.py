@@ -83,12 +83,12 @@ def run(command, argv, options, fail):
             command,
             "--tq-start is for mlx-lm's programs: mlx-vlm batches every cache, and one that packs later cannot be",
         )
+    from ..overlay import hosts, patch
+
     try:
         module = importlib.import_module(PROGRAMS[command])
     except ImportError as error:
-        fail(command, f"mlx-vlm cannot be imported ({error}): pip install mlx-vlm==0.7.10")
-    from ..overlay import patch
-
+        fail(command, f"mlx-vlm cannot be imported ({error}): pip install mlx-vlm=={hosts.MLX_VLM}")
     if command == "vlm-server" and not helping:
         _check_server(command, seen, fail)
     original, ours = _load_prepared(args, seen)

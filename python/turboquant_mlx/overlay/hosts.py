@@ -5,6 +5,8 @@ mlx-vlm is not needed: as long as nobody has imported it, no model is its."""
 import contextlib
 import sys
 
+MLX_VLM = "0.7.10"  # the version that all of this was tried with
+
 
 def _vlm():
     """The module that knows mlx-vlm; None while mlx-vlm is not loaded."""

@@ -62,47 +62,67 @@ def _attend(view, queries, scale, mask, sinks=None):
     return view.attend(queries, scale, mask, sinks)
 
 
-def _patched_quantized(queries, q_keys, q_values, scale, mask, group_size=64, bits=8):
-    if isinstance(q_keys, _core.View):
-        return _attend(q_keys, queries, scale, mask)
-    if isinstance(q_keys, mx.array):  # a cache that has not begun to pack
-        return mx.fast.scaled_dot_product_attention(queries, q_keys, q_values, scale=scale, mask=mask)
-    return original_quantized_attention(
-        queries, q_keys, q_values, scale=scale, mask=mask, group_size=group_size, bits=bits
-    )
+def quantized_attention_over(original):
+    """A `quantized_scaled_dot_product_attention` that reads packed caches, and leaves the rest to `original`."""
+
+    def attention(queries, q_keys, q_values, scale, mask, group_size=64, bits=8):
+        if isinstance(q_keys, _core.View):
+            return _attend(q_keys, queries, scale, mask)
+        if isinstance(q_keys, mx.array):  # a cache that has not begun to pack
+            return mx.fast.scaled_dot_product_attention(queries, q_keys, q_values, scale=scale, mask=mask)
+        return original(queries, q_keys, q_values, scale=scale, mask=mask, group_size=group_size, bits=bits)
+
+    return attention
 
 
-def _patched_outer(queries, keys, values, cache, scale, mask, sinks=None):
-    if (watch := _watch.get()) is not None:
-        watch(queries, cache)
-    if isinstance(keys, _core.View):
-        return _attend(keys, queries, scale, mask, sinks)
-    if (floats := _floats.get()) is not None and isinstance(keys, mx.array):
-        return floats(queries, keys, values, scale, mask, sinks)
-    if sinks is not None and isinstance(cache, CACHE_CLASSES):
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-    return _outer(queries, keys, values, cache, scale, mask, sinks)
+def attention_over(original):
+    """A `scaled_dot_product_attention` that reads packed caches, and leaves the rest to `original`."""
+
+    def attention(queries, keys, values, cache, scale, mask, sinks=None):
+        if (watch := _watch.get()) is not None:
+            watch(queries, cache)
+        if isinstance(keys, _core.View):
+            return _attend(keys, queries, scale, mask, sinks)
+        if (floats := _floats.get()) is not None and isinstance(keys, mx.array):
+            return floats(queries, keys, values, scale, mask, sinks)
+        if sinks is not None and isinstance(cache, CACHE_CLASSES):
+            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+        return original(queries, keys, values, cache, scale, mask, sinks)
+
+    return attention
 
 
-def _patched_make_prompt_cache(model, max_kv_size=None):
-    maker = vars(model).get("make_cache")
-    if isinstance(maker, CacheMaker):
-        maker = maker.of(model)
-        return maker.sized(max_kv_size) if max_kv_size is not None and hasattr(maker, "sized") else maker()
-    return _make_prompt_cache(model, max_kv_size)
+def prompt_cache_maker_over(original):
+    """A `make_prompt_cache` whose packed caches heed `max_kv_size`, and that leaves other models to `original`."""
+
+    def make_prompt_cache(model, max_kv_size=None):
+        maker = vars(model).get("make_cache")
+        if isinstance(maker, CacheMaker):
+            maker = maker.of(model)
+            return maker.sized(max_kv_size) if max_kv_size is not None and hasattr(maker, "sized") else maker()
+        return original(model, max_kv_size)
+
+    return make_prompt_cache
+
+
+def refuse_kv_bits(caches, kv_bits):
+    """ValueError where packed caches are to be quantised once more."""
+    if kv_bits is not None:
+        for _, c in leaves(caches):
+            if isinstance(c, PackedCache):
+                c.to_quantized()  # raises
 
 
 def _patched_maybe_quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits):
-    if kv_bits is not None:
-        for _, c in leaves(prompt_cache):
-            if isinstance(c, CACHE_CLASSES):
-                c.to_quantized()  # raises
+    refuse_kv_bits(prompt_cache, kv_bits)
     return _maybe_quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits)
 
 
+_patched_quantized = quantized_attention_over(original_quantized_attention)
+_patched_outer = attention_over(_outer)
 _REPLACED = {  # name: (mlx-lm's, ours)
     "scaled_dot_product_attention": (_outer, _patched_outer),
-    "make_prompt_cache": (_make_prompt_cache, _patched_make_prompt_cache),
+    "make_prompt_cache": (_make_prompt_cache, prompt_cache_maker_over(_make_prompt_cache)),
     "maybe_quantize_kv_cache": (_maybe_quantize, _patched_maybe_quantize),
     "save_prompt_cache": (other_slots.save_original, other_slots.save_prompt_cache),
     "load_prompt_cache": (other_slots.load_original, other_slots.load_prompt_cache),

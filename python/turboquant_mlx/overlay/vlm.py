@@ -11,20 +11,16 @@ Importing this module needs mlx-vlm and loads what models need of it; hosts.py d
 import contextlib
 import functools
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_vlm.generate import ar, common
 from mlx_vlm.models import base, cache, gated_delta
 
-from .. import _core
 from ..caches import PackedCache, leaves
-from ..caches.maker import CacheMaker
 from ..caches.slots import DEFAULT_KINDS, REPLACED
 from . import patch
 from .gated_delta import chunked_gated_delta
 from .vlm_caches import VlmTurboQuantKVCache, VlmTurboQuantRotatingKVCache
 
-VERSION = "0.7.10"  # that all of this was tried with
 REPLACED[cache.KVCache] = VlmTurboQuantKVCache
 REPLACED[cache.RotatingKVCache] = VlmTurboQuantRotatingKVCache
 DEFAULT_KINDS["mlx_vlm"] = cache.KVCache, cache.RotatingKVCache
@@ -71,40 +67,9 @@ def positions_kept(model):
             setattr(model, name, value)
 
 
-def _attention(queries, keys, values, cache, scale, mask, sinks=None):
-    if (watch := patch._watch.get()) is not None:
-        watch(queries, cache)
-    if isinstance(keys, _core.View):
-        return patch._attend(keys, queries, scale, mask, sinks)
-    if (floats := patch._floats.get()) is not None and isinstance(keys, mx.array):
-        return floats(queries, keys, values, scale, mask, sinks)
-    return _outer(queries, keys, values, cache, scale, mask, sinks)
-
-
-def _quantized_attention(queries, q_keys, q_values, scale, mask, group_size=64, bits=8):
-    if isinstance(q_keys, _core.View):
-        return patch._attend(q_keys, queries, scale, mask)
-    return _quantized(queries, q_keys, q_values, scale, mask, group_size, bits)
-
-
-def _sized_prompt_cache(model, max_kv_size=None):
-    maker = vars(model).get("make_cache")
-    if isinstance(maker, CacheMaker):
-        maker = maker.of(model)
-        return maker.sized(max_kv_size) if max_kv_size is not None and hasattr(maker, "sized") else maker()
-    return _make_prompt_cache(model, max_kv_size)
-
-
-def _refuse_kv_bits(caches, kv_bits):
-    if kv_bits is not None:
-        for _, c in leaves(caches):
-            if isinstance(c, PackedCache):
-                c.to_quantized()  # raises
-
-
 @functools.wraps(_maybe_quantize)
 def _no_second_quantization(prompt_cache, quantized_kv_start, kv_group_size, kv_bits, *rest, **named):
-    _refuse_kv_bits(prompt_cache, kv_bits)
+    patch.refuse_kv_bits(prompt_cache, kv_bits)
     return _maybe_quantize(prompt_cache, quantized_kv_start, kv_group_size, kv_bits, *rest, **named)
 
 
@@ -114,7 +79,7 @@ def _checked_step(input_ids, model, *rest, **named):
     if caches is None:
         caches = named["prompt_cache"] = cache.make_prompt_cache(model.language_model, named.get("max_kv_size"))
     if any(isinstance(c, PackedCache) for _, c in leaves(caches)):
-        _refuse_kv_bits(caches, named.get("kv_bits"))
+        patch.refuse_kv_bits(caches, named.get("kv_bits"))
         if named.get("draft_model") is not None:
             raise ValueError(
                 "[generate_step] a draft model of mlx-vlm cuts the history to check its drafts, which packed caches do "
@@ -141,9 +106,9 @@ def disable_chunked_recurrence():
 
 
 _NAMES = {  # name: (mlx-vlm's, ours)
-    "scaled_dot_product_attention": (_outer, _attention),
-    "quantized_scaled_dot_product_attention": (_quantized, _quantized_attention),
-    "make_prompt_cache": (_make_prompt_cache, _sized_prompt_cache),
+    "scaled_dot_product_attention": (_outer, patch.attention_over(_outer)),
+    "quantized_scaled_dot_product_attention": (_quantized, patch.quantized_attention_over(_quantized)),
+    "make_prompt_cache": (_make_prompt_cache, patch.prompt_cache_maker_over(_make_prompt_cache)),
     "maybe_quantize_kv_cache": (_maybe_quantize, _no_second_quantization),
     "generate_step": (_generate_step, _checked_step),
 }

@@ -59,20 +59,12 @@ class _Sequence(PackedCache):
         batch.prepare(left_padding=list(left_padding))
         return batch
 
-    def _settings(self):
-        names = ("key_bits", "value_bits", "code", "seed", "centres", "feedback", "key_map")
-        return {name: getattr(self, name) for name in names}
-
-    def _made_anew(self):
-        """An empty cache of the same settings."""
-        raise NotImplementedError
-
     def _nothing(self):
-        """The same, named like this one."""
-        if self.empty():
-            return copy.copy(self)
-        other = self._made_anew()
-        other._named_like(self)
+        """An empty cache of the same settings and name."""
+        other = copy.copy(self)
+        if not self.empty():
+            other._restore(self._core.coding, self._position(), None)
+            other._last_kernel = _core.LastKernel()
         return other
 
 
@@ -112,9 +104,6 @@ class VlmTurboQuantKVCache(_Sequence, TurboQuantKVCache):
 
     _batch = VlmBatchTurboQuantKVCache
 
-    def _made_anew(self):
-        return type(self)(**self._settings(), recent=self.recent, sink=self.sink)
-
 
 class VlmBatchTurboQuantRotatingKVCache(_Batch):
     """A BatchTurboQuantRotatingKVCache for mlx-vlm."""
@@ -138,9 +127,6 @@ class VlmTurboQuantRotatingKVCache(_Sequence, TurboQuantRotatingKVCache):
     """A TurboQuantRotatingKVCache for mlx-vlm."""
 
     _batch = VlmBatchTurboQuantRotatingKVCache
-
-    def _made_anew(self):
-        return type(self)(self.max_size, self.keep, **self._settings())
 
 
 for _row, _of in (
