@@ -12,7 +12,6 @@ import copy
 import json
 import math
 from collections.abc import Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +22,6 @@ from .packed import leaves
 
 LEAST = 4  # checkpoints that a byte budget leaves whatever the context
 Arrays = tuple[Any, ...]  # the arrays of one state, (1, ...) each, None where there is none yet
-
-stepping: ContextVar[int] = ContextVar(
-    "stepping", default=0
-)  # while drafts are checked: latest tokens to be kept apart
 
 
 @dataclass(frozen=True)
@@ -72,20 +67,14 @@ class _Row:
     def __init__(self, position: int | None = 0) -> None:
         self.position = position  # tokens read; None: unknown, so that there is no way back
         self.checkpoints: dict[int, Arrays] = {}
-        self.steps: dict[int, Arrays] = {}  # after each of the latest tokens, while drafts are checked
 
     def copy(self) -> _Row:
         other = _Row(self.position)
-        other.checkpoints, other.steps = dict(self.checkpoints), dict(self.steps)
+        other.checkpoints = dict(self.checkpoints)
         return other
 
-    def state_at(self, position: int) -> Arrays | None:
-        return self.steps.get(position) or self.checkpoints.get(position)
-
     def forget_after(self, position: int) -> None:
-        for held in (self.checkpoints, self.steps):
-            for at in [at for at in held if at > position]:
-                del held[at]
+        self.checkpoints = {at: arrays for at, arrays in self.checkpoints.items() if at <= position}
         self.position = position
 
 
@@ -116,8 +105,7 @@ class CheckpointedArraysCache(ArraysCache):
     @property
     def checkpoints(self) -> list[int]:
         """The positions to which a single sequence can go back, ascending; the beginning, 0, is not among them."""
-        row = self._rows[0]
-        return sorted({*row.checkpoints, *row.steps}) if len(self._rows) == 1 else []
+        return list(self._rows[0].checkpoints) if len(self._rows) == 1 else []
 
     def nearest(self, position: int) -> int:
         """The last position, at or before this one, to which a single sequence can go back."""
@@ -139,7 +127,7 @@ class CheckpointedArraysCache(ArraysCache):
         target = max(self.position - n, 0)
         if target == self.position:
             return 0
-        state = self._rows[0].state_at(target)
+        state = self._rows[0].checkpoints.get(target)
         if state is None and target:
             raise ValueError(
                 f"[{type(self).__name__}] trim goes to a checkpoint; got {n} tokens before {self.position}, and the "
@@ -224,7 +212,6 @@ class CheckpointedArraysCache(ArraysCache):
         cache = type(self)(len(self.cache), limits=self.limits)
         cache.cache = self._row_arrays(idx)
         cache._rows = [self._rows[idx].copy()]
-        cache._rows[0].steps.clear()
         return cache
 
     def __deepcopy__(self, memo):
@@ -269,7 +256,7 @@ class CheckpointedArraysCache(ArraysCache):
     @property
     def nbytes(self):
         """Resident bytes of the state and of its checkpoints."""
-        kept = [arrays for row in self._rows for held in (row.checkpoints, row.steps) for arrays in held.values()]
+        kept = [arrays for row in self._rows for arrays in row.checkpoints.values()]
         arrays = {id(c): c.nbytes for group in (self.cache, *kept) for c in group if c is not None}
         return sum(arrays.values())
 

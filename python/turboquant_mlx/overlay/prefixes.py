@@ -53,14 +53,6 @@ def fetch_nearest_cache(self: LRUPromptCache, model: Any, tokens: list[int]) -> 
     return caches, tokens[best:]
 
 
-def _drop(self, model, tokens):
-    """Takes an entry out of all books but the order, and returns it."""
-    entry = self._trie.pop(model, tokens)
-    self._n_bytes -= entry.nbytes
-    self._n_bytes_by_type[entry.cache_type] -= entry.nbytes
-    return entry
-
-
 def insert_cache(
     self: LRUPromptCache, model: Any, tokens: list[int], prompt_cache: list[Any], *, cache_type: str = "assistant"
 ) -> None:
@@ -78,7 +70,9 @@ def insert_cache(
         shared = shared_length(filed, tokens)
         if shared == len(filed) and (shared == len(tokens) or nearest_checkpoint(prompt_cache, shared) == shared):
             self._lru.remove(model, filed)
-            _drop(self, model, filed)
+            old = self._trie.pop(model, filed)
+            self._n_bytes -= old.nbytes
+            self._n_bytes_by_type[old.cache_type] -= old.nbytes
     entry = LRUPromptCache.CacheEntry(prompt_cache, sum(c.nbytes for c in prompt_cache), cache_type)
     self._trie.add(model, tokens, entry)
     self._n_bytes += entry.nbytes
@@ -87,18 +81,4 @@ def insert_cache(
     self.trim_to(n_sequences=self.max_size, n_bytes=self.max_bytes)
 
 
-def trim_to(self: LRUPromptCache, *, n_sequences: int | None = None, n_bytes: int | None = None) -> None:
-    """Drops the oldest entries until at most `n_sequences` of at most `n_bytes` are on file.
-
-    Where somebody has set `self.evicted`, it is called as evicted(model, tokens, entry) with each."""
-    while len(self._lru) and (
-        (n_sequences is not None and len(self._lru) > max(n_sequences, 0))
-        or (n_bytes is not None and self._n_bytes > max(n_bytes, 0))
-    ):
-        model, tokens = self._lru.pop()
-        entry = _drop(self, model, tokens)
-        if (evicted := getattr(self, "evicted", None)) is not None:
-            evicted(model, tokens, entry)
-
-
-METHODS: dict[str, Any] = {"fetch_nearest_cache": fetch_nearest_cache, "insert_cache": insert_cache, "trim_to": trim_to}
+METHODS: dict[str, Any] = {"fetch_nearest_cache": fetch_nearest_cache, "insert_cache": insert_cache}
