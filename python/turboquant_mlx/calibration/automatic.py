@@ -2,8 +2,8 @@
 
 Models from LEAST parameters on are calibrated where they are enabled, in seconds: with a tokenizer on the text that ships
 with the package, without one on token ids drawn at random, which tell what the weights make of any token (biases, spread
-of norms, which directions queries ask for) and half of what a text would (docs/quality.md).  Smaller models keep plain
-codes.  What was made is kept in a folder of the user's, by the name of the weights, so that the next process has the same
+of norms, which directions queries ask for); they lose 1.2 to 1.7 times what text loses (docs/quality.md).  Smaller models
+keep plain codes.  What was made is kept in a folder of the user's, by the name of the weights, so that the next process has the same
 codes at once."""
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ from ..caches.identity import fingerprint
 from ..overlay import products, sharding
 from . import default
 from .files import Calibrations, read_calibration, write_calibration
-from .measure import calibrate
 
 LEAST = 64_000_000  # parameters of a model from which on it is calibrated by itself
 MOST_ON_CPU = 3_000_000_000  # parameters up to which a CPU calibrates by itself: above, it would take minutes
-WINDOWS, LENGTH = 4, 256  # tokens read: as good as four times as many (docs/quality.md)
+WINDOWS, LENGTH = 4, 256  # tokens read: so few that nobody waits long; `calibrate` reads four times as many
 MADE = 1  # changes when the same weights get other calibrations
 
 
@@ -99,26 +98,18 @@ def calibrated(model, tokenizer=None, *, seed: int = 0) -> Calibrations | None:
         return None
     source = "ids" if tokenizer is None else "text"
     try:
-        windows = random_ids(model) if tokenizer is None else _text(tokenizer)
+        windows = random_ids(model) if tokenizer is None else default.windows_of_text(tokenizer, WINDOWS, LENGTH)
         if windows is None:
             raise ValueError("it has no token embedding")
         what = "token ids drawn at random; tokenizer=... is better" if tokenizer is None else "the package's text"
         print(f"[tq] no calibration is given: the model reads {windows.size} tokens of {what}", file=sys.stderr)
-        bar = default.Bar("calibrate", windows.size)
-        try:
-            found = calibrate(model, windows, seed=seed, progress=bar)
-        finally:
-            bar.close()
+        found = default.calibrate_visibly(model, windows, seed=seed)
     except (ValueError, TypeError, AttributeError, IndexError) as error:
         warn(f"the model could not be calibrated ({error})")
         return None
     if all(isinstance(slot, int) for slot in found):
         _keep(found, _kept(model, seed, source), source)
     return found
-
-
-def _text(tokenizer):
-    return default.windows_of(tokenizer, default.TEXT.read_text(encoding="utf-8"), WINDOWS, LENGTH)
 
 
 def warn(why, when="once", stacklevel=4) -> None:

@@ -53,9 +53,18 @@ class Bar:
         self.bar.close()
 
 
+def windows_of_text(tokenizer, count=WINDOWS, length=LENGTH):
+    """windows_of() the text that ships with the package."""
+    return windows_of(tokenizer, TEXT.read_text(encoding="utf-8"), count, length)
+
+
 def calibrate_by_default(model, tokenizer, *, seed=0):
     """`calibrate` on the text that ships with the package: {slot: Calibration}, in seconds."""
-    windows = windows_of(tokenizer, TEXT.read_text(encoding="utf-8"), WINDOWS, LENGTH)
+    return calibrate_visibly(model, windows_of_text(tokenizer), seed=seed)
+
+
+def calibrate_visibly(model, windows, *, seed=0):
+    """`calibrate` on windows (count, length) of token ids, with a progress bar."""
     bar = Bar("calibrate", windows.size)
     try:
         return calibrate(model, windows, seed=seed, progress=bar)
