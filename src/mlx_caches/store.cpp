@@ -221,14 +221,13 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
   o.mask = mask;
   o.starts = starts;
   o.sinks = sinks;
-  if (latent) o.values = coding.keys;
   if (!sinks) o.keys.centre = std::nullopt;  // the softmax does not see it
   if (o.keys.centre && coding.key_map) {
     o.keys.centre = mx::squeeze(mx::matmul(mx::expand_dims(*o.keys.centre, 1, s), *coding.key_map, s), 1, s);
   }
   if (copies) {
     const Store x = copies->settled();
-    o.exact = ExactArrays{x.keys, latent ? x.keys : x.values};
+    o.exact = ExactArrays{x.keys, x.values};
     o.recent = coding.recent;
     o.first = coding.sink;
   }
@@ -238,7 +237,7 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
   const bool waits = store.written && int(store.written->size()) == length + 1 && can_append_in_place({q}, stream);
   if (waits) o.written = store.written;
   const Store x = waits ? store : store.settled();
-  const auto out = attention(asked, x.keys, latent ? x.keys : x.values, o, stream);
+  const auto out = attention(asked, x.keys, x.values, o, stream);
   return out.dtype() == q.dtype() ? out : mx::astype(out, q.dtype(), stream);
 }
 

@@ -106,7 +106,7 @@ Store encode_store(const CacheCoding& coding, const mx::array& keys, const mx::a
 Store append_store(const CacheCoding& coding, const std::optional<Store>& held, int length, const mx::array& keys,
                    const mx::array& values, mx::StreamOrDevice s = {});
 
-/// Which kernel attention used last, for people; null before it ran.
+/// The name of the kernel that attention used last; null before it ran.
 struct LastKernel {
   const char* name = nullptr;
 };
@@ -120,10 +120,8 @@ struct View {
   mx::Dtype dtype = mx::float16;                      // of the vectors as they came, for models that ask
   std::shared_ptr<LastKernel> last_kernel = nullptr;  // if given, `attend` notes its kernel there
   std::optional<Store> copies = std::nullopt;         // exact copies of the newest and the first tokens (exact.h)
-  bool latent = false;  // latent attention: the keys' codes are the values, too; those of the store are the rotary keys
 
   int head_dim() const { return store.head_dim(coding); }
-  int value_dim() const { return store.value_dim(coding); }
   /// Attention of q (B, H_q, L, D) over the history.
   mx::array attend(const mx::array& q, float scale, bool causal, const std::optional<mx::array>& mask = std::nullopt,
                    const std::optional<mx::array>& sinks = std::nullopt, mx::StreamOrDevice s = {}) const;

@@ -289,7 +289,8 @@ class PackedCache(_BaseCache):
         coding = _core.CacheCoding(
             _core.Coding(fields["key_bits"], **shared, centre=arrays[4], feedback=arrays[6]),
             _core.Coding(fields["value_bits"], **shared, centre=arrays[5], feedback=arrays[7]),
-            **{"key_map": maps[0], "query_map": maps[1]},
+            key_map=maps[0],
+            query_map=maps[1],
             **({"recent": exact["recent"], "sink": exact["sink"]} if exact else {}),
         )
         held = [fields["position"], None if arrays[0] is None else arrays[:4]]
@@ -314,7 +315,7 @@ class PackedCache(_BaseCache):
         return self._core.view().shape
 
     def inspect(self) -> dict:
-        """What the cache holds, for people: bits, tokens, resident bytes, what float16 would take, last kernel."""
+        """What the cache holds, as a table's row: bits, tokens, resident bytes, what float16 would take, last kernel."""
         shape = None if self.empty() else self._shape()
         return {
             "kind": type(self).__name__,
