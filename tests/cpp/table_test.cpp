@@ -1,7 +1,7 @@
 // Every kernel of every instruction set against the oracle, over the whole table.
-#include <gtest/gtest.h>
+#include "support/table.h"
 
-#include "support/cases.h"
+#include <gtest/gtest.h>
 
 namespace turboquant {
 

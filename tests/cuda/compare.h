@@ -7,8 +7,8 @@
 #include <thread>
 
 #include "gpu.h"
-#include "support/cases.h"
 #include "support/cuda_attend.h"
+#include "support/table.h"
 
 namespace turboquant {
 

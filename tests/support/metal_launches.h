@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "support/cases.h"
 #include "support/metal_launch.h"
+#include "support/table.h"
 
 namespace emulator {
 
