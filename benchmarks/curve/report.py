@@ -12,7 +12,7 @@ CODES = {"": "", "c": ", centred", "f": ", feedback"}
 
 
 def cache_name(mode, activations):
-    """Of a mode, for people; a float cache is named by the numbers it holds."""
+    """The name of a mode in tables and pictures; a float cache is named by the numbers it holds."""
     if mode == "fp16":
         return f"{activations} cache"
     if match := re.fullmatch(r"affine(\d)", mode):
@@ -176,7 +176,7 @@ def _route(row, most):
 
 
 def markdown(summary, metadata):
-    """The table for people."""
+    """The report: a caption and a table in Markdown."""
     most = max(r["runs"] - r["failed"] for r in summary)
     lines = [
         caption(summary, metadata),

@@ -120,7 +120,7 @@ def save_calibration(calibration, where, *, directory=None, source=""):
         calibration: as from `calibrate`, for models whose slots are a flat list.
         where: a directory or a file name.
         directory: the model directory it belongs to, `where` by default; the file keeps its fingerprint.
-        source (str): what it was made from, for people.
+        source (str): what it was made from, as a reader will see it.
 
     Returns:
         The path written.

@@ -29,7 +29,7 @@ DISTORTION = {
 
 
 def findings():
-    """(name, what was found) for people."""
+    """(name, what was found), each a line of the report."""
     gpu, why = _core.gpu_supported()
     yield "turboquant-kv-mlx", f"{version(_checks.DISTRIBUTION)} in {Path(_checks.__file__).resolve().parent}"
     yield "MLX", f"{mx.__version__} (built for {MLX_VERSION})"

@@ -1,4 +1,4 @@
-"""What a model's caches hold, as a table for people."""
+"""What a model's caches hold, as a table."""
 
 from ..caches import PackedCache, leaves
 
