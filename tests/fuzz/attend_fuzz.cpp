@@ -63,14 +63,14 @@ void compare(const AttendParams& p, const std::vector<char>& got, const std::vec
       for (int i = 0; i < p.query_len; ++i) {
         const int64_t at = b * p.out.batch_stride + h * p.out.head_stride + i * p.out.token_stride;
         double error = 0, size = 0;
-        for (int d = 0; d < p.head_dim; ++d) {
+        for (int d = 0; d < p.value_dim; ++d) {
           const double w = get(want.data(), p.out.dtype, size_t(at + d)),
                        g = get(got.data(), p.out.dtype, size_t(at + d));
           TQ_CHECK(std::isfinite(w) && std::isfinite(g));
           error += (w - g) * (w - g), size += w * w;
         }
         // Values are of length 1 to 2 times sqrt(D), and scores of a spread of 4 at most.
-        TQ_CHECK(std::sqrt(error) <= rounding * std::sqrt(size) + 2e-3 * std::sqrt(double(p.head_dim)));
+        TQ_CHECK(std::sqrt(error) <= rounding * std::sqrt(size) + 2e-3 * std::sqrt(double(p.value_dim)));
       }
     }
   }
@@ -82,18 +82,18 @@ void fuzz_attend(Bytes& in) {
   p.batch = in.number(0, 2), p.kv_heads = in.number(1, 2), p.query_heads = p.kv_heads * in.number(1, 5);
   p.kv_len = in.chance(4) ? in.number(0, 700) : in.number(0, 70);
   p.query_len = in.chance(4) ? in.number(0, 70) : in.number(0, 4);
-  p.head_dim = 32 * in.number(1, 8);
+  p.key_dim = p.value_dim = 32 * in.number(1, 8);
   p.seed = in.seed();
   p.causal = in.chance(2);
   p.window = in.chance(3) ? in.any() & 0x7fffffff : 0;
-  const float norm = 1 / std::sqrt(float(p.head_dim));
+  const float norm = 1 / std::sqrt(float(p.key_dim));
   p.scale = tame ? norm : std::ldexp(in.chance(2) ? 1.0f : -1.0f, in.number(-149, 127));
   int key_bits, value_bits;
   Code key_code, value_code;
   pick_width(in, key_bits, key_code);
   pick_width(in, value_bits, value_code);
-  const Random keys(in, p.batch, p.kv_heads, p.kv_len, p.head_dim, key_bits, key_code, tame);
-  const Random values(in, p.batch, p.kv_heads, p.kv_len, p.head_dim, value_bits, value_code, tame);
+  const Random keys(in, p.batch, p.kv_heads, p.kv_len, p.key_dim, key_bits, key_code, tame);
+  const Random values(in, p.batch, p.kv_heads, p.kv_len, p.value_dim, value_bits, value_code, tame);
   p.keys = keys.view, p.values = values.view;
   std::unique_ptr<Random> exact_keys, exact_values;
   if (in.chance(2)) {
@@ -101,18 +101,18 @@ void fuzz_attend(Bytes& in) {
     e.recent = in.chance(2) ? in.number(0, 160) : 0, e.first = in.number(0, 6);
     e.ring = e.recent ? (e.recent + p.query_len + in.number(0, 64) + 31) / 32 * 32 : 0;
     const bool bytes = in.chance(2);
-    exact_keys = std::make_unique<Random>(in, p.batch, p.kv_heads, e.ring + e.first, p.head_dim, bytes ? 8 : key_bits,
+    exact_keys = std::make_unique<Random>(in, p.batch, p.kv_heads, e.ring + e.first, p.key_dim, bytes ? 8 : key_bits,
                                           bytes ? Code::scalar : key_code, tame);
-    exact_values = std::make_unique<Random>(in, p.batch, p.kv_heads, e.ring + e.first, p.head_dim,
+    exact_values = std::make_unique<Random>(in, p.batch, p.kv_heads, e.ring + e.first, p.value_dim,
                                             bytes ? 8 : value_bits, bytes ? Code::scalar : value_code, tame);
     e.keys = exact_keys->view, e.values = exact_values->view;
   }
   const Dtype dtype = Dtype(in.byte() % 3);
-  const int64_t token = p.head_dim + 8 * in.number(0, 2), head = token * p.query_len, batch = head * p.query_heads;
+  const int64_t token = p.key_dim + 8 * in.number(0, 2), head = token * p.query_len, batch = head * p.query_heads;
   const size_t count =
       p.batch == 0 || p.query_len == 0
           ? 0
-          : size_t((p.batch - 1) * batch + (p.query_heads - 1) * head + (p.query_len - 1) * token + p.head_dim);
+          : size_t((p.batch - 1) * batch + (p.query_heads - 1) * head + (p.query_len - 1) * token + p.key_dim);
   const auto q = numbers(in, dtype, count, tame);
   p.q = {q.get(), dtype, batch, head, token};
   std::unique_ptr<int32_t[]> starts(new int32_t[size_t(p.batch) + 1]);
@@ -130,8 +130,8 @@ void fuzz_attend(Bytes& in) {
     return reinterpret_cast<const float*>(held.get());
   };
   if (in.chance(3)) p.sinks = floats(sinks, p.query_heads);
-  if (in.chance(3)) p.key_centre = floats(key_centre, p.kv_heads * p.head_dim);
-  if (in.chance(3)) p.value_centre = floats(value_centre, p.kv_heads * p.head_dim);
+  if (in.chance(3)) p.key_centre = floats(key_centre, p.kv_heads * p.key_dim);
+  if (in.chance(3)) p.value_centre = floats(value_centre, p.kv_heads * p.value_dim);
   p.out = {nullptr, dtype, batch, head, token};
   std::vector<char> want(count * size_of(dtype), 0x5a), got;
   if (tame) {
@@ -151,7 +151,7 @@ void fuzz_attend(Bytes& in) {
 void fuzz_refusals(Bytes& in) {
   AttendParams p;
   p.batch = in.any(), p.query_heads = in.any(), p.kv_heads = in.any(), p.query_len = in.any(), p.kv_len = in.any();
-  p.head_dim = in.any(), p.window = in.any(), p.keys.bits = in.any(), p.values.bits = in.any();
+  p.key_dim = p.value_dim = in.any(), p.window = in.any(), p.keys.bits = in.any(), p.values.bits = in.any();
   p.keys.code = Code(in.byte() % 2), p.values.code = Code(in.byte() % 2);
   p.exact.recent = in.any(), p.exact.first = in.any(), p.exact.ring = in.any();
   try {
