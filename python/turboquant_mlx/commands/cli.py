@@ -60,6 +60,13 @@ def tq_options():
         "for all but small models; none: neither",
     )
     group.add_argument("--tq-no-calibrate", action="store_true", help="make no calibration where there is none")
+    group.add_argument(
+        "--tq-checkpoints",
+        type=_checkpoints,
+        metavar="auto|none|N",
+        help="let recurrent states go back: auto keeps copies within the bytes of the packed caches, N at most so many "
+        "(default: auto in the server, else none)",
+    )
     group.add_argument("--tq-seed", type=int, default=0, help="of the rotation's signs (default: 0)")
     group.add_argument(
         "--tq-dtype",
@@ -83,6 +90,11 @@ def _tokens(least):
         return value
 
     return read
+
+
+def _checkpoints(text):
+    """Reads --tq-checkpoints: what `enable` takes."""
+    return {"auto": "auto", "none": False}[text] if text in ("auto", "none") else _tokens(1)(text)
 
 
 def _calibration(args, model, where, main, tokenizer):
@@ -154,6 +166,7 @@ def prepare(model, args, where, max_kv_size=None, main=True, tokenizer=None):
             recent=args.tq_recent,
             sink=args.tq_sink,
             chunked_recurrence=True,
+            checkpoints=args.tq_checkpoints or False,
         )
         return calibration
 
@@ -214,6 +227,8 @@ def _run_program(command, argv):
     options = tq_options()
     options.prog = f"python -m turboquant_mlx {command}"
     args, rest = options.parse_known_args(argv)
+    if command == "server" and args.tq_checkpoints is None:
+        args.tq_checkpoints = "auto"
     if {"-h", "--help"} & set(rest):
         print(options.format_help().split("\n\n", 1)[1])
     seen = _peek(command, rest)
@@ -221,11 +236,6 @@ def _run_program(command, argv):
         folder = Path(seen.prompt_cache_file).parent
         if not os.access(folder, os.W_OK):
             _fail(command, f"cannot write to {folder}")
-    if command == "server" and seen.draft_model:
-        # mlx-lm 0.32.2 files such caches one token short of their key, and the next request to share the prefix
-        # answers from the wrong place, with float caches too.
-        print("[tq] no prompt cache: beside a draft model, mlx-lm's server reuses prefixes wrongly", file=sys.stderr)
-        rest += ["--prompt-cache-size", "0"]
     module = importlib.import_module(PROGRAMS[command])
     from ..overlay import saving
     from ..overlay.patch import apply_patch
@@ -281,7 +291,7 @@ def _watch_server(module, seen, replaced):
     up and deaf.  Returns the list that such a failure lands in."""
     import mlx.core as mx
 
-    from ..overlay import requests
+    from ..overlay import requests, turns
 
     if mx.distributed.init().rank() == 0:
         try:
@@ -338,6 +348,8 @@ def _watch_server(module, seen, replaced):
     module.ModelProvider = Watched
     replaced["ResponseGenerator"] = module.ResponseGenerator
     module.ResponseGenerator = requests.checked(module)
+    replaced["stream_generate"] = module.stream_generate
+    module.stream_generate = turns.continued(module.stream_generate)
     return failed
 
 

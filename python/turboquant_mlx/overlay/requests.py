@@ -5,6 +5,8 @@ does not check).  Here each is an error of that request alone."""
 
 import mlx.core as mx
 
+from . import turns
+
 
 def checked(module):
     """`module.ResponseGenerator` of mlx_lm.server, which refuses such requests with ValueError: the client gets the
@@ -24,12 +26,17 @@ def checked(module):
 
         def _tokenize(self, tokenizer, request, args):
             """Runs in the generating thread, with the request's model loaded, where mlx-lm catches what it raises."""
-            found = super()._tokenize(tokenizer, request, args)
-            if not found[0]:
+            prompt, segments, kinds, state, vision = super()._tokenize(tokenizer, request, args)
+            if not prompt:
                 raise ValueError("the prompt must have at least one token; got none")
+            if request.request_type == "chat" and tokenizer.has_chat_template and vision is None:
+                template = self.model_provider.cli_args.chat_template_args | (args.chat_template_kwargs or {})
+                template["tools"] = request.tools
+                segments, kinds = turns.cut(tokenizer, request.messages, prompt, segments, kinds, **template)
+            turns.note(segments)
             if args.sampling.top_k > 0 or args.logits.logit_bias:
                 _check_vocabulary(args, _vocabulary(self.model_provider.model))
-            return found
+            return prompt, segments, kinds, state, vision
 
     return Checked
 
