@@ -245,7 +245,7 @@ def test_a_calibration_beside_the_weights_is_not_an_adapters(run, tmp_path):
     assert ", centred" in err and "[tq] used all the same: [enable] the calibration was made with other weights" in err
 
 
-def test_a_server_with_a_draft_model_reuses_no_prefix(tmp_path):
+def test_a_server_with_a_draft_model_reuses_prefixes_rightly(tmp_path):
     """The same question twice gets the same answer, that of the server without a draft model."""
     main, draft = (save_model(qwen3, tmp_path / name, seed=i) for i, name in enumerate(("main", "draft")))
     answers = []

@@ -66,7 +66,7 @@ def test_eight_clients_at_once_get_what_each_would_get_alone(served, alone, prom
 
 
 def test_a_draft_model_of_a_request_is_refused_and_harms_nobody(served, alone, prompts, directory):
-    """The server began without a draft model, with a prompt cache: beside one, mlx-lm would reuse prefixes wrongly."""
+    """The server began without a draft model."""
     want = [alone(prompt) for prompt in prompts]
 
     def ask(i):

@@ -5,7 +5,7 @@ import pytest
 from mlx_lm.generate import speculative_generate_step, stream_generate
 from mlx_lm.models import qwen3
 from mlx_lm.models.cache import make_prompt_cache
-from small_models import FAMILIES, build, greedy, prompt, small_llama
+from small_models import FAMILIES, build, greedy, prompt, small_hybrid, small_llama
 from turboquant_mlx import _core, disable, enable
 
 
@@ -62,6 +62,19 @@ def test_what_mlx_lm_cannot_rewind_it_refuses(bundled):
             next(stream_generate(model, tokenizer, [5, 6, 7], draft_model=model))
     finally:
         disable(model)
+
+
+def test_checkpoints_take_no_drafts_back():
+    """They lie at the ends of a prompt's chunks: trimming by a refused draft would lose the answer without a word."""
+    model, hybrid = small_llama(), small_hybrid()
+    enable(model)
+    enable(hybrid, checkpoints=True)
+    for main, helper in ((hybrid, hybrid), (model, hybrid)):
+        given = make_prompt_cache(main) + make_prompt_cache(helper)
+        for cache in (None, given):
+            with pytest.raises(ValueError, match="layer 0: drafts need a trimmable prompt cache"):
+                drafted(main, helper, prompt(20), 10, 3, cache)
+        assert all(c.empty() for c in given)
 
 
 def test_speculation_within_a_window():

@@ -65,7 +65,7 @@ def tq_options():
         type=_checkpoints,
         metavar="auto|none|N",
         help="let recurrent states go back: auto keeps copies within the bytes of the packed caches, N at most so many "
-        "(default: auto in the server, else none)",
+        "(default: auto in a server without a draft model, else none)",
     )
     group.add_argument("--tq-seed", type=int, default=0, help="of the rotation's signs (default: 0)")
     group.add_argument(
@@ -227,11 +227,11 @@ def _run_program(command, argv):
     options = tq_options()
     options.prog = f"python -m turboquant_mlx {command}"
     args, rest = options.parse_known_args(argv)
-    if command == "server" and args.tq_checkpoints is None:
-        args.tq_checkpoints = "auto"
     if {"-h", "--help"} & set(rest):
         print(options.format_help().split("\n\n", 1)[1])
     seen = _peek(command, rest)
+    if command == "server" and args.tq_checkpoints is None and not seen.draft_model:  # drafts take no checkpoints
+        args.tq_checkpoints = "auto"
     if command == "cache-prompt" and seen.prompt_cache_file:  # before the work, which may take long
         folder = Path(seen.prompt_cache_file).parent
         if not os.access(folder, os.W_OK):
@@ -334,7 +334,7 @@ def _watch_server(module, seen, replaced):
         load_default = watched
 
         def load(self, model_path, adapter_path=None, draft_model_path=None):
-            # A request names these.  The guard of `--draft-model` against wrong prefixes was set when the server began.
+            # A request names these.  Whether states have checkpoints was settled when the server began.
             if draft_model_path not in (None, "default_model", seen.draft_model):
                 raise ValueError(
                     f"draft_model must be the server's own --draft-model ({seen.draft_model or 'it has none'}); got "

@@ -11,7 +11,7 @@ import inspect
 from mlx_lm.generate import speculative_generate_step as original
 from mlx_lm.models import cache as mlx_lm_cache
 
-from ..caches import DelayedTurboQuantKVCache, PackedCache, layer_name, leaves
+from ..caches import CheckpointedArraysCache, DelayedTurboQuantKVCache, PackedCache, layer_name, leaves
 from ..caches.rotating import drafting
 
 _SIGNATURE = inspect.signature(original)
@@ -42,12 +42,26 @@ def _check(caches, prompt, answer):
                 )
 
 
+def _check_states(*models):
+    """ValueError when a model's recurrent states would go back to a checkpoint instead of by the drafts refused."""
+    for caches in models:
+        for path, c in leaves(caches):
+            if isinstance(c, CheckpointedArraysCache):
+                raise ValueError(
+                    f"[speculative_generate_step] {layer_name(path)}: drafts need a trimmable prompt cache, and a "
+                    "CheckpointedArraysCache goes back to its checkpoints alone, not token by token: leave the draft model "
+                    "out"
+                )
+
+
 def speculative_generate_step(*positional, **named):
     call = _SIGNATURE.bind(*positional, **named)
     given = set(call.arguments)
     call.apply_defaults()
     model, caches = call.arguments["model"], call.arguments["prompt_cache"]
     caches = mlx_lm_cache.make_prompt_cache(model) if caches is None else caches[: len(model.layers)]
+    held, helper = call.arguments["prompt_cache"], call.arguments["draft_model"]
+    _check_states(caches, mlx_lm_cache.make_prompt_cache(helper) if held is None else held[len(model.layers) :])
     _check(caches, call.arguments["prompt"].size, call.arguments["max_tokens"])
     if "prefill_step_size" not in given and any(isinstance(c, DelayedTurboQuantKVCache) for c in caches):
         call.arguments["prefill_step_size"] = _PLAIN_STEP  # the chunk that crosses `start` is read from codes
