@@ -291,8 +291,9 @@ def enable(
             ships with the package: better than the random token ids that are read without it.
         start (int): tokens that a cache holds as plain floats before it packs itself (mlx-lm's quantized_kv_start);
             such caches are not batched.
-        recent, sink (int): the newest and the first tokens that queries read exactly, as for TurboQuantKVCache; caches
-            of sliding windows have none.
+        recent, sink (int): the newest and the first tokens that queries read exactly, as for TurboQuantKVCache.  With
+            `recent`, a sliding window of at most 1,024 tokens is held at 8 bits, where copies of its newest would take as
+            much; a larger one has its codes alone.
         checkpoints (bool, int or "auto"): let recurrent states (`ArraysCache` slots) go back: True keeps copies of a state
             at the ends of a prompt's chunks, fewer and fewer towards its beginning, which take no more bytes than the
             packed keys and values, but may be 4; a number keeps at most so many; "auto" is True, without the slots

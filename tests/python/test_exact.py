@@ -2,14 +2,25 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm import load
+from mlx_lm.models import qwen3
 from mlx_lm.models.cache import KVCache, RotatingKVCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
-from turboquant_mlx import BatchTurboQuantKVCache, TurboQuantKVCache, apply_patch, decode, enable, encode
-from turboquant_mlx.caches import to_turboquant
+from small_models import FAMILIES, build
+from turboquant_mlx import (
+    BatchTurboQuantKVCache,
+    TurboQuantKVCache,
+    TurboQuantRotatingKVCache,
+    apply_patch,
+    decode,
+    enable,
+    encode,
+)
+from turboquant_mlx.caches import arguments, to_turboquant
 from turboquant_mlx.eval.modes import parse_mode
 from turboquant_mlx.overlay.saving import load_prompt_cache as tq_load
 from turboquant_mlx.overlay.saving import save_prompt_cache as tq_save
@@ -315,10 +326,50 @@ def test_caches_that_keep_other_tokens_do_not_mix():
     assert to_turboquant(plain, 3, recent=7, sink=2).inspect()["recent"] == 7
 
 
-def test_windows_have_no_copies_and_modes_name_them():
-    window = RotatingKVCache(max_size=64)
+def widths(cache):
+    return cache.key_bits, cache.value_bits
+
+
+@pytest.mark.parametrize(
+    "size, settings, want",
+    [
+        (64, {}, (8, 8)),
+        (1024, {}, (8, 8)),
+        (1025, {}, (3, 3)),
+        (64, {"recent": 0}, (3, 3)),
+        (64, {"recent": 0, "sink": 0, "key_bits": 4}, (4, 3)),
+        (64, {"recent": 7, "sink": 0, "key_bits": 4}, (8, 8)),
+    ],
+)
+def test_a_small_window_is_held_at_eight_bits(size, settings, want):
+    """It has no copies; a larger one has its codes alone."""
+    window = RotatingKVCache(max_size=size)
     window.update_and_fetch(*vectors(5))
-    assert to_turboquant(window, 3, recent=7, sink=2).inspect()["exact_bytes"] == 0
+    packed = to_turboquant(window, 3, feedback=(mx.zeros((H_KV, D, D), mx.float16),) * 2, **settings)
+    assert widths(packed) == want and (packed.feedback is None) == (want == (8, 8))
+    assert packed.inspect()["exact_bytes"] == 0
+    assert widths(TurboQuantRotatingKVCache(size, bits=3)) == (3, 3)  # by itself it is what it is asked to be
+    full = build(qwen3, head_dim=D)
+    enable(full, 3, **settings)
+    assert {widths(c) for c in full.make_cache.sized(size)} == {want}
+    if size == 64:
+        mixed = FAMILIES["llama, sliding window"]()  # of 32 tokens, in every second layer
+        enable(mixed, 3, **settings)
+        plain = settings.get("key_bits", 3), 3
+        assert [widths(c) for c in mixed.make_cache()] == [want if i % 2 == 0 else plain for i in range(2)]
+
+
+def test_what_is_kept_exact_by_default(monkeypatch):
+    """128 and 4, wherever a kernel reads copies."""
+    assert (TurboQuantKVCache().recent, TurboQuantKVCache().sink) == (128, 4)
+    assert (TurboQuantKVCache(recent=0).recent, TurboQuantKVCache(recent=0).sink) == (0, 4)
+    monkeypatch.setattr(arguments, "_core", SimpleNamespace(reads_exact_copies=lambda: False))
+    assert (TurboQuantKVCache().recent, BatchTurboQuantKVCache([0]).sink) == (0, 0)
+    with pytest.raises(ValueError, match="cannot read exact copies: recent and sink must be 0; got 128 and 0"):
+        TurboQuantKVCache(recent=128)
+
+
+def test_modes_name_them():
     mode = parse_mode("tq3tfr128s4")
     assert (mode.code, mode.fed, mode.recent, mode.sink) == ("trellis", True, 128, 4)
     assert (parse_mode("k4v3c").recent, parse_mode("k4v3c").sink) == (0, 0)
@@ -338,7 +389,7 @@ def test_a_model_says_what_it_keeps(tmp_path):
     packed = [c for c in whole if isinstance(c, TurboQuantKVCache)]
     assert packed
     assert all((c.recent, c.sink) == (128, 4) for c in packed)
-    enable(model, 3)  # a file of a version without copies, loaded for a model with them
+    enable(model, 3, recent=0, sink=0)  # a file of a version without copies, loaded for a model with them
     plain = make_prompt_cache(model)
     mx.eval(model(tokens, cache=plain))
     tq_save(str(tmp_path / "old.safetensors"), plain)

@@ -2,7 +2,8 @@
 
 mlx-lm's float cache is fed the decoded vectors, ours the originals, so both stand for the same numbers.  What is left
 is the rounding inside one attention, at most 1e-3 of the output's norm; a token too many or too few moves it by 1e-2
-and more, since each case holds at most a hundred tokens of equal size."""
+and more, since each case holds at most a hundred tokens of equal size.  So few tokens are all among the newest, which
+caches read from 8-bit copies by default: every case runs so, and from codes alone."""
 
 import copy
 
@@ -23,11 +24,23 @@ from turboquant_mlx import (
 
 HEADS, DIM = 2, 64
 LIMIT = 1e-3
+CODES = {"recent": 0, "sink": 0}
+
+
+@pytest.fixture(params=["codes", "copies"], autouse=True)
+def settings_of(request, monkeypatch):
+    """How the caches of a test are made, and the width that its queries read."""
+    if request.param == "copies":  # the default of a cache; a window has no copies, but it can hold 8 bits
+        for name, value in (("FULL", {}), ("WINDOW", {"bits": 8}), ("READ", 8)):
+            monkeypatch.setitem(globals(), name, value)
+
+
+FULL, WINDOW, READ = CODES, {}, 3
 
 
 def vectors(batch, tokens):
     x = mx.random.normal((batch, HEADS, tokens, DIM))
-    return x, decode(*encode(x))
+    return x, decode(*encode(x, READ), READ)
 
 
 class Pair:
@@ -78,7 +91,7 @@ CHUNKS = [7, 1, 1, 12, 1, 3, 40, 1, 1, 1, 2, 1]
 
 
 def test_kv_cache_follows_mlx_lms():
-    pair = Pair(TurboQuantKVCache(), KVCache())
+    pair = Pair(TurboQuantKVCache(**FULL), KVCache())
     for n in CHUNKS:
         pair.append(n)
     for n in (5, 1):
@@ -93,7 +106,7 @@ def test_kv_cache_follows_mlx_lms():
 @pytest.mark.parametrize("max_size", [8, 20, 64])
 @pytest.mark.parametrize("keep", [0, 4])
 def test_rotating_cache_follows_mlx_lms(max_size, keep):
-    pair = Pair(TurboQuantRotatingKVCache(max_size, keep), RotatingKVCache(max_size, keep))
+    pair = Pair(TurboQuantRotatingKVCache(max_size, keep, **WINDOW), RotatingKVCache(max_size, keep))
     for n in CHUNKS:
         pair.append(n)
     for _ in range(2 * max_size):
@@ -104,7 +117,7 @@ def test_rotating_cache_follows_mlx_lms(max_size, keep):
 
 
 def test_rotating_cache_trims_until_it_wraps():
-    pair = Pair(TurboQuantRotatingKVCache(32), RotatingKVCache(32))
+    pair = Pair(TurboQuantRotatingKVCache(32, **WINDOW), RotatingKVCache(32))
     pair.append(20)
     assert pair.call("trim", 6) == (6, 6)
     for n in (1, 5, 1):
@@ -116,8 +129,8 @@ def test_rotating_cache_trims_until_it_wraps():
 def batch_pair(kind, left_padding):
     n = len(left_padding)
     if kind == "full":
-        return Pair(BatchTurboQuantKVCache(left_padding), BatchKVCache(left_padding), n)
-    return Pair(BatchTurboQuantRotatingKVCache(16, left_padding), BatchRotatingKVCache(16, left_padding), n)
+        return Pair(BatchTurboQuantKVCache(left_padding, **FULL), BatchKVCache(left_padding), n)
+    return Pair(BatchTurboQuantRotatingKVCache(16, left_padding, **WINDOW), BatchRotatingKVCache(16, left_padding), n)
 
 
 @pytest.mark.parametrize("kind", ["full", "rotating"])
@@ -171,9 +184,10 @@ def test_filter_and_extend_follow_mlx_lms(kind):
 
 
 def filled(length, kind="full"):
-    pair = Pair(
-        *((TurboQuantKVCache(), KVCache()) if kind == "full" else (TurboQuantRotatingKVCache(16), RotatingKVCache(16)))
-    )
+    if kind == "full":
+        pair = Pair(TurboQuantKVCache(**FULL), KVCache())
+    else:
+        pair = Pair(TurboQuantRotatingKVCache(16, **WINDOW), RotatingKVCache(16))
     if length:
         pair.append(length)
     return pair
@@ -339,7 +353,9 @@ def test_masks_are_arrays_only_when_they_must_be():
 
 def test_an_extracted_row_does_not_hold_the_batch():
     """A server keeps finished rows in its prompt cache: each must cost its own bytes only."""
-    rows = [filled(n).ours for n in (40, 400)]
+    rows = [TurboQuantKVCache(**CODES) for _ in range(2)]
+    for row, n in zip(rows, (40, 400), strict=True):
+        row.update_and_fetch(*[vectors(1, n)[0]] * 2)
     batch = TurboQuantKVCache.merge(rows)
     batch.update_and_fetch(*[vectors(2, 1)[0]] * 2)
     mx.eval(batch._core.arrays)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 CODES = ("scalar", "trellis")
 DEFAULT_CODE = "trellis"  # of widths of 2 and 3 bits
-RECENT, SINK = 0, 0  # tokens that queries read exactly unless asked for otherwise
+RECENT, SINK = 128, 4  # tokens that queries read exactly unless asked for otherwise
+EXACT_WINDOW = 1024  # tokens of the largest window that is held at 8 bits where queries read their newest exactly
 Centres: TypeAlias = "tuple[mx.array | None, mx.array | None]"
 Feedback: TypeAlias = "tuple[mx.array | None, mx.array | None]"
 
@@ -113,10 +114,12 @@ def query_maps(owner, key_map):
 
 
 def exact_tokens(owner: str, recent: int | None, sink: int | None) -> tuple[int, int]:
-    """(recent, sink) as whole numbers, None being the defaults; ValueError where no kernel reads exact copies."""
-    recent = RECENT if recent is None else whole(owner, "recent", recent, below=2**20)
-    sink = SINK if sink is None else whole(owner, "sink", sink, below=2**20)
-    if (recent or sink) and not _core.reads_exact_copies():
+    """(recent, sink) as whole numbers, None being the defaults: 128 and 4, or 0 where no kernel reads exact copies.
+    ValueError where numbers are given that the kernels cannot serve."""
+    readable = _core.reads_exact_copies()
+    recent = RECENT * readable if recent is None else whole(owner, "recent", recent, below=2**20)
+    sink = SINK * readable if sink is None else whole(owner, "sink", sink, below=2**20)
+    if (recent or sink) and not readable:
         raise ValueError(
             f"[{owner}] the kernels of this GPU cannot read exact copies: recent and sink must be 0; got {recent} and "
             f"{sink}"
@@ -147,6 +150,16 @@ def coding(owner: str, bits: int = 3, **settings: Unpack[Settings]) -> _core.Cac
     key_map, query_map = query_maps(owner, settings.get("key_map"))
     recent, sink = exact_tokens(owner, settings.get("recent"), settings.get("sink"))
     return _core.CacheCoding(keys, values, key_map=key_map, query_map=query_map, recent=recent, sink=sink)
+
+
+def window_coding(owner: str, max_size: int, settings: Settings) -> Settings:
+    """The settings of a window of `max_size` tokens where `settings` were asked for.  Windows have no copies; where queries
+    read their newest tokens exactly, one of at most EXACT_WINDOW tokens is held at 8 bits, which need no feedback."""
+    recent, _ = exact_tokens(owner, settings.get("recent"), settings.get("sink"))
+    window: Settings = {**settings, "recent": 0, "sink": 0}
+    if recent and max_size <= EXACT_WINDOW:
+        window.update({"key_bits": 8, "value_bits": 8, "feedback": None})
+    return window
 
 
 def as_list(numbers) -> list[int]:

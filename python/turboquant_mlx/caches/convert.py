@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from .arguments import Settings, spelled_out, whole
+from .arguments import Settings, spelled_out, whole, window_coding
 from .kv_cache import TurboQuantKVCache
 from .packed import PackedCache
-from .rotating import NO_COPIES, TurboQuantRotatingKVCache
+from .rotating import TurboQuantRotatingKVCache
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -25,7 +25,8 @@ def to_turboquant(
 
     Args:
         cache: mlx-lm's KVCache or RotatingKVCache.
-        bits and the rest: as for TurboQuantKVCache; a window has no exact copies, whatever `recent` and `sink` say.
+        bits and the rest: as for TurboQuantKVCache; a window has no copies: with `recent` one of at most 1,024 tokens is
+            held at 8 bits instead.
 
     Raises:
         ValueError: another kind of cache, or vectors that cannot be packed.
@@ -33,7 +34,7 @@ def to_turboquant(
     if type(cache) not in (KVCache, RotatingKVCache):
         raise ValueError(f"[to_turboquant] cache must be a KVCache or a RotatingKVCache; got {type(cache).__name__}")
     if isinstance(cache, RotatingKVCache):
-        settings = settings | NO_COPIES
+        settings = window_coding("to_turboquant", cache.max_size, settings)
     packed = TurboQuantKVCache(bits, **settings)
     if not cache.empty() and cache.offset > 0:
         packed.update_and_fetch(*cache.keys_and_values())

@@ -5,6 +5,7 @@ import weakref
 
 from mlx_lm.models.cache import ArraysCache
 
+from .arguments import window_coding
 from .checkpoints import CheckpointedArraysCache
 from .convert import DelayedTurboQuantKVCache
 from .identity import Names
@@ -18,8 +19,7 @@ def packed_like(original, start, coding):
     if packed is None:
         return None
     if issubclass(packed, PackedWindow):
-        codes = {name: value for name, value in coding.items() if name not in ("recent", "sink")}
-        return packed(original.max_size, original.keep, **codes)
+        return packed(original.max_size, original.keep, **window_coding("enable", original.max_size, coding))
     return DelayedTurboQuantKVCache(start, **coding) if start else packed(**coding)
 
 
