@@ -113,7 +113,9 @@ def test_a_saved_prompt_is_used_and_checked(run, refused, tmp_path):
     assert "was saved with other centres" in refused(*arguments, "--tq-calibration", "none")
 
     out = run("inspect", "--prompt-cache-file", file).out
-    assert "TurboQuantKVCache" in out and "K3 V3" in out and "5.22x" in out
+    line = next(line for line in out.splitlines() if "TurboQuantKVCache" in line)
+    tokens = int(line.split()[4])  # 98 bytes a vector, and 388 exact copies of 258
+    assert "K3 V3" in line and f"{2 * 2 * (tokens * 98 + 388 * 258):,}" in line
 
     subprocess.run(
         [sys.executable, "-m", "mlx_lm", "cache_prompt", *BUNDLED, "--prompt", "hi", "--prompt-cache-file", plain],
@@ -160,7 +162,9 @@ def test_inspect_shows_every_layer(run):
 def test_models_that_cannot_be_served_are_refused(run, refused, tmp_path):
     window = save_model(gemma3_text, tmp_path / "window", sliding_window=32, sliding_window_pattern=2)
     hello = ["--prompt", "hello", "-m", 4]
-    assert "TurboQuantRotatingKVCache K3 V3" in run("generate", "--model", window, *hello).err
+    assert "TurboQuantRotatingKVCache K8 V8" in run("generate", "--model", window, *hello).err
+    plain = run("generate", "--model", window, *hello, "--tq-recent", 0)
+    assert "TurboQuantRotatingKVCache K3 V3" in plain.err
     message = refused("generate", "--model", window, *hello, "--tq-start", 5)
     assert "needs caches that can be packed later, and a RotatingKVCache cannot: layer 0" in message
     odd = save_model(qwen3, tmp_path / "odd", head_dim=80)

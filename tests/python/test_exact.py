@@ -2,7 +2,6 @@
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -363,7 +362,7 @@ def test_what_is_kept_exact_by_default(monkeypatch):
     """128 and 4, wherever a kernel reads copies."""
     assert (TurboQuantKVCache().recent, TurboQuantKVCache().sink) == (128, 4)
     assert (TurboQuantKVCache(recent=0).recent, TurboQuantKVCache(recent=0).sink) == (0, 4)
-    monkeypatch.setattr(arguments, "_core", SimpleNamespace(reads_exact_copies=lambda: False))
+    monkeypatch.setattr(arguments._core, "reads_exact_copies", lambda: False)
     assert (TurboQuantKVCache().recent, BatchTurboQuantKVCache([0]).sink) == (0, 0)
     with pytest.raises(ValueError, match="cannot read exact copies: recent and sink must be 0; got 128 and 0"):
         TurboQuantKVCache(recent=128)

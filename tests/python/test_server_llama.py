@@ -38,7 +38,9 @@ def alone(directory):
     assert all(type(c) is TurboQuantKVCache for c in make_prompt_cache(model))
 
     def answer(text, count=24):
-        return greedy(model, tokenizer.encode(text), count, prefill_step_size=STEP)
+        out = greedy(model, tokenizer.encode(text), count, prefill_step_size=STEP)
+        end = next((i for i, t in enumerate(out, 1) if t in tokenizer.eos_token_ids), count)  # there the server stops
+        return out[:end]
 
     return answer
 

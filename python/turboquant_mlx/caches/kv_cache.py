@@ -33,9 +33,9 @@ class TurboQuantKVCache(PackedCache):
         key_map: (H_kv, D, D) float32, W: what is coded of a key is (key - centre) W, and queries go through the transpose
             of W's inverse, so that their products stay; see calibration.
         recent (int): a query reads this many of the newest tokens, its own included, from 8-bit copies instead of the
-            codes; (recent + sink + 256) * 2 * (D + 2) bytes a KV head at most.  None or 0: none; 128 takes off most of
-            the codes' divergence (docs/quality.md).
-        sink (int): likewise this many of a row's first tokens.  None or 0: none; 4 is what models attend to most.
+            codes; (recent + sink + 256) * 2 * (D + 2) bytes a KV head at most.  None: 128, which takes off most of
+            the codes' divergence (docs/quality.md); 0: none.
+        sink (int): likewise this many of a row's first tokens.  None: 4, which models attend to most; 0: none.
 
     Raises:
         ValueError: a width or seed that is no whole number or out of range, centres or feedback that are no pair; from

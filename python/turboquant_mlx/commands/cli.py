@@ -38,12 +38,12 @@ def tq_options():
     group.add_argument("--tq-key-bits", **widths, help="bits of keys (default: --tq-bits)")
     group.add_argument("--tq-value-bits", **widths, help="bits of values (default: --tq-bits)")
     group.add_argument("--tq-code", choices=("scalar", "trellis"), help="codes of 2 and 3 bits (default: trellis)")
-    for name, tokens in (("recent", "newest"), ("sink", "first")):
+    for name, tokens, default in (("recent", "newest", 128), ("sink", "first", 4)):
         group.add_argument(
             f"--tq-{name}",
             type=_tokens(0),
             metavar="N",
-            help=f"let queries read the {tokens} N tokens of a sequence exactly (default: 0; no kernel of a GPU can yet)",
+            help=f"let queries read the {tokens} N tokens of a sequence exactly (default: {default}; 0: none)",
         )
     group.add_argument(
         "--tq-start",
