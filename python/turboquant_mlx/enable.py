@@ -233,7 +233,8 @@ def _add_checkpoints(model, maker, checkpoints):
             + ", ".join(layer_name(path) for path in sorted(maker.uncounted))
         )
     each = sum(c.state_nbytes for path, c in states.items() if path not in maker.uncounted)
-    token = sum(c.nbytes / c.step for _, c in leaves(caches) if isinstance(c, TurboQuantKVCache))
+    packed = [c.inspect() | {"step": c.step} for _, c in leaves(caches) if isinstance(c, TurboQuantKVCache)]
+    token = sum((c["resident_bytes"] - c["exact_bytes"]) / c["step"] for c in packed)  # copies do not grow with tokens
     maker.limits = limits_for(checkpoints, each / token if token else 0)
 
 
