@@ -35,6 +35,7 @@ from .overlay.gated_delta import enable_chunked_recurrence
 from .overlay.patch import apply_patch, reach_own_code, record_reads
 
 __all__ = [
+    "Enabled",
     "REPLACED",
     "disable",
     "enable",
@@ -51,7 +52,8 @@ class _Probe:
     """Notes what a layer puts into a packed cache and what it is handed."""
 
     def __init__(self, cache):
-        self.handed_out = self.failure = self.heads = None
+        self.failure = self.heads = None
+        self.handed_out = []
         self.cache, update = cache, cache.update_and_fetch
 
         def noted(keys, values):
@@ -61,7 +63,7 @@ class _Probe:
             except ValueError as error:
                 self.failure = str(error)
                 raise
-            self.handed_out = views[0]
+            self.handed_out.append(views[0])
             return views
 
         cache.update_and_fetch = noted
@@ -81,9 +83,9 @@ def _bare(error):
 
 
 def _probe_once(model, make_cache, left):
-    """Builds, without evaluating it, the graph of two tokens with packed caches in all slots but those of `left`.
-    Returns what keeps a slot from being packed, the heads of each slot, and the exception that ended the attempt, if
-    one did."""
+    """Builds, without evaluating it, the graphs of two tokens and of one more, with packed caches in all slots but those
+    of `left`.  Returns what keeps a slot from being packed, the heads of each slot, and the exception that ended the
+    attempt, if one did."""
     probes = {}
 
     def make(path, c):
@@ -95,7 +97,9 @@ def _probe_once(model, make_cache, left):
     error = None
     with record_reads() as seen, hosts.undisturbed(model):
         try:
-            model(mx.zeros((1, 2), mx.int32), cache=replace_slots(own_caches(model), make))
+            caches = replace_slots(own_caches(model), make)
+            for tokens in (2, 1):
+                model(mx.zeros((1, tokens), mx.int32), cache=caches)
         except Exception as raised:  # whatever a model does with keys that are not arrays
             error = _bare(raised)
     problems = {}
@@ -103,7 +107,7 @@ def _probe_once(model, make_cache, left):
         probe.release()
         if probe.failure:
             problems[path] = probe.failure
-        elif probe.handed_out is not None and id(probe.handed_out) not in seen:
+        elif any(id(view) not in seen for view in probe.handed_out):
             problems[path] = f"its attention does not go through {hosts.attention(model)}" + (
                 f" ({type(error).__name__}: {str(error).splitlines()[0]})" if str(error or "") else ""
             )
@@ -118,12 +122,39 @@ def _probe(model, make_cache):
         more, seen, error = _probe_once(model, make_cache, problems)
         heads |= {path: n for path, n in seen.items() if n is not None}
         if not more:
-            if error and not problems:
+            if error and seen:  # no slot to blame: with the others packed, the model fails
                 raise ValueError(
                     f"[enable] the model cannot run on packed caches: {type(error).__name__}: {error}"
                 ) from error
             return problems, heads
         problems |= more
+
+
+def _reasons(problems):
+    return "\n".join(f"  {layer_name(path)}: {why}" for path, why in problems.items())
+
+
+class Enabled(int):
+    """What `enable` did: the number of slots that are packed, as an int, and what it left.
+
+    Attributes:
+        packed: {slot: class of the cache that it was}, of the slots that are packed.
+        kept: {slot: the reason}, of those that could have been packed by their kind and stay as the model made them.
+
+    Slots are named as a calibration names them (`slot_name`).
+    """
+
+    packed: dict
+    kept: dict
+
+    def __new__(cls, packed, kept):
+        self = super().__new__(cls, len(packed))
+        self.packed = {slot_name(path): kind for path, kind in packed.items()}
+        self.kept = {slot_name(path): why for path, why in kept.items()}
+        return self
+
+    def __reduce__(self):
+        return int, (int(self),)
 
 
 def _checked_calibration(model, calibration, seed):
@@ -157,14 +188,15 @@ def packing(
     recent=None,
     sink=None,
     checkpoints=False,
+    strict=False,
 ):
     """What `enable` installs, after all its checks, while the model stays as it is.
 
     Arguments and errors are those of `enable`; the patch is applied.
 
     Returns:
-        (make_cache, slots): a function that makes the model's caches, packed ones in their places, and the kinds of the
-        slots they replace, {path: class}.
+        (make_cache, slots): a function that makes the model's caches, packed ones in their places, whose `kept` says why
+        slots stay, {path: reason}; and the kinds of the slots they replace, {path: class}.
     """
     model = hosts.language_model(model)
     TurboQuantKVCache(  # refuses wrong settings first
@@ -200,19 +232,26 @@ def packing(
     apply_patch()
     reach_own_code(model)
     hosts.apply_patch(model)
+    kept, heads = _probe(model, lambda path, c: packed_like(c, None, settings))
+    slots = {path: kind for path, kind in slots.items() if path not in kept}
+    if kept and (strict or not (slots or shard.pipelined)):
+        total = len(kept) + len(slots)
+        raise ValueError(f"[enable] {len(kept)} of {total} KVCache slots cannot be packed:\n{_reasons(kept)}")
     if shard.tensor and calibration:
-        _, heads = _probe(model, lambda path, c: packed_like(c, None, settings))
         calibration = shard.own_heads(calibration, {slot_name(path): n for path, n in heads.items()})
     extras = {
-        slot: {"centres": found.centres, "feedback": found.feedback, "key_map": found.key_map}
-        for slot, found in calibration.items()
+        slot_name(path): {"centres": found.centres, "feedback": found.feedback, "key_map": found.key_map}
+        for path in slots
+        if (found := calibration.get(slot_name(path))) is not None
     }
-    maker = CacheMaker(model, settings, extras, start)
+    maker = CacheMaker(model, settings, extras, start, kept)
     maker.layers = len(model.layers)
-    problems, _ = _probe(model, lambda path, c: packed_like(c, None, maker.coding(path)))
-    if problems:
-        lines = "\n".join(f"  {layer_name(path)}: {why}" for path, why in problems.items())
-        raise ValueError(f"[enable] {len(problems)} of {len(slots)} KVCache slots cannot be packed:\n{lines}")
+    if extras:
+        problems, _ = _probe(model, maker.unfilled)
+        if problems:
+            raise ValueError(
+                f"[enable] the calibration does not fit {len(problems)} of {len(slots)} slots:\n{_reasons(problems)}"
+            )
     _add_checkpoints(model, maker, checkpoints)
     maker.names.current(fresh=True)
     return maker, slots
@@ -273,8 +312,10 @@ def enable(
     sink=None,
     chunked_recurrence=False,
     checkpoints=False,
+    strict=False,
 ):
-    """Makes `model.make_cache()` give packed caches in its `KVCache` and `RotatingKVCache` slots; other slots stay.
+    """Makes `model.make_cache()` give packed caches in its `KVCache` and `RotatingKVCache` slots; other slots stay, and so
+    do those of these kinds that cannot be packed.
 
     Works for models with and without a `make_cache` of their own, and applies the patch.  Calling it again changes
     the settings; `disable(model)` undoes it.
@@ -303,15 +344,16 @@ def enable(
             a step, where mlx-lm loops over tokens: for every model of the process, until
             turboquant_mlx.gated_delta.disable_chunked_recurrence(); without effect on models that have no such layers.
             Same function, other rounding.  False leaves that switch as it is.
+        strict (bool): refuses the model when one of its KVCache or RotatingKVCache slots cannot be packed.
 
     Returns:
-        The number of slots that were replaced.
+        Enabled: the number of slots that are packed, an int; its `kept` has the reason for each that stays.
 
     Raises:
-        ValueError: the model has no such slot, or layers cannot be packed: the message gives each one's reason;
-            a setting is out of range, or `calibration` is none, names a slot that the model does not have, or has
-            feedback made for another seed.  The model is left as it was, with the caches of an earlier enable() if
-            there was one.
+        ValueError: the model has no such slot, or none that can be packed, or with `strict` one that cannot: the message
+            gives each one's reason; a setting is out of range, or `calibration` is none, names a slot that the model
+            does not have, or has feedback made for another seed.  The model is left as it was, with the caches of an
+            earlier enable() if there was one.
         FileNotFoundError: there is no such calibration file.
 
     Of a model that is sharded over ranks (mlx-lm's `shard` or `pipeline`), every rank calls this, and takes its own
@@ -327,6 +369,7 @@ def enable(
         "recent": recent,
         "sink": sink,
         "checkpoints": checkpoints,
+        "strict": strict,
     }
 
     def pack(found):
@@ -340,7 +383,7 @@ def enable(
     model.make_cache = make_cache
     if chunked_recurrence:
         enable_chunked_recurrence()
-    return len(slots)
+    return Enabled(slots, make_cache.kept)
 
 
 def disable(model):

@@ -34,11 +34,12 @@ class CacheMaker:
         settings (dict): bits, key_bits, value_bits, code, seed, recent and sink, as TurboQuantKVCache takes them.
         extras: {slot of this process: its centres and feedback, as keywords}.
         start (int): tokens held as floats first, or None.
+        kept: {path: the reason} of slots that stay as they are though their kind could be packed.
     """
 
-    def __init__(self, model, settings, extras, start):
+    def __init__(self, model, settings, extras, start, kept=None):
         self._model = weakref.ref(model)
-        self.settings, self.extras, self.start = settings, extras, start
+        self.settings, self.extras, self.start, self.kept = settings, extras, start, kept or {}
         self.names = Names(model)
         self.layers = None  # the model's, when `extras` were numbered by them
         self.replaced = None  # a make_cache that somebody had set on this very model
@@ -59,7 +60,7 @@ class CacheMaker:
         """This maker, or its like for a shallow copy of its model."""
         if self._model() is model:
             return self
-        other = CacheMaker(model, self.settings, self.extras, self.start)
+        other = CacheMaker(model, self.settings, self.extras, self.start, self.kept)
         other.replaced, other.layers = self.replaced, self.layers
         other.limits, other.uncounted = self.limits, self.uncounted
         return other
@@ -68,10 +69,14 @@ class CacheMaker:
         """What a packed cache at `path` is made with, as keywords."""
         return self.settings | self.extras.get(slot_name(path), {})
 
+    def unfilled(self, path, original, start=None):
+        """The packed cache that takes the place of `original` at `path`; None where that stays."""
+        return None if path in self.kept else packed_like(original, start, self.coding(path))
+
     def _packed(self, caches):
-        if self.extras and self.layers not in (None, len(self.model.layers)):
+        if (self.extras or self.kept) and self.layers not in (None, len(self.model.layers)):
             raise RuntimeError(
-                f"[make_cache] enable() saw {self.layers} layers and took a calibration for them, now there are "
+                f"[make_cache] enable() saw {self.layers} layers and chose among their slots, now there are "
                 f"{len(self.model.layers)}: call enable() after pipeline()"
             )
         name = self.names.latest or self.names.current()  # looked at again when the first tokens come
@@ -79,7 +84,7 @@ class CacheMaker:
         def make(path, original):
             if type(original) is ArraysCache and self.limits and path not in self.uncounted:
                 return CheckpointedArraysCache(len(original.cache), limits=self.limits)
-            cache = packed_like(original, self.start, self.coding(path))
+            cache = self.unfilled(path, original, self.start)
             if cache is not None:
                 cache.fingerprint, cache._names = name, self.names
             return cache
@@ -108,7 +113,7 @@ class CacheMaker:
 
     def __deepcopy__(self, memo):
         model = self._model()
-        other = CacheMaker(memo.get(id(model), model), self.settings, self.extras, self.start)
+        other = CacheMaker(memo.get(id(model), model), self.settings, self.extras, self.start, self.kept)
         other.replaced, other.layers = copy.deepcopy(self.replaced, memo), self.layers
         other.limits, other.uncounted = self.limits, self.uncounted
         return other
@@ -116,7 +121,7 @@ class CacheMaker:
     def __reduce__(self):
         return (
             CacheMaker,
-            (self.model, self.settings, self.extras, self.start),
+            (self.model, self.settings, self.extras, self.start, self.kept),
             {
                 "replaced": self.replaced,
                 "layers": self.layers,

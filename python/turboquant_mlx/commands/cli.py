@@ -67,6 +67,7 @@ def tq_options():
         help="let recurrent states go back: auto keeps copies within the bytes of the packed caches, N at most so many "
         "(default: auto in a server without a draft model, else none)",
     )
+    group.add_argument("--tq-strict", action="store_true", help="refuse a model with a KV cache that cannot be packed")
     group.add_argument("--tq-seed", type=int, default=0, help="of the rotation's signs (default: 0)")
     group.add_argument(
         "--tq-dtype",
@@ -167,6 +168,7 @@ def prepare(model, args, where, max_kv_size=None, main=True, tokenizer=None):
             sink=args.tq_sink,
             chunked_recurrence=True,
             checkpoints=args.tq_checkpoints or False,
+            strict=args.tq_strict,
         )
         return calibration
 
@@ -184,7 +186,7 @@ def prepare(model, args, where, max_kv_size=None, main=True, tokenizer=None):
         host = "mlx-vlm" if hosts.of_mlx_vlm(model) else "mlx-lm"
         print(f"[tq] --max-kv-size has no effect: {host} lets this model make its own caches", file=sys.stderr)
     extra = _describe(calibration) if calibration else ""
-    print(f"[tq] {summary(make_prompt_cache(texts, max_kv_size))}{extra}", file=sys.stderr)
+    print(f"[tq] {summary(make_prompt_cache(texts, max_kv_size), texts.make_cache.kept)}{extra}", file=sys.stderr)
     return model
 
 

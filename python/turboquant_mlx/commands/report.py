@@ -51,14 +51,15 @@ def table(caches):
     )
 
 
-def summary(caches):
-    """The kinds of slots, as one line."""
+def summary(caches, kept=None):
+    """The kinds of slots, as one line; `kept` has the reasons of slots that could not be packed, {path: reason}."""
     kinds = {}
-    for _, c in leaves(caches):
-        kind = (
-            f"{type(c).__name__} {_codes(c.key_bits, c.value_bits, c.code)}"
-            if isinstance(c, PackedCache)
-            else type(c).__name__ + " (kept)"
-        )
+    for path, c in leaves(caches):
+        if isinstance(c, PackedCache):
+            kind = f"{type(c).__name__} {_codes(c.key_bits, c.value_bits, c.code)}"
+        elif path in (kept or {}):
+            kind = f"{type(c).__name__} kept: {kept[path].removeprefix('[encode] ')}"
+        else:
+            kind = type(c).__name__ + " (kept)"
         kinds[kind] = kinds.get(kind, 0) + 1
     return ", ".join(f"{n} x {kind}" for kind, n in kinds.items())
