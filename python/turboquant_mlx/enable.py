@@ -122,7 +122,7 @@ def _probe(model, make_cache):
         more, seen, error = _probe_once(model, make_cache, problems)
         heads |= {path: n for path, n in seen.items() if n is not None}
         if not more:
-            if error and seen:  # no slot to blame: with the others packed, the model fails
+            if error and (seen or not problems):  # no slot to blame: with the others packed, the model fails
                 raise ValueError(
                     f"[enable] the model cannot run on packed caches: {type(error).__name__}: {error}"
                 ) from error

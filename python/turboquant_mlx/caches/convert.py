@@ -137,7 +137,10 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
         return note | {"key_bits": key_bits, "value_bits": value_bits, "kernel": "mlx (not packed yet)"}
 
     def _shape(self):
-        return super()._shape() if self.packed else self._floats.keys_and_values()[0].shape
+        if self.packed:
+            return super()._shape()
+        keys, values = self._floats.keys_and_values()
+        return (*keys.shape[:3], keys.shape[3] + values.shape[3])
 
     def _arrays(self):
         if self.packed or self.empty():

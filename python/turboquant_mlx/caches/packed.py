@@ -311,8 +311,9 @@ class PackedCache(_BaseCache):
         self._restore(coding, self._position(), None if self.empty() else self._arrays())
 
     def _shape(self):
-        """(B, H_kv, tokens held, D)."""
-        return self._core.view().shape
+        """(B, H_kv, tokens held, D of a key and a value together)."""
+        view = self._core.view()
+        return (*view.shape[:3], view.shape[3] + view.value_dim)
 
     def inspect(self) -> dict:
         """What the cache holds, as a table's row: bits, tokens, resident bytes, what float16 would take, last kernel."""
@@ -327,7 +328,7 @@ class PackedCache(_BaseCache):
             "tokens": self.size(),
             "resident_bytes": self.nbytes,
             "exact_bytes": getattr(self._core, "copies_nbytes", 0),  # of the former
-            "float16_bytes": 0 if shape is None else 2 * 2 * shape[0] * shape[1] * shape[2] * shape[3],
+            "float16_bytes": 0 if shape is None else 2 * shape[0] * shape[1] * shape[2] * shape[3],
             "kernel": self.route,
         }
 

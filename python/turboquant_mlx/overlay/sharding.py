@@ -105,5 +105,5 @@ def agreed_in(group, prepare, slots=lambda _: 1):
     if reasons:
         raise RankRefused("\n".join(f"rank {rank}: {reason}" for rank, reason in reasons.items())) from failure
     if not any(count for count, *_ in rows):
-        raise RankRefused("[enable] no rank has a KVCache slot, so there is nothing to compress")
+        raise RankRefused("[enable] no rank has a KVCache slot that can be packed, so there is nothing to compress")
     return found

@@ -90,7 +90,7 @@ def refusal(group):
         layer.self_attn.__class__ = Odd
     model.model.pipeline(group)
     try:
-        enable(model)
+        enable(model, strict=True)
     except ValueError as error:
         return str(error)
 
