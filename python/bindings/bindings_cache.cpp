@@ -127,6 +127,7 @@ void bind_caches(nb::module_& m) {
       .def_ro("length", &ops::View::length)
       .def_rw("dtype", &ops::View::dtype)
       .def_rw("last_kernel", &ops::View::last_kernel)
+      .def_prop_ro("value_dim", &ops::View::value_dim)
       .def_prop_ro(
           "shape",
           [](const ops::View& v) { return nb::make_tuple(v.store.batch(), v.store.heads(), v.length, v.head_dim()); })

@@ -125,6 +125,7 @@ def _probe(model, make_cache):
             if error and (seen or not problems):  # no slot to blame: with the others packed, the model fails
                 raise ValueError(
                     f"[enable] the model cannot run on packed caches: {type(error).__name__}: {error}"
+                    + (f"; of slots that stay floats:\n{_reasons(problems)}" if problems else "")
                 ) from error
             return problems, heads
         problems |= more

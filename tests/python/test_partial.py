@@ -177,6 +177,6 @@ def test_the_programs_say_what_stays(tmp_path):
 
     told = run()
     assert told.returncode == 0, told.stderr
-    assert f"[tq] 2 x TurboQuantRotatingKVCache K3 V3, 2 x KVCache kept: {REASON}" in told.stderr
+    assert f"[tq] 2 x TurboQuantRotatingKVCache K8 V8, 2 x KVCache kept: {REASON}" in told.stderr
     told = run("--tq-strict")
     assert told.returncode != 0 and f"layer 1: [encode] {REASON}" in told.stderr

@@ -122,6 +122,7 @@ struct View {
   std::optional<Store> copies = std::nullopt;         // exact copies of the newest and the first tokens (exact.h)
 
   int head_dim() const { return store.head_dim(coding); }
+  int value_dim() const { return store.value_dim(coding); }
   /// Attention of q (B, H_q, L, D) over the history.
   mx::array attend(const mx::array& q, float scale, bool causal, const std::optional<mx::array>& mask = std::nullopt,
                    const std::optional<mx::array>& sinks = std::nullopt, mx::StreamOrDevice s = {}) const;

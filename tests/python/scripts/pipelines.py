@@ -101,7 +101,7 @@ class Odd(qwen2.Attention):
     def __call__(self, x, mask=None, cache=None):
         keys = self.k_proj(x).reshape(*x.shape[:2], self.n_kv_heads, -1).swapaxes(1, 2)
         keys, _ = cache.update_and_fetch(keys, keys)
-        return self.o_proj(mx.sum(keys * 2, axis=(1, 2)))
+        return self.o_proj(mx.tile(mx.sum(keys * 2, axis=1)[:, -x.shape[1] :], self.n_heads))
 
 
 if __name__ == "__main__":
