@@ -12,11 +12,6 @@ from mlx_lm import server as mlx_lm_server
 from turboquant_mlx.commands import cli
 
 
-class Quiet(mlx_lm_server.APIHandler):
-    def log_message(self, *_):
-        pass
-
-
 class Served:
     """A running server, the address to reach it and its insides."""
 
@@ -64,7 +59,11 @@ def serving(model, *options):
     One at a time."""
     started = Queue()
 
-    def serve(host, port, generator, **_):
+    def serve(host, port, generator, handler_class, **_):
+        class Quiet(handler_class):
+            def log_message(self, *_):
+                pass
+
         httpd = ThreadingHTTPServer((host, port), lambda *args: Quiet(generator, *args))
         httpd.handle_error = lambda *_: None  # clients that hang up
         started.put(Served(httpd, generator))

@@ -3,10 +3,12 @@
 import http.client
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import mlx.core as mx
@@ -308,6 +310,37 @@ def test_a_server_whose_model_cannot_be_packed_stops(started_by, tmp_path):
     assert (
         done.returncode == 1 and "layer 0: [encode] head_dim must be a multiple of 32" in done.stderr.splitlines()[-2]
     )
+
+
+def test_mlx_lms_benchmark_runs_packed(run):
+    said = run("benchmark", *BUNDLED, "-p", 40, "-g", 4, "-n", 1, "--tq-bits", 4)
+    assert "2 x TurboQuantKVCache K4 V4" in said.err and "generation_tps=" in said.out
+
+
+def test_mlx_lms_evaluate_scores_packed(refused, monkeypatch, tmp_path):
+    """lm-eval's part is played here: it asks for the likelihood of an answer, and fails before there is a report."""
+    monkeypatch.delitem(sys.modules, "mlx_lm.evaluate", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert "pip install lm-eval" in refused("evaluate", *BUNDLED, "--tasks", "t")
+
+    def simple_evaluate(model, **_):
+        kinds = [type(c).__name__ for c in model._model.make_cache()]
+        request = types.SimpleNamespace(args=("The capital of France", " is Paris"))
+        raise ValueError(f"{kinds.count('TurboQuantKVCache')} packed, {model.loglikelihood([request])[0][0]}")
+
+    for name, names in {
+        "lm_eval": {"simple_evaluate": simple_evaluate},
+        "lm_eval.api": {},
+        "lm_eval.api.model": {"LM": type("LM", (), {})},
+        "lm_eval.api.registry": {"register_model": lambda name: lambda cls: cls},
+    }.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(names)
+        monkeypatch.setitem(sys.modules, name, module)
+    said = refused("evaluate", *BUNDLED, "--tasks", "t", "--output-dir", tmp_path)
+    found = re.search(r"2 packed, (-[0-9.]+)", said)
+    assert found and -50 < float(found[1]) < -1
+    monkeypatch.delitem(sys.modules, "mlx_lm.evaluate")
 
 
 def test_doctor_finds_all_well():

@@ -1,5 +1,5 @@
-"""mlx-lm's programs with packed caches: python -m turboquant_mlx generate | chat | server | cache-prompt, and our own
-batch | inspect | doctor | calibrate | eval."""
+"""mlx-lm's programs with packed caches: python -m turboquant_mlx generate | chat | server | cache-prompt | evaluate |
+benchmark, and our own batch | inspect | doctor | calibrate | eval."""
 
 import argparse
 import functools
@@ -18,15 +18,16 @@ PROGRAMS = {
     "chat": "mlx_lm.chat",
     "server": "mlx_lm.server",
     "cache-prompt": "mlx_lm.cache_prompt",
+    "evaluate": "mlx_lm.evaluate",
+    "benchmark": "mlx_lm.benchmark",
 }
 MODULES = {"doctor": ".commands.doctor", "calibrate": ".calibration.command", "eval": ".eval"}
 COMMANDS = (*PROGRAMS, *vlm.PROGRAMS, "batch", "inspect", *MODULES)
 USAGE = f"""usage: python -m turboquant_mlx {{{",".join(COMMANDS)}}} [options]
 
-generate, chat, server and cache-prompt are mlx-lm's programs and take its options, vlm-generate, vlm-chat and vlm-server
-are mlx-vlm's; batch answers many prompts at once,
-inspect shows what each layer's cache holds, doctor checks this installation, calibrate makes a model's centres and feedback,
-eval measures quality.  All that run a model take the --tq options; `<command> --help` lists them."""
+generate, chat, server, cache-prompt, evaluate and benchmark are mlx-lm's programs and take its options, vlm-generate,
+vlm-chat and vlm-server are mlx-vlm's; batch answers many prompts at once, inspect shows what each layer's cache holds, doctor
+checks this installation, calibrate makes a model's centres and feedback, eval measures quality.  All that run a model take the --tq options; `<command> --help` lists them."""
 
 
 def tq_options():
@@ -238,7 +239,12 @@ def _run_program(command, argv):
         folder = Path(seen.prompt_cache_file).parent
         if not os.access(folder, os.W_OK):
             _fail(command, f"cannot write to {folder}")
-    module = importlib.import_module(PROGRAMS[command])
+    try:
+        module = importlib.import_module(PROGRAMS[command])
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":
+            raise
+        _fail(command, "mlx-lm evaluates with lm-eval, which is not installed: pip install lm-eval")
     from ..overlay import saving
     from ..overlay.patch import apply_patch
 
@@ -293,7 +299,7 @@ def _watch_server(module, seen, replaced):
     up and deaf.  Returns the list that such a failure lands in."""
     import mlx.core as mx
 
-    from ..overlay import requests, turns
+    from ..overlay import lm_server, requests, turns
 
     if mx.distributed.init().rank() == 0:
         try:
@@ -313,7 +319,7 @@ def _watch_server(module, seen, replaced):
 
     @functools.wraps(serve)
     def stoppable(host, port, generator):
-        serve(host, port, generator, server_class=Stoppable)
+        serve(host, port, generator, server_class=Stoppable, handler_class=lm_server.handler(module))
 
     def stop():
         # No signal: a program that a script put into the background may ignore them.  mlx-lm starts its thread before

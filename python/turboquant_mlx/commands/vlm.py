@@ -17,6 +17,7 @@ REFUSED = {  # options of mlx-vlm that packed caches exclude: why
     "--kv-value-scheme": _OWN,
     "--kv-group-size": _OWN,
     "--quantized-kv-start": _OWN,
+    "--reload": "it starts the server in a process of its own, which would not know packed caches",
     "--draft-model": "a draft model of mlx-vlm cuts the history to check its drafts, which packed caches do not allow",
 }
 _VARIABLES = {  # the same, as mlx-vlm's server reads them from the environment
@@ -35,7 +36,7 @@ def _seen(command, rest, fail):
     parser.add_argument("--host", default="0.0.0.0")
     parser.add_argument("--port", type=int, default=8080)
     for flag in REFUSED:
-        parser.add_argument(flag)
+        parser.add_argument(flag, **({"action": "store_true", "default": None} if flag == "--reload" else {}))
     seen, _ = parser.parse_known_args(rest)
     for flag, why in REFUSED.items():
         if getattr(seen, flag[2:].replace("-", "_")) is not None:
@@ -91,6 +92,9 @@ def run(command, argv, options, fail):
         fail(command, f"mlx-vlm cannot be imported ({error}): pip install mlx-vlm=={hosts.MLX_VLM}")
     if command == "vlm-server" and not helping:
         _check_server(command, seen, fail)
+        from ..overlay import vlm_server
+
+        vlm_server.install()
     original, ours = _load_prepared(args, seen)
     patch._rebind("load", original, ours)
     before, sys.argv = sys.argv, [f"python -m turboquant_mlx {command}", *rest]
