@@ -287,16 +287,16 @@ namespace {
 /// The call of the device function that a plan names, after AttentionArgs `a` has been filled.
 std::string attention_call(const AttentionShape& shape, const AttentionSettings& settings, const AttentionPlan& plan) {
   Text o;
-  const char* function = plan.method == AttentionPlan::decode ? "run_decode"
-                         : plan.method == AttentionPlan::many ? "run_rows"
-                                                              : "run_prefill";
+  const char* function = plan.method == AttentionPlan::few_rows    ? "run_few_rows"
+                         : plan.method == AttentionPlan::many_rows ? "run_many_rows"
+                                                                   : "run_prefill";
   o << "  extern __shared__ __align__(16) unsigned char tq_shared[];\n"
     << "  turboquant::cuda::" << function << "<" << shape.head_dim << ", " << coding(shape.key_bits, shape.key_code)
     << ", " << coding(shape.value_bits, shape.value_code) << ", " << mask_name(settings.mask) << ", "
     << plan.shared_bytes << ", " << truth(shape.copies()) << ", ";
-  if (plan.method == AttentionPlan::decode) {
+  if (plan.method == AttentionPlan::few_rows) {
     o << plan.warps << ", " << plan.stages;
-  } else if (plan.method == AttentionPlan::many) {
+  } else if (plan.method == AttentionPlan::many_rows) {
     o << plan.rows << ", " << plan.warps << ", " << plan.stages;
   } else {
     o << plan.row_warps << ", " << plan.token_warps << ", " << truth(plan.method == AttentionPlan::split);
@@ -309,9 +309,9 @@ std::string attention_call(const AttentionShape& shape, const AttentionSettings&
 Kernel scanning_kernel(const char* name, const AttentionShape& shape, const AttentionPlan& plan) {
   Kernel k;
   k.name = name + coding_name(shape.key_bits, shape.key_code) + coding_name(shape.value_bits, shape.value_code);
-  k.header = plan.method == AttentionPlan::decode ? Source::decode
-             : plan.method == AttentionPlan::many ? Source::rows
-                                                  : Source::prefill;
+  k.header = plan.method == AttentionPlan::few_rows    ? Source::few_rows
+             : plan.method == AttentionPlan::many_rows ? Source::many_rows
+                                                       : Source::prefill;
   k.inputs = {"q", "key_codes", "key_scales", "value_codes", "value_scales", "written", "starts", "mask"};
   if (shape.copies()) {
     k.inputs.insert(k.inputs.end(), {"exact_key_codes", "exact_key_scales", "exact_value_codes", "exact_value_scales"});
@@ -335,9 +335,9 @@ Extent merge_extent(const AttentionShape& shape) {
 }
 
 Kernel partial_kernel(const AttentionShape& shape, const AttentionSettings& settings, const AttentionPlan& plan) {
-  Kernel k = scanning_kernel(plan.method == AttentionPlan::decode ? "tq_decode_"
-                             : plan.method == AttentionPlan::many ? "tq_rows_"
-                                                                  : "tq_split_",
+  Kernel k = scanning_kernel(plan.method == AttentionPlan::few_rows    ? "tq_few_rows_"
+                             : plan.method == AttentionPlan::many_rows ? "tq_many_rows_"
+                                                                       : "tq_split_",
                              shape, plan);
   k.outputs = {"partial"};
   k.source = attention_args(shape, settings, plan) + cache_args(shape, settings) + "  a.partial = partial;\n" +

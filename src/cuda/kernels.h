@@ -14,7 +14,7 @@
 namespace turboquant::cuda {
 
 /// The device sources that a kernel needs (format.h, codec.cu.h, ...) as one text without includes and comments.
-enum class Source { encode, merge, decode, rows, prefill };
+enum class Source { encode, merge, few_rows, many_rows, prefill };
 std::string_view source_text(Source source);
 /// The file of that text, without ".cuh", among those that the build leaves in src/cuda/kernels.
 std::string_view source_name(Source source);

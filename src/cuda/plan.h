@@ -54,14 +54,14 @@ struct AttentionShape {
 /// Launch of an attention.
 struct AttentionPlan {
   enum Method {
-    decode,  // decode.cu.h: int8 products, four query rows a block; the cache is divided among blocks, then merged
-    many,    // rows.cu.h: the same for up to 32 query rows a block, which share the unpacked cache
-    split,   // prefill.cu.h, divided and merged likewise
-    whole,   // prefill.cu.h: a block of query rows goes through all tokens
+    few_rows,   // few_rows.cu.h: int8 products, four query rows a block; the cache is divided among blocks, then merged
+    many_rows,  // many_rows.cu.h: the same for up to 32 query rows a block, which share the unpacked cache
+    split,      // prefill.cu.h, divided and merged likewise
+    whole,      // prefill.cu.h: a block of query rows goes through all tokens
   };
-  Method method = decode;
+  Method method = few_rows;
   int rows = 4;                        // query rows of a block
-  int warps = 8, stages = 3;           // of `decode` and `many`
+  int warps = 8, stages = 3;           // of `few_rows` and `many_rows`
   int row_warps = 8, token_warps = 1;  // of the others: rows = 16 row_warps
   int blocks = 1;
   int parts = 0;        // of every segment, when they are divided evenly (schedule.cu.h), else 0
@@ -69,15 +69,15 @@ struct AttentionPlan {
   int slots = 0;  // partial results: blocks, and segments unless divided evenly, and pieces of copies; of `whole` none
   int shared_bytes = 0;
 
-  bool int8() const { return method == decode || method == many; }
-  bool half_partials() const { return method == many; }
+  bool int8() const { return method == few_rows || method == many_rows; }
+  bool half_partials() const { return method == many_rows; }
   /// Floats of a row of partial results.
   int partial_floats(int head_dim) const { return (half_partials() ? head_dim / 2 : head_dim) + 4; }
   const char* name() const {
-    return method == decode  ? "cuda int8 decode"
-           : method == many  ? "cuda int8 rows"
-           : method == split ? "cuda fp16 split"
-                             : "cuda fp16 prefill";
+    return method == few_rows    ? "cuda int8 decode"
+           : method == many_rows ? "cuda int8 rows"
+           : method == split     ? "cuda fp16 split"
+                                 : "cuda fp16 prefill";
   }
 };
 
@@ -106,8 +106,8 @@ int with_copies(const AttentionShape& s, AttentionPlan p, const Bytes& bytes) {
   return s.copies() ? std::max(of_codes, bytes(shape_of_copies(s), p)) : of_codes;
 }
 
-/// sizeof(Decode::Shared).
-inline int decode_shared_bytes(const AttentionShape& s, const AttentionPlan& p) {
+/// sizeof(FewRows::Shared).
+inline int few_rows_shared_bytes(const AttentionShape& s, const AttentionPlan& p) {
   const int words = 32 * (words_per_vector(s.key_bits, s.head_dim) + words_per_vector(s.value_bits, s.head_dim)) + 32;
   const int bytes = p.warps * p.stages * words * 4 + p.warps * 32 * 8 + 2 * p.rows * s.head_dim + 12 * p.rows +
                     8 * p.warps * p.rows + level_table_bytes(s);
@@ -115,7 +115,7 @@ inline int decode_shared_bytes(const AttentionShape& s, const AttentionPlan& p) 
 }
 
 /// sizeof(ManyRows::Shared).
-inline int many_shared_bytes(const AttentionShape& s, const AttentionPlan& p) {
+inline int many_rows_shared_bytes(const AttentionShape& s, const AttentionPlan& p) {
   const int words = 16 * (words_per_vector(s.key_bits, s.head_dim) + words_per_vector(s.value_bits, s.head_dim)) + 16;
   const int groups = s.head_dim / 32 * (s.value_bits == 8 ? 2 : 1);  // and planes of passed values
   const int bytes = p.warps * p.stages * words * 4 + 64 * 8 * p.rows + 2 * groups * (p.warps * 64 + 4) * 4 +
@@ -154,11 +154,11 @@ inline void divide(const AttentionShape& s, const Device& device, int64_t segmen
   p.slots = int((even ? p.blocks : blocks + segments) + segments * p.exact_parts);
 }
 
-inline AttentionPlan plan_decode(const AttentionShape& s, const Device& device) {
+inline AttentionPlan plan_few_rows(const AttentionShape& s, const Device& device) {
   AttentionPlan p;
   for (auto [warps, stages] : {std::pair{8, 3}, {8, 2}, {4, 3}, {4, 2}, {2, 2}}) {
     p.warps = warps, p.stages = stages;
-    p.shared_bytes = with_copies(s, p, decode_shared_bytes);
+    p.shared_bytes = with_copies(s, p, few_rows_shared_bytes);
     if (p.shared_bytes <= device.shared_bytes) break;
   }
   const int64_t segments = int64_t(s.batch) * s.kv_heads * ((s.rows() + p.rows - 1) / p.rows);
@@ -174,15 +174,15 @@ inline int64_t tiles_each(const AttentionShape& s, const Device& device) {
   return int64_t(s.batch) * s.kv_heads * ((s.kv_len + 31) / 32) / std::max(1, device.multiprocessors);
 }
 
-/// `many`, if shared memory has room.  Sixteen warps hide more of each other's latencies where there is enough to do,
-/// but have half the registers: enough for sixteen rows.
-inline bool plan_many(const AttentionShape& s, const Device& device, AttentionPlan& p) {
-  p.method = AttentionPlan::many;
+/// `many_rows`, if shared memory has room.  Sixteen warps hide more of each other's latencies where there is enough to
+/// do, but have half the registers: enough for sixteen rows.
+inline bool plan_many_rows(const AttentionShape& s, const Device& device, AttentionPlan& p) {
+  p.method = AttentionPlan::many_rows;
   p.rows = (std::min(s.rows(), 32) + 7) / 8 * 8;
   for (auto [warps, stages] : {std::pair{16, 2}, {8, 3}, {8, 2}}) {
     if (warps == 16 && (p.rows > 16 || tiles_each(s, device) < 12)) continue;
     p.warps = warps, p.stages = stages;
-    p.shared_bytes = with_copies(s, p, many_shared_bytes);
+    p.shared_bytes = with_copies(s, p, many_rows_shared_bytes);
     if (p.shared_bytes <= device.shared_bytes) break;
   }
   if (p.shared_bytes > device.shared_bytes) return false;
@@ -193,24 +193,24 @@ inline bool plan_many(const AttentionShape& s, const Device& device, AttentionPl
   return true;
 }
 
-/// Most tiles to a multiprocessor of which up to four rows go through `many`: there, on an H200, both kernels take as
-/// long (32K tokens of four KV heads; 16K of trellis codes of 3 bits, which cost more to unpack, and beside exact
+/// Most tiles to a multiprocessor of which up to four rows go through `many_rows`: there, on an H200, both kernels take
+/// as long (32K tokens of four KV heads; 16K of trellis codes of 3 bits, which cost more to unpack, and beside exact
 /// copies, which leave no room for sixteen warps).
-inline int most_tiles_of_many(const AttentionShape& s) {
+inline int most_tiles_of_many_rows(const AttentionShape& s) {
   const auto trellis3 = [](int bits, Code code) { return bits == 3 && code == Code::trellis; };
   return s.copies() || trellis3(s.key_bits, s.key_code) || trellis3(s.value_bits, s.value_code) ? 14 : 31;
 }
 
-/// Heads of more than 128 coordinates (measured with 256): `many` for up to 32 rows, but up to four rows over long
-/// contexts are decoded (most_tiles_of_many).  Smaller heads: up to twenty rows
-/// are decoded, four at a time; six passes take as long as one over fp16 tiles.  More rows go through fp16 tiles; where
-/// shared memory has no room for those (head_dim 256 below 112 KiB), all are decoded.
+/// Heads of more than 128 coordinates (measured with 256): `many_rows` for up to 32 rows, but up to four rows over long
+/// contexts go through `few_rows` (most_tiles_of_many_rows).  Smaller heads: up to twenty rows
+/// go through `few_rows`, four at a time; six passes take as long as one over fp16 tiles.  More rows go through fp16
+/// tiles; where shared memory has no room for those (head_dim 256 below 112 KiB), all rows go through `few_rows`.
 inline AttentionPlan plan_attention(const AttentionShape& s, const Device& device) {
   AttentionPlan p;
   const bool many =
-      s.rows() <= 32 && s.head_dim > 128 && (s.rows() > 4 || tiles_each(s, device) <= most_tiles_of_many(s));
-  if (many && plan_many(s, device, p)) return p;
-  if (s.rows() <= 20) return plan_decode(s, device);
+      s.rows() <= 32 && s.head_dim > 128 && (s.rows() > 4 || tiles_each(s, device) <= most_tiles_of_many_rows(s));
+  if (many && plan_many_rows(s, device, p)) return p;
+  if (s.rows() <= 20) return plan_few_rows(s, device);
   p = {};
   bool fits = false;
   for (int row_warps : {2, 4, 8}) {
@@ -221,7 +221,7 @@ inline AttentionPlan plan_attention(const AttentionShape& s, const Device& devic
     p = next, fits = true;
     if (p.rows >= s.rows()) break;
   }
-  if (!fits) return plan_decode(s, device);
+  if (!fits) return plan_few_rows(s, device);
   const int64_t segments = int64_t(s.batch) * s.kv_heads * ((s.rows() + p.rows - 1) / p.rows);
   const int64_t tiles = (s.kv_len + 63) / 64, waves = (segments + device.multiprocessors - 1) / device.multiprocessors;
   const bool full_waves = 20 * segments >= 17 * waves * device.multiprocessors;

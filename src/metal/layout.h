@@ -46,8 +46,8 @@ enum Flag {
 enum Threads {
   kSimdgroups = 4,
   kThreads = 32 * kSimdgroups,
-  kDecodeSimdgroups = 8,
-  kDecodeThreads = 32 * kDecodeSimdgroups
+  kFewRowsSimdgroups = 8,
+  kFewRowsThreads = 32 * kFewRowsSimdgroups
 };
 
 /// Numbers in a split's `stats` of a row: the largest score, the sum of weights, the largest number of `partial`.

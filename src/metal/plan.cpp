@@ -15,7 +15,7 @@ using Kind = TemplateArg::Kind;
 
 // Queries and rows (query, head) of a KV head up to which the kernel without matrix fragments is used, in tiles of four
 // rows; docs/metal.md has the reasons.
-constexpr int kDecodeQueries = 8, kDecodeRows = 32;
+constexpr int kFewQueries = 8, kFewRows = 32;
 // Beyond this head dimension fragments do not fit the registers, nor a block of keys threadgroup memory.
 constexpr int kPrefillDim = 256;
 
@@ -23,11 +23,11 @@ constexpr int kPrefillDim = 256;
 // each of its SIMD-groups.  Fewer, longer splits write fewer partial results.
 constexpr int kSimdgroupsWanted = 640, kMostSplits = 128;
 
-bool is_decode(int group, int query_len, int head_dim) {
-  return head_dim > kPrefillDim || (query_len <= kDecodeQueries && group * query_len <= kDecodeRows);
+bool is_few_rows(int group, int query_len, int head_dim) {
+  return head_dim > kPrefillDim || (query_len <= kFewQueries && group * query_len <= kFewRows);
 }
 
-/// Rows that a threadgroup of decoding attention serves: as many as registers hold.
+/// Rows that a threadgroup of the kernel for few rows serves: as many as registers hold.
 int rows_of_tile(int rows, int head_dim) { return rows == 1 ? 1 : rows == 2 || head_dim > 256 ? 2 : 4; }
 
 int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
@@ -106,11 +106,11 @@ constexpr char kValues[] = "packed(value_codes, value_codes_strides, value_scale
 constexpr char kRules[] = "rules_of<COPIES>(params, starts, mask, mask_strides)";
 constexpr char kEnding[] = "ending(strided(q, q_strides), sinks, key_centre, value_centre)";
 
-constexpr char kAttendDecode[] = R"(
+constexpr char kAttendFewRows[] = R"(
   typedef Coding<KB, KC> K;
   typedef Coding<VB, VC> V;
-  threadgroup DecodeShared<K, V, D, R> shared;
-  attend_decode<K, V, D, R>(&shared, strided(q, q_strides), KEYS, VALUES, RULES, partials(partial, stats), place);
+  threadgroup FewRowsShared<K, V, D, R> shared;
+  attend_few_rows<K, V, D, R>(&shared, strided(q, q_strides), KEYS, VALUES, RULES, partials(partial, stats), place);
 )";
 constexpr char kAttendPrefill[] = R"(
   typedef Coding<KB, KC> K;
@@ -118,14 +118,14 @@ constexpr char kAttendPrefill[] = R"(
   threadgroup PrefillShared<K, V, D> shared;
   attend_prefill<T, K, V, D, FINISH>(&shared, KEYS, VALUES, RULES, ENDING, partials(OUT, STATS), place);
 )";
-std::string attend_body(bool decode, bool merged) {
+std::string attend_body(bool few_rows, bool merged) {
   // Without partial results their statistics are a name for something that is not touched.
-  return kPlace + fill(decode ? kAttendDecode : kAttendPrefill, {{"KEYS", kKeys},
-                                                                 {"VALUES", kValues},
-                                                                 {"RULES", kRules},
-                                                                 {"ENDING", kEnding},
-                                                                 {"OUT", merged ? "partial" : "out"},
-                                                                 {"STATS", merged ? "stats" : "params"}});
+  return kPlace + fill(few_rows ? kAttendFewRows : kAttendPrefill, {{"KEYS", kKeys},
+                                                                    {"VALUES", kValues},
+                                                                    {"RULES", kRules},
+                                                                    {"ENDING", kEnding},
+                                                                    {"OUT", merged ? "partial" : "out"},
+                                                                    {"STATS", merged ? "stats" : "params"}});
 }
 
 constexpr char kMerge[] = R"(
@@ -147,17 +147,17 @@ void add_coding(Kernel& k, const std::string& name, const Coding& coding) {
 
 /// How the rows of an attention are shared out.
 struct Tiles {
-  bool decode;
+  bool few_rows;
   int rows, count;  // of a tile; tiles of a KV head
   explicit Tiles(const AttentionShape& s) {
     const int group = s.query_heads / s.kv_heads, all = group * s.query_len;
-    decode = is_decode(group, s.query_len, s.head_dim);
-    rows = decode ? rows_of_tile(all, s.head_dim) : int(kTileRows);
+    few_rows = is_few_rows(group, s.query_len, s.head_dim);
+    rows = few_rows ? rows_of_tile(all, s.head_dim) : int(kTileRows);
     count = ceil_div(all, rows);
   }
   /// Splits of so many keys.
   int splits_of(const AttentionShape& s, int keys) const {
-    const int simdgroups = decode ? kDecodeSimdgroups : kSimdgroups;
+    const int simdgroups = few_rows ? kFewRowsSimdgroups : kSimdgroups;
     const int64_t threadgroups = std::max<int64_t>(1, int64_t(count) * s.kv_heads * s.batch);
     const int most = std::clamp(ceil_div(keys, 2 * kBlock * simdgroups), 1, kMostSplits);
     return int(std::clamp<int64_t>(kSimdgroupsWanted / simdgroups / threadgroups, 1, most));
@@ -177,21 +177,21 @@ struct Pass {
 Kernel attend_kernel(const AttentionShape& s, const Tiles& tiles, const Pass& pass) {
   Kernel k;
   k.inputs = {"q", "key_codes", "key_scales", "value_codes", "value_scales", "starts", "mask"};
-  if (!tiles.decode) k.inputs.insert(k.inputs.end(), {"sinks", "key_centre", "value_centre"});
+  if (!tiles.few_rows) k.inputs.insert(k.inputs.end(), {"sinks", "key_centre", "value_centre"});
   k.inputs.push_back("params");
-  k.source = attend_body(tiles.decode, pass.merged);
+  k.source = attend_body(tiles.few_rows, pass.merged);
   if (pass.merged) {
     k.outputs = {{"partial", Type::float16, {s.batch, s.query_heads, s.query_len, pass.splits, s.head_dim}},
                  {"stats", Type::float32, {s.batch, s.query_heads, s.query_len, pass.splits, kStats}}};
   } else {
     k.outputs = {output_of(s)};
   }
-  if (tiles.decode) {
-    k.name = "turboquant_attend_decode";
-    k.header = Source::decode;
+  if (tiles.few_rows) {
+    k.name = "turboquant_attend_few_rows";
+    k.header = Source::few_rows;
     k.template_args = {dim_arg(s.head_dim), {"R", Kind::integer, tiles.rows}};
-    k.grid = {tiles.count * kDecodeThreads, pass.splits, s.batch * s.kv_heads};
-    k.threadgroup = {kDecodeThreads, 1, 1};
+    k.grid = {tiles.count * kFewRowsThreads, pass.splits, s.batch * s.kv_heads};
+    k.threadgroup = {kFewRowsThreads, 1, 1};
   } else {
     k.name = "turboquant_attend_prefill";
     k.header = Source::prefill;
@@ -269,10 +269,10 @@ Kernel decode_kernel(const EncodeShape& s, Dtype dtype) {
 AttentionPlan plan_attention(const AttentionShape& s) {
   const Tiles tiles(s);
   AttentionPlan plan{};
-  plan.decode = tiles.decode;
+  plan.few_rows = tiles.few_rows;
   plan.copies = s.recent > 0 || s.first > 0;
   plan.splits = s.splits > 0 ? s.splits : tiles.splits_of(s, s.kv_len);
-  plan.merged = plan.decode || plan.copies || plan.splits > 1;
+  plan.merged = plan.few_rows || plan.copies || plan.splits > 1;
 
   Params& p = plan.params = base_params(s.seed);
   p[kKvLen] = s.kv_len;
@@ -290,7 +290,7 @@ AttentionPlan plan_attention(const AttentionShape& s) {
                                               : 0);
   plan.attend = attend_kernel(s, tiles, {s.keys, s.values, plan.splits, plan.merged, false});
   plan.merge = {.name = "turboquant_merge",
-                .header = Source::decode,
+                .header = Source::few_rows,
                 .inputs = {"q", "partial", "stats", "sinks", "key_centre", "value_centre", "params"},
                 .outputs = {output_of(s)},
                 .source = std::string(kPlace) + kIndex + fill(kMerge, {{"ENDING", kEnding}}),
@@ -313,7 +313,7 @@ AttentionPlan plan_attention(const AttentionShape& s) {
 }
 
 const char* route(int query_heads, int kv_heads, int query_len, int head_dim) {
-  return is_decode(query_heads / kv_heads, query_len, head_dim) ? "metal decode" : "metal prefill (simdgroup_matrix)";
+  return is_few_rows(query_heads / kv_heads, query_len, head_dim) ? "metal decode" : "metal prefill (simdgroup_matrix)";
 }
 
 }  // namespace turboquant::metal

@@ -14,7 +14,7 @@
 namespace turboquant::metal {
 
 /// The kernels' common text (metal_kernel's `header`): format.h, layout.h, common.metal, and the kernel's own files.
-enum class Source { codec, decode, prefill };
+enum class Source { codec, few_rows, prefill };
 std::string_view source_text(Source source);
 
 /// A template argument: an integer, a boolean or a dtype.
@@ -102,7 +102,7 @@ struct AttentionShape {
 /// copy_params; attend then leaves out the tokens that are read from copies, has partial results, and merge takes those
 /// of both: q, partial, stats, copy_partial, copy_stats, sinks, ...
 struct AttentionPlan {
-  bool decode;  // the kernel for few rows
+  bool few_rows;  // the kernel
   int splits;
   bool merged, copies;
   Kernel attend, attend_copies, merge;

@@ -20,7 +20,7 @@ class KernelText : public testing::Test {
 };
 
 TEST_F(KernelText, OfTheCheckoutIsTheBuiltInOne) {
-  for (auto source : {cuda::Source::encode, cuda::Source::merge, cuda::Source::decode, cuda::Source::rows}) {
+  for (auto source : {cuda::Source::encode, cuda::Source::merge, cuda::Source::few_rows, cuda::Source::many_rows}) {
     const std::string built_in(cuda::source_text(source));
     use(TURBOQUANT_SOURCE);
     const std::string read(cuda::source_text(source));
@@ -28,7 +28,7 @@ TEST_F(KernelText, OfTheCheckoutIsTheBuiltInOne) {
     EXPECT_FALSE(built_in.empty());
     EXPECT_EQ(read, built_in) << cuda::source_name(source);
   }
-  for (auto source : {metal::Source::codec, metal::Source::decode, metal::Source::prefill}) {
+  for (auto source : {metal::Source::codec, metal::Source::few_rows, metal::Source::prefill}) {
     const std::string built_in(metal::source_text(source));
     use(TURBOQUANT_SOURCE);
     const std::string read(metal::source_text(source));

@@ -42,15 +42,15 @@ inline std::vector<cases::Difference> compare(const std::vector<cases::Case>& ta
 inline cuda::AttentionPlan many_warps(const cuda::AttentionShape& s, const cuda::Device& device, int warps,
                                       int stages) {
   cuda::AttentionPlan p;
-  EXPECT_TRUE(cuda::plan_many(s, device, p));
+  EXPECT_TRUE(cuda::plan_many_rows(s, device, p));
   p.warps = warps, p.stages = stages;
-  p.shared_bytes = cuda::with_copies(s, p, cuda::many_shared_bytes);
+  p.shared_bytes = cuda::with_copies(s, p, cuda::many_rows_shared_bytes);
   return p;
 }
 
 /// Each int8 kernel, for heads of more than 128 coordinates and up to 16 rows.
 inline const jit::Planner kPlanners[] = {
-    cuda::plan_decode,
+    cuda::plan_few_rows,
     [](const cuda::AttentionShape& s, const cuda::Device& device) { return many_warps(s, device, 8, 3); },
     [](const cuda::AttentionShape& s, const cuda::Device& device) { return many_warps(s, device, 16, 2); }};
 

@@ -34,7 +34,7 @@ TEST(Plan, FitsTheDeviceAndCoversTheCache) {
             const int64_t workspace = int64_t(plan.slots) * plan.rows * plan.partial_floats(dim) * 4;
             if (plan.method == cuda::AttentionPlan::split) {
               EXPECT_LE(workspace, 64 << 20);
-            } else if (plan.method == cuda::AttentionPlan::many) {  // 32-bit sums of weights times signed bytes
+            } else if (plan.method == cuda::AttentionPlan::many_rows) {  // 32-bit sums of weights times signed bytes
               EXPECT_LE((segments * 131072 / plan.blocks + 64) * 255 * 127, INT64_C(1) << 31);
             } else {  // 32-bit sums of weights up to 255 times bytes up to 232
               EXPECT_LE((segments * 131072 / plan.blocks + 32 * plan.warps) / plan.warps * 255 * 232, INT64_C(1) << 31);
@@ -91,7 +91,7 @@ class Compile : public testing::TestWithParam<std::string> {
       const auto code = jit::compile(source, GetParam());
       EXPECT_FALSE(code.empty());
       const bool copies =
-          source.find("run_decode<") != std::string::npos || source.find("run_rows<") != std::string::npos;
+          source.find("run_few_rows<") != std::string::npos || source.find("run_many_rows<") != std::string::npos;
       if (copies && GetParam() == "sm_90a") EXPECT_EQ(copies_with_uniform_addresses(code), 0);
     }
   }

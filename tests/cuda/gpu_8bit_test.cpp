@@ -23,13 +23,13 @@ TEST_F(Gpu, AttentionOver8BitsMatchesTheOracle) {
 
 TEST_F(Gpu, EveryPlanOver8BitsMatchesTheOracle) {
   const jit::Planner planners[] = {
-      cuda::plan_decode,
+      cuda::plan_few_rows,
       [](const cuda::AttentionShape& s, const cuda::Device& device) {  // two warps: less memory than queries of a block
-        return cuda::plan_decode(s, {device.multiprocessors, 101376});
+        return cuda::plan_few_rows(s, {device.multiprocessors, 101376});
       },
       [](const cuda::AttentionShape& s, const cuda::Device& device) {
         cuda::AttentionPlan p;
-        EXPECT_TRUE(cuda::plan_many(s, device, p));
+        EXPECT_TRUE(cuda::plan_many_rows(s, device, p));
         return p;
       }};
   for (const auto& planner : planners) {

@@ -29,7 +29,7 @@ cuda::AttentionPlan split_copies(const cuda::AttentionShape& s, const cuda::Devi
 TEST_F(Gpu, EveryPlanOverExactCopiesMatchesTheOracle) {
   std::vector<jit::Planner> planners(std::begin(kPlanners), std::end(kPlanners) - 1);  // no room for sixteen warps
   planners.push_back([](const cuda::AttentionShape& s, const cuda::Device&) {  // few warps, and parts of many tiles
-    return cuda::plan_decode(s, {2, 101376});
+    return cuda::plan_few_rows(s, {2, 101376});
   });
   planners.push_back(split_copies<3>);
   for (size_t i = 0; i < planners.size(); ++i) {

@@ -279,7 +279,7 @@ void expect_same_poison(const std::vector<float>& got, const std::vector<float>&
   }
 }
 
-const cases::Case kDecodeCase = emulator::decode_case();
+const cases::Case kFewRowsCase = emulator::few_rows_case();
 const auto kSpecialCases = emulator::special_cases();
 
 TEST(MetalRules, BadKeysAndValuesPoisonOnlyRowsThatSeeThem) {
@@ -301,7 +301,7 @@ TEST(MetalRules, BlocksAndSplitsOfBadKeysAlonePoisonRowsThatSeeThem) {
   for (auto c : kSpecialCases) {
     const int blocks = (c.kv_len + metal_layout::kBlock - 1) / metal_layout::kBlock;
     const int half = (blocks + 1) / 2 * metal_layout::kBlock;  // the first of two splits
-    const int block = metal_layout::kBlock;                    // in decode the second SIMD-group's only one
+    const int block = metal_layout::kBlock;                    // for few rows the second SIMD-group's only one
     for (const auto& [begin, end, splits] : {std::array{block, 2 * block, 1}, {0, half, 2}, {half, c.kv_len, 2}}) {
       SCOPED_TRACE(c.name() + " keys " + std::to_string(begin) + " to " + std::to_string(end));
       const auto [got, want] = run_changed(
@@ -326,7 +326,7 @@ TEST(MetalRules, BadQueriesPoisonThemselves) {
 }
 
 TEST(MetalRules, ScalesOfAnySizeKeepTheirPrecision) {
-  for (auto c : {kDecodeCase, emulator::shared_tile_case(2), emulator::prefill_case(3)}) {
+  for (auto c : {kFewRowsCase, emulator::shared_tile_case(2), emulator::prefill_case(3)}) {
     for (float size : {1e-3f, 1e4f}) {
       const auto [got, want] = run_changed(c, [&](cases::Inputs& in) {
         for (auto& s : in.values.scales) s = float_to_half(half_to_float(s) * size);
@@ -364,8 +364,8 @@ TEST(MetalRules, RowsThatSeeNothingAreZero) {
 
 TEST(MetalRules, ALaterBlockMayBeHiddenOrFarSmaller) {
   for (auto c : kSpecialCases) {
-    // The last block holds one key, which the last query alone sees; in decode it is its SIMD-group's second.
-    c.kv_len = (c.query_len == kDecodeCase.query_len ? int(metal_layout::kDecodeThreads) : 160) + 1;
+    // The last block holds one key, which the last query alone sees; for few rows it is its SIMD-group's second.
+    c.kv_len = (c.query_len == kFewRowsCase.query_len ? int(metal_layout::kFewRowsThreads) : 160) + 1;
     const auto [got, want] = run_changed(c, [&](cases::Inputs& in) {
       in.keys.scales[3] = float_to_half(300.0f);  // a score that leaves nothing to the others, or the reverse
     });
@@ -374,7 +374,7 @@ TEST(MetalRules, ALaterBlockMayBeHiddenOrFarSmaller) {
 }
 
 TEST(MetalPlan, DecodesUpToEightQueriesOfThirtyTwoRows) {
-  const auto decode = [](int group, int queries) {
+  const auto few_rows = [](int group, int queries) {
     return metal::plan_attention({.batch = 1,
                                   .query_heads = group,
                                   .kv_heads = 1,
@@ -384,14 +384,14 @@ TEST(MetalPlan, DecodesUpToEightQueriesOfThirtyTwoRows) {
                                   .keys = 3,
                                   .values = 3,
                                   .dtype = Dtype::float16})
-        .decode;
+        .few_rows;
   };
-  EXPECT_TRUE(decode(4, 8));
-  EXPECT_FALSE(decode(4, 9));
-  EXPECT_TRUE(decode(1, 8));
-  EXPECT_FALSE(decode(1, 9));
-  EXPECT_TRUE(decode(32, 1));
-  EXPECT_FALSE(decode(16, 3));
+  EXPECT_TRUE(few_rows(4, 8));
+  EXPECT_FALSE(few_rows(4, 9));
+  EXPECT_TRUE(few_rows(1, 8));
+  EXPECT_FALSE(few_rows(1, 9));
+  EXPECT_TRUE(few_rows(32, 1));
+  EXPECT_FALSE(few_rows(16, 3));
   // What test_gpu.py expects on a Mac, where it first runs.
   for (int queries : {1, 4, 6}) EXPECT_STREQ(metal::route(16, 4, queries, 256), "metal decode");
   EXPECT_STREQ(metal::route(16, 4, 200, 256), "metal prefill (simdgroup_matrix)");
@@ -407,7 +407,7 @@ TEST(MetalPlan, FitsTheLimits) {
     EXPECT_LE(plan.attend.threadgroup[0], 1024);
     for (int i = 0; i < 3; ++i) EXPECT_EQ(plan.attend.grid[i] % plan.attend.threadgroup[i], 0) << c.name();
     EXPECT_STREQ(metal::route(c.query_heads, c.kv_heads, c.query_len, c.head_dim),
-                 plan.decode ? "metal decode" : "metal prefill (simdgroup_matrix)");
+                 plan.few_rows ? "metal decode" : "metal prefill (simdgroup_matrix)");
   }
 }
 

@@ -96,7 +96,7 @@ int main() {
               sinks{"float", 1, small}, centre{"float", 2, 128}, params{"int32_t", 1, 31}, starts{"int32_t", 1, small},
               mask{small == 2 ? "bool" : t, 4, 4800};
           std::vector<InputInfo> inputs{q, codes, scales, codes, scales, starts, mask};
-          if (!plan.decode) inputs.insert(inputs.end(), {sinks, centre, centre});
+          if (!plan.few_rows) inputs.insert(inputs.end(), {sinks, centre, centre});
           inputs.push_back(params);
           print(plan.attend, inputs,
                 plan.merged ? std::vector<std::string>{"float16_t", "float"} : std::vector<std::string>{t});

@@ -45,12 +45,12 @@ inline std::vector<std::array<metal::Coding, 3>> threes_of_codings() {
 }
 
 /// The rows to which special numbers are given, one for each kernel.
-inline Case decode_case() {
+inline Case few_rows_case() {
   return {.head_dim = 256, .query_heads = 8, .kv_heads = 2, .query_len = 2, .kv_len = 290, .causal = true};
 }
 /// Both queries share a tile of rows, so that a key which only one of them sees is read for both.
 inline Case shared_tile_case(const metal::Coding& coding) {
-  Case c = decode_case();
+  Case c = few_rows_case();
   c.key_bits = c.value_bits = coding.bits;
   c.key_code = c.value_code = coding.code;
   c.query_heads = 4;
@@ -64,7 +64,7 @@ inline Case prefill_case(const metal::Coding& coding) {
 }
 inline std::vector<Case> special_cases() {
   const metal::Coding trellis{3, Code::trellis};
-  return {decode_case(),       shared_tile_case(3), shared_tile_case(2), shared_tile_case(trellis),
+  return {few_rows_case(),     shared_tile_case(3), shared_tile_case(2), shared_tile_case(trellis),
           shared_tile_case(8), prefill_case(3),     prefill_case(8),     prefill_case(trellis)};
 }
 

@@ -1,5 +1,5 @@
-// How the warps of rows.cu.h pass values to one another: a warp has some tokens' codes and sums some coordinates of
-// all.
+// How the warps of many_rows.cu.h pass values to one another: a warp has some tokens' codes and sums some coordinates
+// of all.
 #pragma once
 
 #include "cuda/device/int8.cu.h"

@@ -16,7 +16,7 @@ template <int BITS, int CODE>
 struct Coding {
   static constant constexpr int kBits = BITS;  // and words of a group
   static constant constexpr bool kTrellis = CODE == 1;
-  static constant constexpr bool kPairTables = BITS == 2 && CODE == 0;  // decode_pairs.metal is for these
+  static constant constexpr bool kPairTables = BITS == 2 && CODE == 0;  // few_rows_pairs.metal is for these
   static constant constexpr int kTables = BITS == 8 ? 0 : CODE == 1 ? 4 : 1;  // of 256 entries
   static constant constexpr int kWords = BITS == 8 ? 8 : 4;  // of a group once unpacked
   static constant constexpr int kPairs = 16 / kWords;  // of levels in such a word

@@ -3,7 +3,7 @@
 // A block takes all rows of a KV head, so that codes are read and unpacked once.  Its warps work in rounds: each scores
 // sixteen tokens against all rows and transposes their values' codes; weights and codes then pass through shared
 // memory, for in the second product each warp takes 16 or 32 coordinates of all tokens.  Everything that passes is
-// double-buffered, so a round needs one barrier.  Numbers are as in decode.cu.h: queries and weights as high and low
+// double-buffered, so a round needs one barrier.  Numbers are as in few_rows.cu.h: queries and weights as high and low
 // bytes, sums as integers relative to a power of two, here one for each row of the block.
 #pragma once
 
@@ -95,7 +95,7 @@ struct ManyRows {
     first_piece = first_tile * (kTile / kTokens), last_piece = last_tile * (kTile / kTokens);
     const int rounds = (last_tile - first_tile + kSteps - 1) / kSteps;
 
-    // All addresses before the first branch, then the queries, as in decode.cu.h.
+    // All addresses before the first branch, then the queries, as in few_rows.cu.h.
     Copies copies(a, b, kv_head, piece(0), shared.ring[0][0]);
     const T* q_from[kEach];
 #pragma unroll
@@ -485,7 +485,7 @@ struct ManyRows {
 /// Entry for generated code: types from pointers, shared memory as the bytes that were planned.
 template <int D, int KEYS, int VALUES, MaskType MASK, int SHARED_BYTES, bool COPIES, int ROWS, int WARPS, int STAGES,
           class T, class MaskT>
-__device__ void run_rows(const AttentionArgs& a, const T*, const MaskT*, unsigned char* shared) {
+__device__ void run_many_rows(const AttentionArgs& a, const T*, const MaskT*, unsigned char* shared) {
   using Kernel = ManyRows<D, KEYS, VALUES, T, MASK, MaskT, ROWS / 8, WARPS, STAGES>;
   static_assert(sizeof(typename Kernel::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
   const auto read_codes = [&](int row, int local, int first_tile, int last_tile, int slot) {

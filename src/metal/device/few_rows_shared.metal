@@ -31,28 +31,28 @@ enum Pairs { kPairs = 4, kBothSigns = 10 };
 
 /// Entries of the tables: those of pairs take their place where there are some, and the values may share the keys'.
 template <class K>
-constexpr int decode_table_size() {
+constexpr int few_rows_table_size() {
   return K::kPairTables ? 1 : table_size<K>();
 }
 template <class K, class V>
 constexpr int value_table_size() {
-  return same_coding<K, V>() ? 1 : decode_table_size<V>();
+  return same_coding<K, V>() ? 1 : few_rows_table_size<V>();
 }
 
 /// Threadgroup memory.
 template <class K, class V, int D, int R>
-struct DecodeShared {
-  TQ_ARRAY(half2, key_table, decode_table_size<K>());
+struct FewRowsShared {
+  TQ_ARRAY(half2, key_table, few_rows_table_size<K>());
   TQ_ARRAY(half2, value_table, (value_table_size<K, V>()));
   TQ_ARRAY2(typename Rows<R>::halves, key_pairs, K::kPairTables ? D / 2 : 1, 16);
-  TQ_ARRAY2(typename Rows<R>::halves, value_pairs, metal_layout::kDecodeSimdgroups, V::kPairTables ? 16 * kPairs : 1);
+  TQ_ARRAY2(typename Rows<R>::halves, value_pairs, metal_layout::kFewRowsSimdgroups, V::kPairTables ? 16 * kPairs : 1);
   TQ_ARRAY2(half2, q, R, K::kPairTables ? 1 : D / 2);
   TQ_ARRAY(float, factor, R);  // of a dot product with levels
   // Scores are written by several lanes a token, so they are no vectors: storing a component may store them all.
-  TQ_ARRAY2(float, scores, metal_layout::kDecodeSimdgroups, K::kPairTables ? 1 : R * metal_layout::kBlock);
-  TQ_ARRAY2(typename Rows<R>::type, weights, metal_layout::kDecodeSimdgroups, metal_layout::kBlock);
-  TQ_ARRAY2(float, m, metal_layout::kDecodeSimdgroups, R);
-  TQ_ARRAY2(float, sum, metal_layout::kDecodeSimdgroups, R);
+  TQ_ARRAY2(float, scores, metal_layout::kFewRowsSimdgroups, K::kPairTables ? 1 : R * metal_layout::kBlock);
+  TQ_ARRAY2(typename Rows<R>::type, weights, metal_layout::kFewRowsSimdgroups, metal_layout::kBlock);
+  TQ_ARRAY2(float, m, metal_layout::kFewRowsSimdgroups, R);
+  TQ_ARRAY2(float, sum, metal_layout::kFewRowsSimdgroups, R);
   TQ_ARRAY2(float, x, R, D);  // the queries for key_pairs, then the sums
 };
 

@@ -8,8 +8,8 @@
 #pragma once
 
 #include "metal/device/attention.metal"
-#include "metal/device/decode_pairs.metal"
-#include "metal/device/decode_shared.metal"
+#include "metal/device/few_rows_pairs.metal"
+#include "metal/device/few_rows_shared.metal"
 
 namespace turboquant {
 
@@ -105,7 +105,7 @@ template <class K, int D, int R, class Shared, class Query, class Params, class 
 void load_queries(Shared shared, Query query, Params params, Starts starts, int first, Place place) {
   const ushort lane = place.lane;
   const int kv_heads = params[metal_layout::kKvHeads], kv = place.group.z % kv_heads, b = place.group.z / kv_heads;
-  for (int r = place.simdgroup; r < R; r += metal_layout::kDecodeSimdgroups) {
+  for (int r = place.simdgroup; r < R; r += metal_layout::kFewRowsSimdgroups) {
     const Row row = find_row(params, starts, first + r, kv, b);
     float x[D / 32] = {};
     if (row.query < params[metal_layout::kQueryLen]) load_query<D>(x, query, row, params, lane);
@@ -183,7 +183,7 @@ void add_simdgroups(Shared shared, thread Softmax<D, R>& softmax, ushort lane, u
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (int g = 0; g < metal_layout::kDecodeSimdgroups; ++g) {
+  for (int g = 0; g < metal_layout::kFewRowsSimdgroups; ++g) {
     if (g == simdgroup) {
       TQ_UNROLL
       for (int s = 0; s < slices; ++s) {
@@ -192,7 +192,7 @@ void add_simdgroups(Shared shared, thread Softmax<D, R>& softmax, ushort lane, u
         TQ_UNROLL
         for (int r = 0; r < R; ++r) {
           float top = shared->m[0][r];
-          for (int o = 1; o < metal_layout::kDecodeSimdgroups; ++o) top = fmax(top, shared->m[o][r]);
+          for (int o = 1; o < metal_layout::kFewRowsSimdgroups; ++o) top = fmax(top, shared->m[o][r]);
           const float factor = exp2_difference(V::kPairTables ? softmax.mv[r] : softmax.m[r], top) *
                                level_step(V::kBits, V::kTrellis);
           TQ_UNROLL
@@ -211,17 +211,17 @@ void add_simdgroups(Shared shared, thread Softmax<D, R>& softmax, ushort lane, u
 /// side by side.
 template <class K, class V, int D, int R, class Shared, class Query, class Keys, class Values, class Rules,
           class Partials>
-void attend_decode(Shared shared, Query query, Keys keys, Values values, Rules rules, Partials out, Place place) {
+void attend_few_rows(Shared shared, Query query, Keys keys, Values values, Rules rules, Partials out, Place place) {
   constexpr int lanes = lanes_per_token(D);
-  static_assert(sizeof(DecodeShared<K, V, D, R>) <= metal_layout::kThreadgroupBytes, "too much threadgroup memory");
+  static_assert(sizeof(FewRowsShared<K, V, D, R>) <= metal_layout::kThreadgroupBytes, "too much threadgroup memory");
   const auto params = rules.params;
   const ushort lane = place.lane, simdgroup = place.simdgroup;
   const int kv_heads = params[metal_layout::kKvHeads];
   const int tile = place.group.x, split = place.group.y, kv = place.group.z % kv_heads, b = place.group.z / kv_heads;
   const ushort thread_index = ushort(32 * simdgroup + lane);
-  if (!K::kPairTables) fill_table<K, metal_layout::kDecodeThreads>(shared->key_table + 0, thread_index);
+  if (!K::kPairTables) fill_table<K, metal_layout::kFewRowsThreads>(shared->key_table + 0, thread_index);
   if (!V::kPairTables && !same_coding<K, V>()) {
-    fill_table<V, metal_layout::kDecodeThreads>(shared->value_table + 0, thread_index);
+    fill_table<V, metal_layout::kFewRowsThreads>(shared->value_table + 0, thread_index);
   }
   load_queries<K, D, R>(shared, query, params, rules.starts, tile * R, place);
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -257,7 +257,7 @@ void attend_decode(Shared shared, Query query, Keys keys, Values values, Rules r
   TQ_UNROLL
   for (int i = 0; i < 8 * R * value_slices(D); ++i) softmax.x[i] = 0.0f;
   const int2 tokens = tokens_of_ring(rules, tile * R, (tile + 1) * R, kv, b);
-  for (int block = range.x + metal_layout::kBlock * simdgroup; block < range.y; block += metal_layout::kDecodeThreads) {
+  for (int block = range.x + metal_layout::kBlock * simdgroup; block < range.y; block += metal_layout::kFewRowsThreads) {
     if (!is_read(rules, tokens, block)) continue;
     float scores[R];
     if (K::kPairTables) {
@@ -287,12 +287,12 @@ void attend_decode(Shared shared, Query query, Keys keys, Values values, Rules r
   }
 
   add_simdgroups<V>(shared, softmax, lane, simdgroup);
-  for (int r = simdgroup; r < R; r += metal_layout::kDecodeSimdgroups) {
+  for (int r = simdgroup; r < R; r += metal_layout::kFewRowsSimdgroups) {
     const Row row = find_row(params, rules.starts, tile * R + r, kv, b);
     if (row.query >= params[metal_layout::kQueryLen]) continue;
     float top = shared->m[0][r], total = 0.0f;
-    for (int o = 1; o < metal_layout::kDecodeSimdgroups; ++o) top = fmax(top, shared->m[o][r]);
-    for (int o = 0; o < metal_layout::kDecodeSimdgroups; ++o) {
+    for (int o = 1; o < metal_layout::kFewRowsSimdgroups; ++o) top = fmax(top, shared->m[o][r]);
+    for (int o = 0; o < metal_layout::kFewRowsSimdgroups; ++o) {
       total += shared->sum[o][r] * exp2_difference(shared->m[o][r], top);
     }
     float y[D / 32];

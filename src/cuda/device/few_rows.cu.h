@@ -13,7 +13,7 @@ namespace turboquant::cuda {
 
 /// With EXACT it reads exact copies instead (ExactTiles of schedule.cu.h).
 template <int D, int KEYS, int VALUES, class T, MaskType MASK, class MaskT, int WARPS, int STAGES, bool EXACT = false>
-struct Decode {
+struct FewRows {
   static constexpr int kRows = 4;
   using Keys = Rows<KEYS, D, false>;
   using Values = Rows<VALUES, D, true>;
@@ -64,7 +64,7 @@ struct Decode {
   int weight_sum;  // of this thread's column, where values' bytes are unsigned
   float top, sum;  // exponent that weights are relative to, and their sum over this thread's tokens
 
-  __device__ Decode(const AttentionArgs& args, Shared& memory) : a(args), shared(memory) {}
+  __device__ FewRows(const AttentionArgs& args, Shared& memory) : a(args), shared(memory) {}
 
   /// Starts the copy of a tile into a stage of the ring, if there is one; `copies` goes on to this warp's next.
   __device__ void start_copy(Copies& copies, int tile, int last, int stage) {
@@ -461,8 +461,8 @@ struct Decode {
 /// Entry for generated code: types from pointers, shared memory as the bytes that were planned.
 template <int D, int KEYS, int VALUES, MaskType MASK, int SHARED_BYTES, bool COPIES, int WARPS, int STAGES, class T,
           class MaskT>
-__device__ void run_decode(const AttentionArgs& a, const T*, const MaskT*, unsigned char* shared) {
-  using Kernel = Decode<D, KEYS, VALUES, T, MASK, MaskT, WARPS, STAGES>;
+__device__ void run_few_rows(const AttentionArgs& a, const T*, const MaskT*, unsigned char* shared) {
+  using Kernel = FewRows<D, KEYS, VALUES, T, MASK, MaskT, WARPS, STAGES>;
   static_assert(sizeof(typename Kernel::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
   const auto read_codes = [&](int row, int local, int first_tile, int last_tile, int slot) {
     Kernel kernel(a, *reinterpret_cast<typename Kernel::Shared*>(shared));
@@ -470,7 +470,7 @@ __device__ void run_decode(const AttentionArgs& a, const T*, const MaskT*, unsig
   };
   const auto read_copies = [&](int row, int local, int first_tile, int last_tile, int slot) {
     if constexpr (COPIES) {
-      using Exact = Decode<D, 8, 8, T, MASK, MaskT, WARPS, 1, true>;
+      using Exact = FewRows<D, 8, 8, T, MASK, MaskT, WARPS, 1, true>;
       static_assert(sizeof(typename Exact::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
       Exact kernel(a, *reinterpret_cast<typename Exact::Shared*>(shared));
       kernel.segment(row, local, first_tile, last_tile, slot);

@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "metal/device/decode_shared.metal"
+#include "metal/device/few_rows_shared.metal"
 
 namespace turboquant {
 
@@ -10,7 +10,7 @@ namespace turboquant {
 /// R queries times the two levels.  The nibble with both signs turned has the negative.
 template <int D, int R, class Shared>
 void fill_key_pairs(Shared shared, ushort thread_index) {
-  for (int i = thread_index; i < 4 * D; i += metal_layout::kDecodeThreads) {
+  for (int i = thread_index; i < 4 * D; i += metal_layout::kFewRowsThreads) {
     const int pair = i / 8, nibble = i % 8, coordinate = pair / 16 * 32 + pair % 16;
     const float low = float(level(2, nibble & 3)), high = float(level(2, nibble >> 2));
     typename Rows<R>::halves dots, negative;
