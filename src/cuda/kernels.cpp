@@ -95,7 +95,7 @@ std::string attention_args(const AttentionShape& shape, const AttentionSettings&
   Text o;
   o << "  turboquant::cuda::AttentionArgs a = {};\n"
        "  a.even = "
-    << truth(plan.parts > 0)
+    << truth(plan.splits > 0)
     << ";\n"
        "  a.batch = "
     << (shape.batch == 1 ? "1" : "q_shape[0]")  // one row spares the loops over rows
@@ -118,7 +118,7 @@ std::string attention_args(const AttentionShape& shape, const AttentionSettings&
     << truth(s.causal) << ", a.window = " << s.window
     << ";\n"
        "  a.recent = "
-    << shape.recent << ", a.first = " << shape.first << ", a.exact_parts = " << plan.exact_parts << ";\n";
+    << shape.recent << ", a.first = " << shape.first << ", a.exact_splits = " << plan.exact_splits << ";\n";
   o << "  a.q = q;\n"
        "  for (int i = 0; i < 4; ++i) a.q_strides[i] = q_strides[i];\n"
        "  a.starts = "
@@ -326,7 +326,7 @@ Kernel scanning_kernel(const char* name, const AttentionShape& shape, const Atte
 
 Extent scan_extent(const AttentionPlan& plan) {
   const int threads = 32 * (plan.int8() ? plan.warps : plan.row_warps * plan.token_warps);
-  const int columns = plan.parts ? plan.blocks / plan.parts : 1;
+  const int columns = plan.splits ? plan.blocks / plan.splits : 1;
   return {{plan.blocks / columns * threads, columns, 1}, {threads, 1, 1}};
 }
 

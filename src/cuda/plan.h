@@ -64,9 +64,9 @@ struct AttentionPlan {
   int warps = 8, stages = 3;           // of `few_rows` and `many_rows`
   int row_warps = 8, token_warps = 1;  // of the others: rows = 16 row_warps
   int blocks = 1;
-  int parts = 0;        // of every segment, when they are divided evenly (schedule.cu.h), else 0
-  int exact_parts = 0;  // pieces that a segment's exact copies are read in
-  int slots = 0;  // partial results: blocks, and segments unless divided evenly, and pieces of copies; of `whole` none
+  int splits = 0;        // of every segment, when they are divided evenly (schedule.cu.h), else 0
+  int exact_splits = 0;  // splits that a segment's exact copies are read in
+  int slots = 0;  // partial results: blocks, and segments unless divided evenly, and splits of copies; of `whole` none
   int shared_bytes = 0;
 
   bool int8() const { return method == few_rows || method == many_rows; }
@@ -133,25 +133,25 @@ inline int prefill_shared_bytes(const AttentionShape& s, const AttentionPlan& p)
 }
 
 /// Divides `segments` of `tiles` tiles each among blocks: at least `least` tiles a block where that leaves enough to
-/// do, and at most `most`, whose sums fit; uneven runs may have 32 more (schedule.cu.h), which fit, too.  Where parts
-/// are short, a segment's exact copies are read in two pieces.
+/// do, and at most `most`, whose sums fit; uneven runs may have 32 more (schedule.cu.h), which fit, too.  Where splits
+/// are short, a segment's exact copies are read in two splits.
 inline void divide(const AttentionShape& s, const Device& device, int64_t segments, int64_t tiles, int least, int most,
                    AttentionPlan& p) {
   if (s.copies()) {
-    const bool short_parts = segments * tiles < 12 * int64_t(device.multiprocessors);
-    p.exact_parts = p.int8() && short_parts && !s.ragged ? 2 : 1;
+    const bool short_splits = segments * tiles < 12 * int64_t(device.multiprocessors);
+    p.exact_splits = p.int8() && short_splits && !s.ragged ? 2 : 1;
   }
-  const int64_t useful = std::max<int64_t>(1, segments * (tiles + least * p.exact_parts) / least);
+  const int64_t useful = std::max<int64_t>(1, segments * (tiles + least * p.exact_splits) / least);
   const int64_t blocks =
       std::max(std::min<int64_t>(device.multiprocessors, useful), (segments * tiles + most - 1) / most);
-  // Equal parts of every segment spare a block the search for its run, unless that leaves many processors idle.
-  const int64_t parts = blocks / segments;
-  const bool even = !s.ragged && parts > 0 && segments <= 65535 &&  // columns of a grid
-                    (10 * parts * segments >= 9 * blocks || blocks < device.multiprocessors) &&
-                    parts * int64_t(most) >= tiles;
-  p.parts = even ? int(parts) : 0;
-  p.blocks = int(even ? parts * segments : blocks);
-  p.slots = int((even ? p.blocks : blocks + segments) + segments * p.exact_parts);
+  // Equal splits of every segment spare a block the search for its run, unless that leaves many processors idle.
+  const int64_t splits = blocks / segments;
+  const bool even = !s.ragged && splits > 0 && segments <= 65535 &&  // columns of a grid
+                    (10 * splits * segments >= 9 * blocks || blocks < device.multiprocessors) &&
+                    splits * int64_t(most) >= tiles;
+  p.splits = even ? int(splits) : 0;
+  p.blocks = int(even ? splits * segments : blocks);
+  p.slots = int((even ? p.blocks : blocks + segments) + segments * p.exact_splits);
 }
 
 inline AttentionPlan plan_few_rows(const AttentionShape& s, const Device& device) {

@@ -96,16 +96,16 @@ struct AttentionKey {
   cuda::AttentionSettings settings;
   int query_heads, kv_heads, query_len, head_dim, key_bits, value_bits;
   Code key_code, value_code;
-  int recent, first, exact_parts;
+  int recent, first, exact_splits;
   int method, rows, warps, stages, row_warps, token_warps, shared_bytes;
   auto operator<=>(const AttentionKey&) const = default;
 };
 
 AttentionKey key_of(bool merge, const cuda::AttentionShape& s, const cuda::AttentionSettings& settings,
                     const cuda::AttentionPlan& p) {
-  return {merge,         s.batch == 1, p.parts > 0,  settings,   s.query_heads, s.kv_heads,  std::min(s.query_len, 9),
-          s.head_dim,    s.key_bits,   s.value_bits, s.key_code, s.value_code,  s.recent,    s.first,
-          p.exact_parts, p.method,     p.rows,       p.warps,    p.stages,      p.row_warps, p.token_warps,
+  return {merge,          s.batch == 1, p.splits > 0, settings,   s.query_heads, s.kv_heads,  std::min(s.query_len, 9),
+          s.head_dim,     s.key_bits,   s.value_bits, s.key_code, s.value_code,  s.recent,    s.first,
+          p.exact_splits, p.method,     p.rows,       p.warps,    p.stages,      p.row_warps, p.token_warps,
           p.shared_bytes};
 }
 

@@ -29,8 +29,8 @@ TEST(Plan, FitsTheDeviceAndCoversTheCache) {
               EXPECT_EQ(plan.blocks, segments);
               continue;
             }
-            EXPECT_EQ(plan.slots, plan.parts ? plan.parts * segments : plan.blocks + segments);
-            if (plan.parts) EXPECT_EQ(plan.blocks, plan.parts * segments);
+            EXPECT_EQ(plan.slots, plan.splits ? plan.splits * segments : plan.blocks + segments);
+            if (plan.splits) EXPECT_EQ(plan.blocks, plan.splits * segments);
             const int64_t workspace = int64_t(plan.slots) * plan.rows * plan.partial_floats(dim) * 4;
             if (plan.method == cuda::AttentionPlan::split) {
               EXPECT_LE(workspace, 64 << 20);

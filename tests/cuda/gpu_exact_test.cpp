@@ -16,13 +16,13 @@ TEST_F(Gpu, AttentionOverExactCopiesMatchesTheOracle) {
   expect_oracle(table, cuda::plan_attention, kPrefillTolerance, "as planned");
 }
 
-/// Rows of `plan` whose copies are read in some number of pieces.
+/// Rows of `plan` whose copies are read in some number of splits.
 template <int PARTS>
 cuda::AttentionPlan split_copies(const cuda::AttentionShape& s, const cuda::Device& device) {
   auto p = cuda::plan_attention(s, device);
   const int segments = s.batch * s.kv_heads * ((s.rows() + p.rows - 1) / p.rows);
-  p.slots += segments * (PARTS - p.exact_parts);
-  p.exact_parts = PARTS;
+  p.slots += segments * (PARTS - p.exact_splits);
+  p.exact_splits = PARTS;
   return p;
 }
 

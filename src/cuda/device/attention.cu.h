@@ -25,7 +25,7 @@ struct AttentionArgs {
   PackedCache packed;                      // of kv_len rows
   PackedCache exact;                       // copies of 8 bits, of ring + first rows (ExactTier of turboquant.h)
   int ring, recent, first;                 // what of these is read; `recent` and `first` are 0 without copies
-  int exact_parts;                         // pieces that a segment's copies are read in: schedule.cu.h
+  int exact_splits;                        // splits that a segment's copies are read in: schedule.cu.h
   const float *key_centre, *value_centre;  // [kv_heads, D] or null
   const int* starts;                       // [batch] or null
   const void* mask;                        // [batch, query_heads, query_len, kv_len]; bool or MaskT

@@ -1,4 +1,4 @@
-// The codec's pieces on CUDA: the rotation over a warp, and loads and stores of its coordinates.
+// What the codec's kernels share on CUDA: the rotation over a warp, and loads and stores of its coordinates.
 //
 // Compiled by nvcc (tests, benchmarks) and, inside MLX, by NVRTC: no standard headers.  A vector of D coordinates lies
 // in D/8 neighbouring lanes, eight consecutive coordinates a lane, so that a lane's codes are one nibble word.

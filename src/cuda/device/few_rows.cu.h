@@ -476,7 +476,7 @@ __device__ void run_few_rows(const AttentionArgs& a, const T*, const MaskT*, uns
       kernel.segment(row, local, first_tile, last_tile, slot);
     }
   };
-  for_each_piece<kTile, Kernel::kRows>(a, read_codes, read_copies);
+  for_each_split<kTile, Kernel::kRows>(a, read_codes, read_copies);
 }
 
 }  // namespace turboquant::cuda

@@ -59,7 +59,7 @@ struct ManyRows {
   Levels levels;
 
   // Of the segment in hand.
-  int b, kv_head, first_row, first_piece, last_piece;  // pieces: sixteen tokens
+  int b, kv_head, first_row, first_chunk, last_chunk;  // chunks: sixteen tokens
   int acc[GROUPS][2 * kSets][4];  // rows 8r + g, columns 2t and 2t + 1: by high, by low bytes of the weights
   unsigned q[kHeld][GROUPS][4];
   float s[GROUPS][4];              // scores of rows 8r + g
@@ -78,12 +78,12 @@ struct ManyRows {
   }
   static __device__ float from_ordered(int i) { return __int_as_float(i ^ (i >> 31 & 0x7fffffff)); }
 
-  __device__ int piece(int round) const { return first_piece + WARPS * round + warp; }
+  __device__ int chunk(int round) const { return first_chunk + WARPS * round + warp; }
 
-  /// Starts the copy of this warp's piece of a round; `copies` goes on to that of the next.
+  /// Starts the copy of this warp's chunk of a round; `copies` goes on to that of the next.
   __device__ void start_copy(Copies& copies, int round, int stage) {
-    if (piece(round) < last_piece) {
-      copies.copy(a, b, kv_head, piece(round), shared.ring[warp][stage]);
+    if (chunk(round) < last_chunk) {
+      copies.copy(a, b, kv_head, chunk(round), shared.ring[warp][stage]);
       copies.advance(WARPS, stage);
     }
     commit_copies();
@@ -92,11 +92,11 @@ struct ManyRows {
   __device__ void segment(int batch_row, int local, int first_tile, int last_tile, int slot) {
     const int row_blocks = (a.rows() + kRows - 1) / kRows;
     b = batch_row, kv_head = local / row_blocks, first_row = local % row_blocks * kRows;
-    first_piece = first_tile * (kTile / kTokens), last_piece = last_tile * (kTile / kTokens);
+    first_chunk = first_tile * (kTile / kTokens), last_chunk = last_tile * (kTile / kTokens);
     const int rounds = (last_tile - first_tile + kSteps - 1) / kSteps;
 
     // All addresses before the first branch, then the queries, as in few_rows.cu.h.
-    Copies copies(a, b, kv_head, piece(0), shared.ring[0][0]);
+    Copies copies(a, b, kv_head, chunk(0), shared.ring[0][0]);
     const T* q_from[kEach];
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
@@ -209,14 +209,14 @@ struct ManyRows {
   /// Scores of a round, and larger exponents for the rows that need them.
   __device__ void score(const unsigned* keys, int round, const Copies& copies, const Range& sees) {
     const float hidden = -__uint_as_float(0x7f800000);
-    int key = piece(round) * kTokens, tokens = a.kv_len - key;
+    int key = chunk(round) * kTokens, tokens = a.kv_len - key;
     const Range* ranges = shared.range;
     if constexpr (EXACT) {
-      const ExactPlace<kTokens> place(a, copies.tiles, piece(round));
+      const ExactPlace<kTokens> place(a, copies.tiles, chunk(round));
       key = place.key, tokens = place.tokens;
       if (!place.of_ring) ranges = shared.range_of_first;
     }
-    if (piece(round) >= last_piece || tokens <= 0) {
+    if (chunk(round) >= last_chunk || tokens <= 0) {
 #pragma unroll
       for (int r = 0; r < GROUPS; ++r) s[r][0] = s[r][1] = s[r][2] = s[r][3] = hidden;
       if (lane < kTokens) shared.token_scales[warp][lane] = make_float4(0, 0, 0, 0);  // no NaN for the weights of 0
@@ -445,7 +445,7 @@ struct ManyRows {
     const int rows = min(kRows, a.rows() - first_row), odd = t & 1;
     // Weights are at most 1 and levels at most 3.25, so with this many bits taken off the sums fit a half; its
     // precision does not depend on them.
-    const int bits = 13 - (32 - __clz(max(last_piece - first_piece, 1) * kTokens - 1));
+    const int bits = 13 - (32 - __clz(max(last_chunk - first_chunk, 1) * kTokens - 1));
     const float power = __uint_as_float(unsigned(127 + bits) << 23), factor = power * (step_of(VALUES) / kWeightOne);
 #pragma unroll
     for (int r = 0; r < GROUPS; ++r) {
@@ -500,7 +500,7 @@ __device__ void run_many_rows(const AttentionArgs& a, const T*, const MaskT*, un
       kernel.segment(row, local, first_tile, last_tile, slot);
     }
   };
-  for_each_piece<kTile, ROWS>(a, read_codes, read_copies);
+  for_each_split<kTile, ROWS>(a, read_codes, read_copies);
 }
 
 }  // namespace turboquant::cuda

@@ -87,7 +87,7 @@ struct Prefill {
     }
   }
 
-  /// This block's pieces of the cache, to partial results.
+  /// This block's splits of the cache, to partial results.
   __device__ void run_split() {
     const int row_blocks = (a.rows() + kRows - 1) / kRows;
     const auto read_codes = [&](int row, int local, int first_tile, int last_tile, int slot) {
@@ -101,7 +101,7 @@ struct Prefill {
       if constexpr (COPIES) scan_copies();
       write(slot);
     };
-    for_each_piece<kPrefillTile, kRows>(a, read_codes, read_copies);
+    for_each_split<kPrefillTile, kRows>(a, read_codes, read_copies);
   }
 
   /// Gathers and writes a partial result.

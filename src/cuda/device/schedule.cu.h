@@ -1,15 +1,15 @@
 // Divides the packed cache among the blocks of a launch.
 //
 // A segment is one KV head of one batch row, read for one block of ROWS query rows.  In an even launch every segment
-// has as many tiles as the others and a column of the grid to itself: block x of column y takes the x-th part of
+// has as many tiles as the others and a column of the grid to itself: block x of column y takes the x-th split of
 // segment y. Otherwise (ragged batches, or many segments) the tiles of all segments, in order, are dealt to the blocks
 // in equal contiguous runs.  Starting on a segment costs a block some time; the dealing counts it as some more tiles at
 // the segment's beginning.  A block leaves one partial result for each segment that it has tiles of; in an even launch
 // it leaves one for its segment, even without tiles.
 //
-// Exact copies of a segment's newest and first tokens are read in `exact_parts` pieces, each by one block for a partial
-// result of its own, which lies behind those of the codes.  They count as some tiles more at the segment's end, so that
-// a block which reads a piece has less of the codes, or none.
+// Exact copies of a segment's newest and first tokens are read in `exact_splits` splits, each by one block for a
+// partial result of its own, which lies behind those of the codes.  They count as some tiles more at the segment's end,
+// so that a block which reads a split has less of the codes, or none.
 #pragma once
 
 #include "cuda/device/attention.cu.h"
@@ -37,9 +37,9 @@ struct ExactTiles {
     ring_at = ring_begin(a, 0) / 32;
     count = firsts + (a.recent ? (a.kv_len + 31) / 32 - ring_at : 0);
   }
-  /// The tiles of a piece.
-  __device__ Range piece(const AttentionArgs& a, int part) const {
-    return {count * part / a.exact_parts, count * (part + 1) / a.exact_parts};
+  /// The tiles of a split.
+  __device__ Range split(const AttentionArgs& a, int i) const {
+    return {count * i / a.exact_splits, count * (i + 1) / a.exact_splits};
   }
 };
 
@@ -79,15 +79,15 @@ __device__ inline int segments_of_row(const AttentionArgs& a, int rows_per_block
   return a.kv_heads * ((a.rows() + rows_per_block - 1) / rows_per_block);
 }
 
-/// Where part i of `parts` of `count` tiles begins, rounded; 0 and `count` come out exactly up to 2^21 tiles.  The
+/// Where split i of `splits` of `count` tiles begins, rounded; 0 and `count` come out exactly up to 2^21 tiles.  The
 /// neighbour finds the same number; an exact division would take as long as a load from the cache.
-__device__ inline int part_begin(int count, int parts, int i) {
-  return __float2int_rn(float(count) * float(i) * reciprocal_fast(float(parts)));
+__device__ inline int split_begin(int count, int splits, int i) {
+  return __float2int_rn(float(count) * float(i) * reciprocal_fast(float(splits)));
 }
 
 /// Whether a segment of batch row b with `tiles` of codes has anything to read.
 __device__ inline bool has_work(const AttentionArgs& a, int b, int tiles) {
-  return tiles > 0 || (a.exact_parts > 0 && (!a.starts || a.starts[b] < a.kv_len));
+  return tiles > 0 || (a.exact_splits > 0 && (!a.starts || a.starts[b] < a.kv_len));
 }
 
 /// Of a batch's first rows: the tiles of one segment of each, and how many rows have work.  All lanes of a warp ask
@@ -117,7 +117,7 @@ struct Runs {
     const Counted<TILE> all(a, a.batch);
     // As measured, but so little that every block gets tiles.
     start = min(1024u / TILE, unsigned(float(all.tiles * segments_per_row) * reciprocal_fast(2.f * float(launched))));
-    exact = a.exact_parts ? max(start, 1u) : 0;
+    exact = a.exact_splits ? max(start, 1u) : 0;
     total = counts(all);
     blocks = min(unsigned(launched), max(total, 1u));
   }
@@ -167,63 +167,63 @@ struct Runs {
   }
 };
 
-/// How an even launch divides a segment of some tiles of codes among `parts` blocks.  Where parts are short, every
-/// piece of exact copies has a block to itself, after those that read the codes; else each counts as kExactCost tokens.
+/// How an even launch divides a segment of some tiles of codes among `splits` blocks.  Where splits are short, every
+/// split of exact copies has a block to itself, after those that read the codes; else each counts as kExactCost tokens.
 template <int TILE>
-struct EvenParts {
-  int tiles, exact;  // what a piece of copies counts, 0 if it has a block to itself
-  int parts, pieces;
-  __device__ EvenParts(const AttentionArgs& a, int tiles, int parts)
-      : tiles(tiles), parts(parts), pieces(a.exact_parts) {
+struct EvenSplits {
+  int tiles, exact;  // what a split of copies counts, 0 if it has a block to itself
+  int splits, exact_splits;
+  __device__ EvenSplits(const AttentionArgs& a, int tiles, int splits)
+      : tiles(tiles), splits(splits), exact_splits(a.exact_splits) {
     const int most = kExactCost / TILE;
-    exact = pieces < parts && tiles <= most * (parts - pieces) ? 0 : most;
-    if (pieces == 0) exact = 0;
+    exact = exact_splits < splits && tiles <= most * (splits - exact_splits) ? 0 : most;
+    if (exact_splits == 0) exact = 0;
   }
-  __device__ int begin(int part) const {
-    if (exact == 0) return part_begin(tiles, parts - pieces, min(part, parts - pieces));
-    return part_begin(tiles + exact * pieces, parts, part);
+  __device__ int begin(int split) const {
+    if (exact == 0) return split_begin(tiles, splits - exact_splits, min(split, splits - exact_splits));
+    return split_begin(tiles + exact * exact_splits, splits, split);
   }
   /// Whether the block reads codes.
-  __device__ bool reads_codes(int part) const {
-    return pieces == 0 || (exact ? begin(part) < tiles : part < parts - pieces);
+  __device__ bool reads_codes(int split) const {
+    return exact_splits == 0 || (exact ? begin(split) < tiles : split < splits - exact_splits);
   }
-  /// The first part that does not.
+  /// The first split that does not.
   __device__ int reading_codes() const {
-    if (exact == 0) return parts - pieces;
-    int part = parts;
-    while (part > 0 && !reads_codes(part - 1)) --part;
-    return part;
+    if (exact == 0) return splits - exact_splits;
+    int split = splits;
+    while (split > 0 && !reads_codes(split - 1)) --split;
+    return split;
   }
-  /// Whether the block reads piece i of the copies.
-  __device__ bool reads_piece(int part, int i) const {
-    if (exact == 0) return part == parts - pieces + i;
+  /// Whether the block reads split i of the copies.
+  __device__ bool reads_exact(int split, int i) const {
+    if (exact == 0) return split == splits - exact_splits + i;
     const int at = tiles + i * exact;
-    return begin(part) <= at && at < begin(part + 1);
+    return begin(split) <= at && at < begin(split + 1);
   }
 };
 
-/// Calls work(batch row, segment within it, first tile, last tile, slot) for every piece of the codes that this block
-/// reads; `slot` is where its partial result belongs.  Then calls exact_work likewise for pieces of exact copies, whose
+/// Calls work(batch row, segment within it, first tile, last tile, slot) for every split of the codes that this block
+/// reads; `slot` is where its partial result belongs.  Then calls exact_work likewise for splits of exact copies, whose
 /// tiles are those of ExactTiles.
 template <int TILE, int ROWS, class Work, class ExactWork>
-__device__ void for_each_piece(const AttentionArgs& a, const Work& work, const ExactWork& exact_work) {
-  const auto read_copies = [&](int row, int local, int part, int slots_of_codes) {
-    const Range tiles = ExactTiles(a, row).piece(a, part);
+__device__ void for_each_split(const AttentionArgs& a, const Work& work, const ExactWork& exact_work) {
+  const auto read_copies = [&](int row, int local, int split, int slots_of_codes) {
+    const Range tiles = ExactTiles(a, row).split(a, split);
     exact_work(row, local, tiles.first, tiles.last,
-               slots_of_codes + (row * segments_of_row(a, ROWS) + local) * a.exact_parts + part);
+               slots_of_codes + (row * segments_of_row(a, ROWS) + local) * a.exact_splits + split);
   };
   if (a.even) {
     const int segments_per_row = segments_of_row(a, ROWS), segment = blockIdx.y;
     const int row = a.batch == 1 ? 0 : segment / segments_per_row;
     const Range r = segment_tiles<TILE>(a, row);
-    const int local = segment - row * segments_per_row, part = blockIdx.x;
-    const EvenParts<TILE> all(a, r.last - r.first, gridDim.x);
-    if (all.reads_codes(part)) {
-      work(row, local, r.first + all.begin(part), r.first + min(all.begin(part + 1), all.tiles),
-           segment * all.parts + part);
+    const int local = segment - row * segments_per_row, split = blockIdx.x;
+    const EvenSplits<TILE> all(a, r.last - r.first, gridDim.x);
+    if (all.reads_codes(split)) {
+      work(row, local, r.first + all.begin(split), r.first + min(all.begin(split + 1), all.tiles),
+           segment * all.splits + split);
     }
-    for (int i = 0; i < a.exact_parts; ++i) {
-      if (all.reads_piece(part, i)) read_copies(row, local, i, all.parts * a.batch * segments_per_row);
+    for (int i = 0; i < a.exact_splits; ++i) {
+      if (all.reads_exact(split, i)) read_copies(row, local, i, all.splits * a.batch * segments_per_row);
     }
     return;
   }
@@ -243,8 +243,8 @@ __device__ void for_each_piece(const AttentionArgs& a, const Work& work, const E
         work(row, local, r.first + int(first - own), r.first + int(last - own),
              block + row * runs.segments_per_row + local);
       }
-      if (a.exact_parts && tile <= copies && copies < stop) {
-        for (int i = 0; i < a.exact_parts; ++i) {
+      if (a.exact_splits && tile <= copies && copies < stop) {
+        for (int i = 0; i < a.exact_splits; ++i) {
           read_copies(row, local, i, gridDim.x + a.batch * runs.segments_per_row);
         }
       }
@@ -266,13 +266,13 @@ struct PartialSlots {
 template <int TILE, int ROWS>
 __device__ PartialSlots partial_slots(const AttentionArgs& a, int b, int segment_of_row, int slots) {
   const int segments_per_row = segments_of_row(a, ROWS), segments = a.batch * segments_per_row;
-  const int segment = b * segments_per_row + segment_of_row, n = a.exact_parts;
+  const int segment = b * segments_per_row + segment_of_row, n = a.exact_splits;
   const int exact = slots - (segments - segment) * n;
   if (a.even) {
-    const int parts = slots / segments - n;
+    const int splits = slots / segments - n;
     const Range r = segment_tiles<TILE>(a, b);
-    const int used = n ? EvenParts<TILE>(a, r.last - r.first, parts).reading_codes() : parts;
-    return {segment * parts, segment * parts + used, exact, n};
+    const int used = n ? EvenSplits<TILE>(a, r.last - r.first, splits).reading_codes() : splits;
+    return {segment * splits, segment * splits + used, exact, n};
   }
   const Runs<TILE> runs(a, ROWS, slots - segments * (1 + n));
   const Range r = segment_tiles<TILE>(a, b);
