@@ -14,7 +14,7 @@ namespace {
 using Arrays = std::vector<mx::array>;
 
 Arrays arrays(const ops::Store& held) {
-  const auto s = held.settled();
+  const auto s = held.evaluated();
   return {s.keys.codes, s.keys.scales, s.values.codes, s.values.scales};
 }
 

@@ -121,7 +121,7 @@ void BatchKVCache::finalize(mx::StreamOrDevice s) {
   }
   store_ = store_->roll(mx::array(right_padding_.data(), {batch()}, mx::int32), s);
   if (copies_) {
-    copies_ = known ? settle_copies(coding_, *copies_, right_padding_, length_, s)
+    copies_ = known ? front_pads(coding_, *copies_, right_padding_, length_, s)
                     : copies_of_codes(coding_, *store_, length_, padding, s);
   }
   set_padding(std::move(padding));

@@ -126,7 +126,7 @@ Copies append_copies(const CacheCoding& coding, const std::optional<Copies>& cop
     if (added > ring - coding.recent) chunk = ring_for_chunk(coding, out.held, rows, length, s);
     out.held = ends.empty() ? write_ring(coding, out.held, rows, length, s)
                             : write_ragged(coding, out.held, rows, length, ends, s);
-    if (ends.empty()) out.from = std::max(out.from, end - ring);  // or settle_copies does, once the pads have moved
+    if (ends.empty()) out.from = std::max(out.from, end - ring);  // or front_pads does, once the pads have moved
   }
   out.held = write_first(coding, out.held, rows, length, starts, s);
   if (chunk) out.chunk = joined(*chunk, first_of(coding, out.held, s), s);
@@ -172,8 +172,8 @@ Copies move_copies(const CacheCoding& coding, const Copies& copies, const std::v
   return out;
 }
 
-Copies settle_copies(const CacheCoding& coding, const Copies& copies, const std::vector<int>& pads, int length,
-                     mx::StreamOrDevice s) {
+Copies front_pads(const CacheCoding& coding, const Copies& copies, const std::vector<int>& pads, int length,
+                  mx::StreamOrDevice s) {
   Copies out = move_copies(coding, copies, pads, s);
   out.from = std::max(out.from, length - ring_slots(coding));
   return out;

@@ -74,7 +74,7 @@ size_t Store::nbytes() const {
   return keys.codes.nbytes() + keys.scales.nbytes() + values.codes.nbytes() + values.scales.nbytes();
 }
 
-Store Store::settled() const {
+Store Store::evaluated() const {
   if (!written) return *this;
   mx::eval({*written});
   return {keys, values};
@@ -98,12 +98,12 @@ bool Store::unshared() const {
 }
 
 Store Store::map(const std::function<mx::array(const mx::array&)>& f) const {
-  const Store x = settled();
+  const Store x = evaluated();
   return {{f(x.keys.codes), f(x.keys.scales)}, {f(x.values.codes), f(x.values.scales)}};
 }
 
 Store Store::tokens(int from, int to, mx::StreamOrDevice s) const {
-  if (from == 0 && to == capacity()) return settled();
+  if (from == 0 && to == capacity()) return evaluated();
   return map([&](const mx::array& x) {
     const auto [start, stop] = token_range(x, from, to);
     return mx::slice(x, start, stop, s);
@@ -122,7 +122,7 @@ Store Store::write(const Store& rows, int at, mx::StreamOrDevice s) const {
     const auto [start, stop] = token_range(x, at, at + rows.capacity());
     return mx::slice_update(x, update, start, stop, s);
   };
-  const Store x = settled(), r = rows.settled();
+  const Store x = evaluated(), r = rows.evaluated();
   return {{put(x.keys.codes, r.keys.codes), put(x.keys.scales, r.keys.scales)},
           {put(x.values.codes, r.values.codes), put(x.values.scales, r.values.scales)}};
 }
@@ -185,7 +185,7 @@ void check_store(const char* op, const CacheCoding& coding, const Store& store, 
 Store concatenate(const std::vector<Store>& stores, int axis, mx::StreamOrDevice s) {
   const auto join = [&](auto pick) {
     std::vector<mx::array> parts;
-    for (const auto& store : stores) parts.push_back(pick(store.settled()));
+    for (const auto& store : stores) parts.push_back(pick(store.evaluated()));
     return mx::concatenate(parts, axis, s);
   };
   return {{join([](const Store& x) { return x.keys.codes; }), join([](const Store& x) { return x.keys.scales; })},
@@ -226,7 +226,7 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
     o.keys.centre = mx::squeeze(mx::matmul(mx::expand_dims(*o.keys.centre, 1, s), *coding.key_map, s), 1, s);
   }
   if (copies) {
-    const Store x = copies->settled();
+    const Store x = copies->evaluated();
     o.exact = ExactArrays{x.keys, x.values};
     o.recent = coding.recent;
     o.first = coding.sink;
@@ -236,7 +236,7 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
   const auto asked = coding.query_map ? ops::transform(q, *coding.query_map, std::nullopt, stream) : q;
   const bool waits = store.written && int(store.written->size()) == length + 1 && can_append_in_place({q}, stream);
   if (waits) o.written = store.written;
-  const Store x = waits ? store : store.settled();
+  const Store x = waits ? store : store.evaluated();
   const auto out = attention(asked, x.keys, x.values, o, stream);
   return out.dtype() == q.dtype() ? out : mx::astype(out, q.dtype(), stream);
 }

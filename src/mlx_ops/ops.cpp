@@ -16,7 +16,7 @@ namespace {
 
 bool on_gpu(const mx::Stream& stream) { return stream.device == mx::Device::gpu; }
 
-/// (..., N, D) as (B, H, N, D): shorter shapes gain leading ones, longer ones fold into the first axis.
+/// (..., N, D) as (B, H, N, D): shorter shapes gain leading ones, longer ones are merged into the first axis.
 mx::Shape as_rank4(const mx::Shape& shape) {
   mx::Shape out{1, 1, 1, 1};
   const int n = int(shape.size());

@@ -80,7 +80,7 @@ struct Variant {
 /// pairs of parameters that meet there.  Key bits are read by the unpacking of keys, the table of levels and the
 /// scores' factor, value bits by the same on the other side (and so are the kinds of codes: bits stand for both), T by
 /// the loads of the query, the output, and (prefill) the number of halves a query is kept in; float16 and bfloat16
-/// differ in these conversions alone.  R is read with D by the folding of sums.  FINISH, and whether there is a merge,
+/// differ in these conversions alone.  R is read with D by the sums over lanes.  FINISH, and whether there is a merge,
 /// follow from the splits.  No statement reads three parameters.  For each head dimension the key bits take three
 /// values, and the others follow by Latin squares, once with the scalar codes and once with trellis codes and 8 bits:
 /// then of each three every pair of (D, key bits, value bits, T) and of (D, key bits, value bits, R) meets, and every D

@@ -52,8 +52,8 @@ Copies move_copies(const CacheCoding& coding, const Copies& copies, const std::v
 
 /// The copies of `length` tokens, once the pads behind each row have moved to its front: the end of append_copies with
 /// `ends`.
-Copies settle_copies(const CacheCoding& coding, const Copies& copies, const std::vector<int>& pads, int length,
-                     mx::StreamOrDevice s = {});
+Copies front_pads(const CacheCoding& coding, const Copies& copies, const std::vector<int>& pads, int length,
+                  mx::StreamOrDevice s = {});
 
 /// Rows of the batch, in the order given.
 Copies take_copies(const Copies& copies, const mx::array& rows, mx::StreamOrDevice s = {});

@@ -58,7 +58,7 @@ struct Store {
   size_t nbytes() const;
   /// This store after its pending in-place writes: evaluates `written`.  The operations below call it first, but for
   /// `pad` when there is nothing to pad.
-  Store settled() const;
+  Store evaluated() const;
   /// The same, which to read waits for `to`.
   Store tied(const mx::array& to) const;
   /// Whether nobody else holds the arrays, pending operations and the GPU included.

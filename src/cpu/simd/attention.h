@@ -2,7 +2,7 @@
 //
 // Per block: keys are unpacked to nibbles, looked up and multiplied with the rows' queries in integers, which gives the
 // scores; an online softmax (softmax.h, here in base 2 and for a block at a time) turns them to weights, the values'
-// scales fold into the weights, and these are rounded to 16 bits relative to the block's largest; values are unpacked,
+// scales multiply the weights, and these are rounded to 16 bits relative to the block's largest; values are unpacked,
 // looked up and accumulated in integers, which are added to the float result once per block.  Unpacking happens between
 // the multiplications where registers suffice: values during the scores, the next keys during the sums.
 //
@@ -62,10 +62,10 @@ void score(const Workspace<S>& w, int row, int quad, const typename S::Table* ta
 #pragma GCC unroll 4
     for (int t = 0; t < 4; ++t) x[t] = S::total(acc[r][t]);
     if constexpr (kChunks<S> == 4) {
-      x[0] = fold(fold(x[0], x[1]), fold(x[2], x[3]));
+      x[0] = add_pairs(add_pairs(x[0], x[1]), add_pairs(x[2], x[3]));
     } else if constexpr (kChunks<S> == 2) {
-      x[0] = fold(x[0], x[1]);
-      x[1] = fold(x[2], x[3]);
+      x[0] = add_pairs(x[0], x[1]);
+      x[1] = add_pairs(x[2], x[3]);
     }
 #pragma GCC unroll 4
     for (int t = 0; t < 4 / kChunks<S>; ++t) {

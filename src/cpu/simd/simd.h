@@ -68,7 +68,7 @@ inline V interleave(V a, V b) {
 
 /// Sums of neighbouring 128-bit chunks of a, then of b.
 template <class V>
-inline V fold(V a, V b) {
+inline V add_pairs(V a, V b) {
   constexpr int n = sizeof(V) / 4;
   return [&]<int... I>(std::integer_sequence<int, I...>) {
     return V(__builtin_shufflevector(a, b, (I / 4 * 8 + I % 4)...)) +

@@ -317,7 +317,7 @@ struct FewRows {
   }
 
   /// Turns sums of unsigned bytes into sums of levels.
-  __device__ void settle() {
+  __device__ void to_levels() {
     if constexpr (ValueTable::kBias) {
       constexpr int bias = ValueTable::kBias, step = ValueTable::kStep;
       weight_sum += __shfl_xor_sync(~0u, weight_sum, 1);
@@ -335,9 +335,9 @@ struct FewRows {
   /// Makes the sums relative to a larger exponent.
   __device__ void rescale(float new_top) {
     const float down = top - new_top;
-    const int bits = int(fminf(-down, 31.f)) + ValueTable::kStep - 1;  // sums count steps, settled ones levels
+    const int bits = int(fminf(-down, 31.f)) + ValueTable::kStep - 1;  // sums count steps, and after to_levels levels
     sum *= exp2_fast(down);
-    settle();
+    to_levels();
     const auto shift = [](int x, int bits) { return bits > 29 ? 0 : (x + (1 << bits >> 1)) >> bits; };
     const int even = __shfl_sync(~0u, bits, 2 * t & 3), odd = __shfl_sync(~0u, bits, (2 * t & 3) + 1);
 #pragma unroll
@@ -394,7 +394,7 @@ struct FewRows {
   __device__ void finish(int slot, int active) {
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    settle();
+    to_levels();
     if (g == 0) shared.sums[warp][t] = make_float2(top, sum);
     wait_copies<0>();
     __syncthreads();

@@ -16,7 +16,7 @@ namespace turboquant {
 /// Adds up R sums over the first `lanes` lanes of each aligned set, halving the rows a lane keeps while it can: this
 /// lane ends with the rows from `row` on, in front.
 template <int R, int LANES>
-int fold(thread float* sums, ushort lane) {
+int sum_over_lanes(thread float* sums, ushort lane) {
   int rows = R, row = 0;
   TQ_UNROLL
   for (ushort step = 1; step < LANES; step = ushort(2 * step)) {
@@ -41,7 +41,7 @@ template <class K, int D, int R, class Shared, class Codes>
 void score_block(Shared shared, Codes codes, int block, int last, const thread half2* q, ushort lane,
                  ushort simdgroup) {
   constexpr int groups = D / 32, stored = K::kBits * groups, lanes = lanes_per_token(D), tokens = 32 / lanes;
-  constexpr int folded = lanes < R ? R / lanes : 1;
+  constexpr int kept = lanes < R ? R / lanes : 1;
   const int group = min(int(lane) % lanes, groups - 1);
   auto its_group = codes + (long(block) * stored + group * K::kBits);
   for (int t = lane / lanes; t < metal_layout::kBlock; t += tokens) {
@@ -61,10 +61,10 @@ void score_block(Shared shared, Codes codes, int block, int last, const thread h
         sums[r] = fma(float(pair.x), levels.x, fma(float(pair.y), levels.y, sums[r]));
       }
     }
-    const int row = fold<R, lanes>(sums, lane);
+    const int row = sum_over_lanes<R, lanes>(sums, lane);
     if (lane % lanes < R) {  // lanes beyond hold what these hold
       TQ_UNROLL
-      for (int i = 0; i < folded; ++i) shared->scores[simdgroup][(row + i) * metal_layout::kBlock + t] = sums[i];
+      for (int i = 0; i < kept; ++i) shared->scores[simdgroup][(row + i) * metal_layout::kBlock + t] = sums[i];
     }
   }
 }

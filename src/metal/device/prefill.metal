@@ -2,7 +2,7 @@
 // their queries and sums in matrix fragments.  Blocks of 32 keys, then values, are unpacked to half levels (exact) in
 // threadgroup memory.  The workspace is that memory alone, whatever the lengths.
 //
-// Key scales multiply the scores.  Value scales are folded into the weights before these are rounded to half, with a
+// Key scales multiply the scores.  Value scales multiply the weights before these are rounded to half, with a
 // maximum of their own (mv, over s + log2 scale), so that neither large nor tiny scales lose precision.
 
 #pragma once
