@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from turboquant_mlx import _core
-from turboquant_mlx.calibration import FILE_NAME, fingerprint
+from turboquant_mlx.calibration import FILE_NAME, directory_hash
 from turboquant_mlx.eval.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +70,7 @@ def identity(args):
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     return {
         "model": args.model.name if args.model else f"shape {args.shape}, random weights",
-        "fingerprint": fingerprint(args.model) if args.model else None,
+        "fingerprint": directory_hash(args.model) if args.model else None,
         "calibration": calibration_name(args),
         "device": str(mx.default_device()),
         "machine": host if on_cpu else mx.device_info(mx.default_device()).get("device_name", "GPU"),

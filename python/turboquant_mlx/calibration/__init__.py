@@ -27,12 +27,14 @@ from .files import (
     as_calibration,
     check_weights,
     content,
-    fingerprint,
+    directory_hash,
     load_beside,
     load_calibration,
     save_calibration,
 )
 from .measure import calibrate
+
+fingerprint = directory_hash  # its former name
 
 __all__ = [
     "FILE_NAME",
@@ -46,6 +48,7 @@ __all__ = [
     "calibrate_by_default",
     "check_weights",
     "content",
+    "directory_hash",
     "fingerprint",
     "load_beside",
     "load_calibration",

@@ -74,7 +74,7 @@ def as_calibration(found):
         raise ValueError(f"[enable] calibration must hold a Calibration for each slot; got {found!r}") from None
 
 
-def fingerprint(directory):
+def directory_hash(directory):
     """A hash of a model directory's configuration and of its weights' headers (names, shapes, dtypes, sizes)."""
     directory = Path(directory)
     weights = sorted(directory.glob("model*.safetensors"))
@@ -119,7 +119,7 @@ def save_calibration(calibration, where, *, directory=None, source=""):
     Args:
         calibration: as from `calibrate`, for models whose slots are a flat list.
         where: a directory or a file name.
-        directory: the model directory it belongs to, `where` by default; the file keeps its fingerprint.
+        directory: the model directory it belongs to, `where` by default; the file keeps its hash.
         source (str): what it was made from, as a reader will see it.
 
     Returns:
@@ -127,7 +127,7 @@ def save_calibration(calibration, where, *, directory=None, source=""):
     """
     path = calibration_path(where)
     directory = directory or path.parent
-    write_calibration(calibration, path, model=fingerprint(directory), content=content(directory), source=source)
+    write_calibration(calibration, path, model=directory_hash(directory), content=content(directory), source=source)
     return path
 
 
@@ -180,7 +180,7 @@ def load_calibration(where, *, directory=None):
         raise FileNotFoundError(f"[load_calibration] there is no {path}; {_AGAIN}")
     found, metadata = read_calibration(path)
     if directory is not False:
-        expected = fingerprint(directory or path.parent)
+        expected = directory_hash(directory or path.parent)
         if metadata.get("model") != expected:
             raise ValueError(
                 f"[load_calibration] {path} was made for the model {metadata.get('model')}, this one is {expected}"

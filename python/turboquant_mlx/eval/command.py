@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ..caches import leaves
 from ..caches.arguments import code_name
 from ..caches.slots import kv_slots, own_caches
-from ..calibration import automatic, calibrate, fingerprint, load_calibration
+from ..calibration import automatic, calibrate, directory_hash, load_calibration
 from ..calibration.default import beginning
 from . import divergence, pictures, reconstruction, retrieval
 from .files import write_json, write_table
@@ -209,7 +209,7 @@ def run(args):
         mode.check(model, calibration)
     summary = {
         "model": args.model.name,
-        "fingerprint": fingerprint(args.model),
+        "fingerprint": directory_hash(args.model),
         "slots": {"replaced": replaced, "kept": kept},
         "text": args.text.name,
         "windows": [args.first_window, args.windows, args.context],
