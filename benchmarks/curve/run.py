@@ -202,7 +202,7 @@ class Run:
         if reference is not None and len(reference.blocks) == len(self.blocks):
             ratio = statistics.median(a / b for a, b in zip(self.blocks, reference.blocks, strict=True))
             ratio = f"{ratio:.4f}"
-        route = getattr(self.attention[0], "route", None)
+        kernel = getattr(self.attention[0], "kernel", None)
         numbers = [
             tokens_held(c) * s.heads * (s.key_dim + s.value_dim)
             for c, s in zip(self.attention, self.subject.slots, strict=True)
@@ -215,7 +215,7 @@ class Run:
             "linear_bytes": sum(v.nbytes for c in self.linear for v in arrays(c)),
             "peak_bytes": self.peak,
             "load": f"{os.getloadavg()[0]:.1f}",  # of the last minute: a busy machine shows in the table
-            "kernel": route or ("mlx quantized_matmul" if self.mode.startswith("affine") else "mlx fast attention"),
+            "kernel": kernel or ("mlx quantized_matmul" if self.mode.startswith("affine") else "mlx fast attention"),
         }
 
 

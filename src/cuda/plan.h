@@ -73,7 +73,7 @@ struct AttentionPlan {
   bool half_partials() const { return method == many_rows; }
   /// Floats of a row of partial results.
   int partial_floats(int head_dim) const { return (half_partials() ? head_dim / 2 : head_dim) + 4; }
-  const char* name() const {
+  const char* kernel_name() const {
     return method == few_rows    ? "cuda int8 decode"
            : method == many_rows ? "cuda int8 rows"
            : method == split     ? "cuda fp16 split"

@@ -312,7 +312,7 @@ AttentionPlan plan_attention(const AttentionShape& s) {
   return plan;
 }
 
-const char* route(int query_heads, int kv_heads, int query_len, int head_dim) {
+const char* kernel_name(int query_heads, int kv_heads, int query_len, int head_dim) {
   return is_few_rows(query_heads / kv_heads, query_len, head_dim) ? "metal decode" : "metal prefill (simdgroup_matrix)";
 }
 

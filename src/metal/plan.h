@@ -111,6 +111,6 @@ struct AttentionPlan {
 AttentionPlan plan_attention(const AttentionShape& shape);
 
 /// Which kernel plan_attention chooses for these sizes, as inspect shows it.
-const char* route(int query_heads, int kv_heads, int query_len, int head_dim);
+const char* kernel_name(int query_heads, int kv_heads, int query_len, int head_dim);
 
 }  // namespace turboquant::metal

@@ -224,7 +224,7 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
   const auto starts = o.starts.value_or(dummy), mask = o.mask.value_or(dummy), sinks = o.sinks.value_or(dummy),
              key_centre = o.keys.centre.value_or(dummy), value_centre = o.values.centre.value_or(dummy);
   const auto plan = cuda::plan_attention(shape, device());
-  if (o.kernel) *o.kernel = plan.name();
+  if (o.kernel) *o.kernel = plan.kernel_name();
   const bool whole = plan.method == cuda::AttentionPlan::whole;
   std::vector<mx::array> cache{q, keys.codes, keys.scales, values.codes, values.scales, written, starts, mask};
   if (shape.copies()) {

@@ -116,7 +116,7 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
   shape.causal = o.causal;
   shape.window = o.window;
   if (o.mask) shape.mask = o.mask->dtype() == mx::bool_ ? MaskKind::boolean : MaskKind::additive;
-  if (o.kernel) *o.kernel = metal::route(q.shape(1), keys.codes.shape(1), q.shape(2), q.shape(3));
+  if (o.kernel) *o.kernel = metal::kernel_name(q.shape(1), keys.codes.shape(1), q.shape(2), q.shape(3));
   metal::AttentionArrays<mx::array> arrays{q,        keys.codes, keys.scales, values.codes,  values.scales,
                                            o.starts, o.mask,     o.sinks,     o.keys.centre, o.values.centre};
   if (o.exact) {

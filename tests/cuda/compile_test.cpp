@@ -21,8 +21,8 @@ TEST(Plan, FitsTheDeviceAndCoversTheCache) {
           for (int batch : {1, 7, 300}) {
             const cuda::AttentionShape shape{batch, 16, 4, len, 131072, dim, bits, bits, batch == 7};
             const auto plan = cuda::plan_attention(shape, device);
-            SCOPED_TRACE(testing::Message() << plan.name() << " dim " << dim << " bits " << bits << " queries " << len
-                                            << " batch " << batch << " shared " << device.shared_bytes);
+            SCOPED_TRACE(testing::Message() << plan.kernel_name() << " dim " << dim << " bits " << bits << " queries "
+                                            << len << " batch " << batch << " shared " << device.shared_bytes);
             EXPECT_LE(plan.shared_bytes, device.shared_bytes);
             const int64_t segments = int64_t(batch) * 4 * ((shape.rows() + plan.rows - 1) / plan.rows);
             if (plan.method == cuda::AttentionPlan::whole) {

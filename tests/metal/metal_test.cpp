@@ -393,8 +393,8 @@ TEST(MetalPlan, DecodesUpToEightQueriesOfThirtyTwoRows) {
   EXPECT_TRUE(few_rows(32, 1));
   EXPECT_FALSE(few_rows(16, 3));
   // What test_gpu.py expects on a Mac, where it first runs.
-  for (int queries : {1, 4, 6}) EXPECT_STREQ(metal::route(16, 4, queries, 256), "metal decode");
-  EXPECT_STREQ(metal::route(16, 4, 200, 256), "metal prefill (simdgroup_matrix)");
+  for (int queries : {1, 4, 6}) EXPECT_STREQ(metal::kernel_name(16, 4, queries, 256), "metal decode");
+  EXPECT_STREQ(metal::kernel_name(16, 4, 200, 256), "metal prefill (simdgroup_matrix)");
 }
 
 TEST(MetalPlan, FitsTheLimits) {
@@ -406,7 +406,7 @@ TEST(MetalPlan, FitsTheLimits) {
     EXPECT_LE(plan.merged ? partial : 0, 64 << 20) << c.name();
     EXPECT_LE(plan.attend.threadgroup[0], 1024);
     for (int i = 0; i < 3; ++i) EXPECT_EQ(plan.attend.grid[i] % plan.attend.threadgroup[i], 0) << c.name();
-    EXPECT_STREQ(metal::route(c.query_heads, c.kv_heads, c.query_len, c.head_dim),
+    EXPECT_STREQ(metal::kernel_name(c.query_heads, c.kv_heads, c.query_len, c.head_dim),
                  plan.few_rows ? "metal decode" : "metal prefill (simdgroup_matrix)");
   }
 }

@@ -269,19 +269,19 @@ def test_the_kernel_told_is_the_one_that_attention_used(kind, patched):
 
     try:
         cache.update_and_fetch(*kv(5))
-        assert cache.route is None
+        assert cache.kernel is None
         _core.force_isa(other)
         attend(cache)
         _core.force_isa("")
         cache.update_and_fetch(*kv(12))
-        assert cache.route == cache.inspect()["kernel"] == f"cpu {other}"
+        assert cache.kernel == cache.inspect()["kernel"] == f"cpu {other}"
         copied = copy.deepcopy(cache)
-        assert copied.route == f"cpu {other}"
+        assert copied.kernel == f"cpu {other}"
         attend(copied)
-        assert (copied.route, cache.route) == (f"cpu {own}", f"cpu {other}")
+        assert (copied.kernel, cache.kernel) == (f"cpu {own}", f"cpu {other}")
         with pytest.raises(ValueError, match=r"\[attention\] query heads must be a multiple"):
             cache.keys_and_values()[0].attend(mx.zeros((1, 3, 1, 256)), 0.1)
-        assert cache.route == f"cpu {other}"
-        assert type(cache).from_state(cache.state).route is None
+        assert cache.kernel == f"cpu {other}"
+        assert type(cache).from_state(cache.state).kernel is None
     finally:
         _core.force_isa("")

@@ -328,7 +328,7 @@ def test_keys_that_a_model_casts(tmp_path):
     mx.eval(model.parameters())
     assert enable(model) == 2
     cache = make_prompt_cache(model)
-    assert len(greedy(model, prompt(20), 6, cache)) == 6 and cache[0].route
+    assert len(greedy(model, prompt(20), 6, cache)) == 6 and cache[0].kernel
 
 
 def test_the_bundled_calibration_says_what_it_was_made_with():

@@ -48,9 +48,9 @@ def test_a_few_queries_read_the_codes():
     enable(model)
     cache = make_prompt_cache(model)
     for n in (1, 2, 8, 9):
-        before = cache[0].route
+        before = cache[0].kernel
         mx.eval(model(mx.array(prompt(n))[None], cache=cache))
-        assert cache[0].route == f"cpu {_core.current_isa()}" and before in (None, cache[0].route)
+        assert cache[0].kernel == f"cpu {_core.current_isa()}" and before in (None, cache[0].kernel)
 
 
 def test_what_mlx_lm_cannot_rewind_it_refuses(bundled):

@@ -164,9 +164,11 @@ class PackedCache(_BaseCache):
         return self._core.nbytes
 
     @property
-    def route(self) -> str | None:
+    def kernel(self) -> str | None:
         """The kernel that attention over this cache used last, as words; None before it ran."""
         return self._last_kernel.name
+
+    route = kernel  # its former name
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[_core.View, _core.View]:
         """Appends keys and values.
@@ -329,7 +331,7 @@ class PackedCache(_BaseCache):
             "resident_bytes": self.nbytes,
             "exact_bytes": getattr(self._core, "copies_nbytes", 0),  # of the former
             "float16_bytes": 0 if shape is None else 2 * shape[0] * shape[1] * shape[2] * shape[3],
-            "kernel": self.route,
+            "kernel": self.kernel,
         }
 
 
