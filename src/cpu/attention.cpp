@@ -133,8 +133,8 @@ class Attention {
     const MaskContext context{p_, b, kv * split_.group, begin, split_.group};
     Tile t;
     t.rows = tile_end(tile) - begin;
-    t.keys = rows_of(p_.keys, p_.key_dim, b, kv);
-    t.values = rows_of(p_.values, p_.value_dim, b, kv);
+    t.keys = packed_head(p_.keys, p_.key_dim, b, kv);
+    t.values = packed_head(p_.values, p_.value_dim, b, kv);
     t.scale = p_.scale;
     t.q_dtype = p_.q.dtype;
     t.signs = signs_;
@@ -194,8 +194,8 @@ class Attention {
       exact[r] = exact_keys(p_, b, (first_row + r) / split_.group);
       if (seen[r].first < seen[r].last) begin = std::min(begin, std::max(seen[r].first, exact[r].recent_begin));
     }
-    t.keys = rows_of(p_.exact.keys, p_.key_dim, b, kv);
-    t.values = rows_of(p_.exact.values, p_.value_dim, b, kv);
+    t.keys = packed_head(p_.exact.keys, p_.key_dim, b, kv);
+    t.values = packed_head(p_.exact.values, p_.value_dim, b, kv);
     t.ranges = 0;
     const auto add = [&](int from, int to, int slot, const auto& visible) {
       Range& range = t.range[t.ranges];

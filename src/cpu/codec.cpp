@@ -7,15 +7,15 @@
 namespace turboquant::cpu {
 namespace {
 
-constexpr int kRowsPerTask = 64;
+constexpr int kVectorsPerTask = 64;
 
-/// Calls run(b, h, t, count) for runs of rows that cover everything.
+/// Calls run(b, h, t, count) for runs of vectors that cover everything.
 template <class Params, class Run>
-void for_rows(const Params& p, const Run& run) {
-  const int runs = (p.tokens + kRowsPerTask - 1) / kRowsPerTask;
+void for_vectors(const Params& p, const Run& run) {
+  const int runs = (p.tokens + kVectorsPerTask - 1) / kVectorsPerTask;
   parallel_for(p.batch * p.heads * runs, [&](int task) {
-    const int head = task / runs, t = task % runs * kRowsPerTask;
-    run(head / p.heads, head % p.heads, t, std::min(kRowsPerTask, p.tokens - t));
+    const int head = task / runs, t = task % runs * kVectorsPerTask;
+    run(head / p.heads, head % p.heads, t, std::min(kVectorsPerTask, p.tokens - t));
   });
 }
 
@@ -26,20 +26,20 @@ void encode(const EncodeParams& p) {
   alignas(64) float signs[kMaxDim];
   fill_signs(p.seed, p.head_dim, signs);
   const bool feedback = p.feedback && p.head_dim > 32;  // one block has none before it
-  for_rows(p, [&](int b, int h, int t, int count) {
-    EncodeRows rows;
-    rows.dim = p.head_dim;
-    rows.count = count;
-    rows.kind = kind_of(p.out);
-    rows.x = static_cast<const std::byte*>(p.x.data) + row_offset(p.x, b, h, t) * size_of(p.x.dtype);
-    rows.dtype = p.x.dtype;
-    rows.stride = p.x.token_stride;
-    rows.centre = p.centre ? p.centre + h * p.head_dim : nullptr;
-    rows.signs = signs;
-    rows.feedback = feedback ? p.feedback + int64_t(h) * p.head_dim * p.head_dim : nullptr;
-    rows.codes = row_codes(p.out, p.head_dim, b, h, t);
-    rows.scales = &row_scale(p.out, b, h, t);
-    (feedback ? k.encode_feedback : k.encode)(rows);
+  for_vectors(p, [&](int b, int h, int t, int count) {
+    EncodeVectors vectors;
+    vectors.dim = p.head_dim;
+    vectors.count = count;
+    vectors.kind = kind_of(p.out);
+    vectors.x = static_cast<const std::byte*>(p.x.data) + row_offset(p.x, b, h, t) * size_of(p.x.dtype);
+    vectors.dtype = p.x.dtype;
+    vectors.stride = p.x.token_stride;
+    vectors.centre = p.centre ? p.centre + h * p.head_dim : nullptr;
+    vectors.signs = signs;
+    vectors.feedback = feedback ? p.feedback + int64_t(h) * p.head_dim * p.head_dim : nullptr;
+    vectors.codes = row_codes(p.out, p.head_dim, b, h, t);
+    vectors.scales = &row_scale(p.out, b, h, t);
+    (feedback ? k.encode_feedback : k.encode)(vectors);
   });
 }
 
@@ -47,35 +47,35 @@ void decode(const DecodeParams& p) {
   const Kernels& k = kernels();
   alignas(64) float signs[kMaxDim];
   fill_signs(p.seed, p.head_dim, signs);
-  for_rows(p, [&](int b, int h, int t, int count) {
-    DecodeRows rows;
-    rows.dim = p.head_dim;
-    rows.count = count;
-    rows.in = {row_codes(p.in, p.head_dim, b, h, t), &row_scale(p.in, b, h, t), p.head_dim, kind_of(p.in)};
-    rows.centre = p.centre ? p.centre + h * p.head_dim : nullptr;
-    rows.signs = signs;
-    rows.out = static_cast<std::byte*>(p.out.data) + row_offset(p.out, b, h, t) * size_of(p.out.dtype);
-    rows.dtype = p.out.dtype;
-    rows.stride = p.out.token_stride;
-    k.decode(rows);
+  for_vectors(p, [&](int b, int h, int t, int count) {
+    DecodeVectors vectors;
+    vectors.dim = p.head_dim;
+    vectors.count = count;
+    vectors.in = {row_codes(p.in, p.head_dim, b, h, t), &row_scale(p.in, b, h, t), p.head_dim, kind_of(p.in)};
+    vectors.centre = p.centre ? p.centre + h * p.head_dim : nullptr;
+    vectors.signs = signs;
+    vectors.out = static_cast<std::byte*>(p.out.data) + row_offset(p.out, b, h, t) * size_of(p.out.dtype);
+    vectors.dtype = p.out.dtype;
+    vectors.stride = p.out.token_stride;
+    k.decode(vectors);
   });
 }
 
 void transform(const TransformParams& p) {
   const Kernels& k = kernels();
-  for_rows(p, [&](int b, int h, int t, int count) {
+  for_vectors(p, [&](int b, int h, int t, int count) {
     const int64_t m = h / (p.heads / p.matrices);
-    TransformRows rows;
-    rows.dim = p.head_dim;
-    rows.count = count;
-    rows.x = static_cast<const std::byte*>(p.x.data) + row_offset(p.x, b, h, t) * size_of(p.x.dtype);
-    rows.dtype = p.x.dtype;
-    rows.stride = p.x.token_stride;
-    rows.centre = p.centre ? p.centre + m * p.head_dim : nullptr;
-    rows.matrix = p.matrix + m * p.head_dim * p.head_dim;
-    rows.out = static_cast<float*>(p.out.data) + row_offset(p.out, b, h, t);
-    rows.out_stride = p.out.token_stride;
-    k.transform(rows);
+    TransformVectors vectors;
+    vectors.dim = p.head_dim;
+    vectors.count = count;
+    vectors.x = static_cast<const std::byte*>(p.x.data) + row_offset(p.x, b, h, t) * size_of(p.x.dtype);
+    vectors.dtype = p.x.dtype;
+    vectors.stride = p.x.token_stride;
+    vectors.centre = p.centre ? p.centre + m * p.head_dim : nullptr;
+    vectors.matrix = p.matrix + m * p.head_dim * p.head_dim;
+    vectors.out = static_cast<float*>(p.out.data) + row_offset(p.out, b, h, t);
+    vectors.out_stride = p.out.token_stride;
+    k.transform(vectors);
   });
 }
 

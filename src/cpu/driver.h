@@ -23,7 +23,7 @@ Kind kind_of(const P& packed) {
   return {packed.bits, packed.code == Code::trellis};
 }
 
-inline Rows rows_of(const Packed& packed, int head_dim, int b, int h) {
+inline PackedHead packed_head(const Packed& packed, int head_dim, int b, int h) {
   return {packed.codes ? row_codes(packed, head_dim, b, h, 0) : nullptr,
           packed.scales ? &row_scale(packed, b, h, 0) : nullptr, head_dim, kind_of(packed)};
 }

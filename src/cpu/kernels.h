@@ -24,8 +24,8 @@ struct Kind {
   bool operator==(const Kind&) const = default;
 };
 
-/// Packed rows of one head.
-struct Rows {
+/// Packed vectors of one head.
+struct PackedHead {
   const uint32_t* codes;
   const uint16_t* scales;
   int dim;
@@ -44,7 +44,7 @@ constexpr int kMaxRanges = 3;
 struct Tile {
   int rows, ranges;
   Range range[kMaxRanges];
-  Rows keys, values;
+  PackedHead keys, values;
   float scale;  // of the scores
   Dtype q_dtype;
   const void* q[kTileRows];  // of each row, keys.dim numbers
@@ -56,8 +56,8 @@ struct Tile {
   float *max, *sum, *acc;  // out: [rows] base-2 maximum and sum, [rows, values.dim] weighted values, rotated basis
 };
 
-/// Vectors of one head, `count` rows.
-struct EncodeRows {
+/// `count` vectors of one head.
+struct EncodeVectors {
   int dim, count;
   Kind kind;
   const void* x;
@@ -69,9 +69,9 @@ struct EncodeRows {
   uint32_t* codes;
   uint16_t* scales;
 };
-struct DecodeRows {
+struct DecodeVectors {
   int dim, count;
-  Rows in;
+  PackedHead in;
   const float* centre;
   const float* signs;
   void* out;
@@ -79,8 +79,8 @@ struct DecodeRows {
   int64_t stride;
 };
 
-/// Vectors of one head, `count` rows, by one matrix.
-struct TransformRows {
+/// `count` vectors of one head, by one matrix.
+struct TransformVectors {
   int dim, count;
   const void* x;
   Dtype dtype;
@@ -96,10 +96,10 @@ struct Kernels {
   bool (*runs_here)();
   size_t (*workspace_bytes)(const Tile&);
   void (*attend)(const Tile&);
-  void (*encode)(const EncodeRows&);
-  void (*encode_feedback)(const EncodeRows&);  // dim > 32
-  void (*decode)(const DecodeRows&);
-  void (*transform)(const TransformRows&);
+  void (*encode)(const EncodeVectors&);
+  void (*encode_feedback)(const EncodeVectors&);  // dim > 32
+  void (*decode)(const DecodeVectors&);
+  void (*transform)(const TransformVectors&);
   void (*hadamard)(float* x, int dim);  // the symmetric orthonormal H of rotation.h, in place
 };
 

@@ -14,8 +14,8 @@ namespace {
 
 using cases::Buffer;
 using cases::code_at;
-using cases::decode_rows;
-using cases::encode_rows;
+using cases::decode_vectors;
+using cases::encode_vectors;
 using cases::Encoded;
 using cases::gaussian;
 
@@ -50,8 +50,8 @@ TEST_P(Codec, EncodeMatchesTheOracleExceptWithinRoundingOfAThreshold) {
         const Buffer centre = gaussian(size_t(heads) * dim, Dtype::float32, 6);
         const float* centre_data =
             dtype == Dtype::float16 ? reinterpret_cast<const float*>(centre.bytes.data()) : nullptr;
-        const Encoded want = encode_rows(x, heads, tokens, dim, bits, Backend::reference, 3, centre_data);
-        const Encoded got = encode_rows(x, heads, tokens, dim, bits, Backend::cpu, 3, centre_data);
+        const Encoded want = encode_vectors(x, heads, tokens, dim, bits, Backend::reference, 3, centre_data);
+        const Encoded got = encode_vectors(x, heads, tokens, dim, bits, Backend::cpu, 3, centre_data);
         int differences = 0;
         for (int row = 0; row < heads * tokens; ++row) {
           const uint32_t* a = &want.codes[size_t(row) * words_per_vector(bits, dim)];
@@ -87,8 +87,8 @@ TEST_P(Codec, NoPathIsNearerThanTheOneFound) {
       for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
         SCOPED_TRACE(testing::Message() << "bits " << bits << " dim " << dim << " dtype " << int(dtype));
         const Buffer x = gaussian(size_t(heads) * tokens * dim, dtype);
-        const Encoded e = encode_rows(x, heads, tokens, dim, bits, Backend::cpu, 3, nullptr, nullptr, code);
-        const Encoded want = encode_rows(x, heads, tokens, dim, bits, Backend::reference, 3, nullptr, nullptr, code);
+        const Encoded e = encode_vectors(x, heads, tokens, dim, bits, Backend::cpu, 3, nullptr, nullptr, code);
+        const Encoded want = encode_vectors(x, heads, tokens, dim, bits, Backend::reference, 3, nullptr, nullptr, code);
         int differing = 0;
         for (int row = 0; row < heads * tokens; ++row) {
           const uint32_t* words = &e.codes[size_t(row) * words_per_vector(bits, dim)];
@@ -113,7 +113,7 @@ TEST_P(Codec, LevelsOfEightBitsAreTheNearest) {
   const int tokens = 67;
   for (int dim = 32; dim <= 256; dim += 32) {
     const Buffer x = gaussian(size_t(tokens) * dim);
-    const Encoded e = encode_rows(x, 1, tokens, dim, 8, Backend::cpu);
+    const Encoded e = encode_vectors(x, 1, tokens, dim, 8, Backend::cpu);
     for (int row = 0; row < tokens; ++row) {
       auto r = doubled_coordinates(x, row, dim, 3, nullptr);
       double largest = 0, square = 0;
@@ -137,9 +137,9 @@ TEST_P(Codec, DecodeMatchesTheOracle) {
       SCOPED_TRACE(testing::Message() << "bits " << bits << " code " << int(code) << " dim " << dim);
       const Buffer centre = gaussian(size_t(heads) * dim, Dtype::float32, 6);
       const auto* c = reinterpret_cast<const float*>(centre.bytes.data());
-      const Encoded e = encode_rows(gaussian(size_t(heads) * tokens * dim), heads, tokens, dim, bits,
-                                    Backend::reference, 3, nullptr, nullptr, code);
-      const auto want = decode_rows(e, Backend::reference, 3, c), got = decode_rows(e, Backend::cpu, 3, c);
+      const Encoded e = encode_vectors(gaussian(size_t(heads) * tokens * dim), heads, tokens, dim, bits,
+                                       Backend::reference, 3, nullptr, nullptr, code);
+      const auto want = decode_vectors(e, Backend::reference, 3, c), got = decode_vectors(e, Backend::cpu, 3, c);
       for (size_t i = 0; i < want.size(); ++i) EXPECT_NEAR(got[i], want[i], 1e-5) << i;
     }
   }
@@ -158,7 +158,7 @@ TEST_P(Codec, ReadsAndWritesStridedViews) {
         }
       }
     }
-    const Encoded want = encode_rows(dense, heads, tokens, dim, bits, Backend::cpu);
+    const Encoded want = encode_vectors(dense, heads, tokens, dim, bits, Backend::cpu);
     Encoded got(heads, tokens, dim, bits);
     EncodeParams p;
     p.batch = 1, p.heads = heads, p.tokens = tokens, p.head_dim = dim, p.seed = 3;
@@ -168,7 +168,7 @@ TEST_P(Codec, ReadsAndWritesStridedViews) {
     EXPECT_EQ(got.codes, want.codes);
     EXPECT_EQ(got.scales, want.scales);
 
-    const auto plain = decode_rows(want, Backend::cpu);
+    const auto plain = decode_vectors(want, Backend::cpu);
     Buffer out(dtype, size_t(tokens) * heads * stride);
     for (size_t i = 0; i < out.size(); ++i) out.set(i, 99);
     DecodeParams d;
@@ -201,7 +201,7 @@ TEST_P(Codec, ZeroInfiniteAndNotANumber) {
         Buffer x(Dtype::float32, 3 * dim);  // ordinary vectors around it, which it must not touch
         for (int i = 0; i < 3 * dim; ++i) x.set(i, float(i % 7) - 3);
         for (int i = 0; i < dim; ++i) x.set(dim + i, i == 5 ? row.first : row.fill);
-        const Encoded e = encode_rows(x, 1, 3, dim, bits, backend, 3, nullptr, nullptr, code);
+        const Encoded e = encode_vectors(x, 1, 3, dim, bits, backend, 3, nullptr, nullptr, code);
         const int words = words_per_vector(bits, dim);
         for (int w = 0; w < words; ++w) EXPECT_EQ(e.codes[words + w], 0u);
         if (row.scale == 0) {
@@ -209,7 +209,7 @@ TEST_P(Codec, ZeroInfiniteAndNotANumber) {
         } else {
           EXPECT_TRUE(std::isnan(half_to_float(e.scales[1])));
         }
-        const auto y = decode_rows(e, backend);
+        const auto y = decode_vectors(e, backend);
         for (int i = 0; i < dim; ++i) {
           EXPECT_TRUE(std::isfinite(y[i]) && std::isfinite(y[2 * dim + i]));
           EXPECT_TRUE(row.scale == 0 ? y[dim + i] == 0 : std::isnan(y[dim + i]));
@@ -226,8 +226,8 @@ TEST_P(Codec, ScalesCoverTheRangeOfFp16) {
     Buffer x(Dtype::float32, dim);
     for (int i = 0; i < dim; ++i) x.set(i, size * shape.get(i));
     for (auto [bits, code] : cases::kKinds) {
-      const Encoded want = encode_rows(x, 1, 1, dim, bits, Backend::reference, 3, nullptr, nullptr, code);
-      const Encoded got = encode_rows(x, 1, 1, dim, bits, Backend::cpu, 3, nullptr, nullptr, code);
+      const Encoded want = encode_vectors(x, 1, 1, dim, bits, Backend::reference, 3, nullptr, nullptr, code);
+      const Encoded got = encode_vectors(x, 1, 1, dim, bits, Backend::cpu, 3, nullptr, nullptr, code);
       EXPECT_LE(std::abs(int(want.scales[0]) - int(got.scales[0])), 1) << size;
       EXPECT_EQ(want.codes, got.codes) << size;
       EXPECT_EQ(half_to_float(got.scales[0]) == largest_scale(), size >= 1e6f) << size;
@@ -256,11 +256,11 @@ TEST_P(Codec, FiniteVectorsStayFinite) {
             x.set(i, i % 3 ? row.size : -row.size);
             small.set(i, x.get(i) * 0x1p-64f);
           }
-          const Encoded e = encode_rows(x, 1, 1, dim, bits, backend);
-          EXPECT_EQ(e.codes, encode_rows(small, 1, 1, dim, bits, backend).codes);
+          const Encoded e = encode_vectors(x, 1, 1, dim, bits, backend);
+          EXPECT_EQ(e.codes, encode_vectors(small, 1, 1, dim, bits, backend).codes);
           if (row.saturates[bits]) EXPECT_EQ(e.scales[0], 0x7bff);
           EXPECT_LE(e.scales[0], 0x7bff);
-          for (float y : decode_rows(e, backend)) EXPECT_TRUE(std::isfinite(y));
+          for (float y : decode_vectors(e, backend)) EXPECT_TRUE(std::isfinite(y));
           Buffer out(Dtype::float16, dim);
           DecodeParams d;
           d.batch = d.heads = d.tokens = 1, d.head_dim = dim, d.seed = 3;
@@ -284,8 +284,8 @@ TEST_P(Codec, DistortionOfGaussianVectors) {
     for (int dim = 32; dim <= 256; dim += 32) {
       const int tokens = (1 << 19) / dim;
       const Buffer x = gaussian(size_t(tokens) * dim, Dtype::float32, 8);
-      const auto y =
-          decode_rows(encode_rows(x, 1, tokens, dim, bits, Backend::cpu, 3, nullptr, nullptr, code), Backend::cpu);
+      const auto y = decode_vectors(encode_vectors(x, 1, tokens, dim, bits, Backend::cpu, 3, nullptr, nullptr, code),
+                                    Backend::cpu);
       double lost = 0, all = 0;
       for (int t = 0; t < tokens; ++t) {
         double xx = 0, xy = 0, yy = 0;
@@ -310,11 +310,11 @@ TEST_P(Codec, GoldenBytes) {
   for (int i = 0; i < dim; ++i) x.set(i, numbers[i]);
   const auto check = [&](const golden::Bytes& g, Code code, Backend backend) {
     SCOPED_TRACE(testing::Message() << "bits " << g.bits << " code " << int(code));
-    Encoded e = encode_rows(x, 1, 1, dim, g.bits, backend, golden::kSeed, nullptr, nullptr, code);
+    Encoded e = encode_vectors(x, 1, 1, dim, g.bits, backend, golden::kSeed, nullptr, nullptr, code);
     EXPECT_EQ(e.codes, g.words);
     EXPECT_EQ(e.scales[0], g.scale);
     e.codes = g.words;
-    auto y = decode_rows(e, backend);
+    auto y = decode_vectors(e, backend);
     rotate(y.data(), dim, golden::kSeed);
     for (int i = 0; i < dim; ++i) {
       const float step = half_to_float(g.scale) * level_step(g.bits, int(code));

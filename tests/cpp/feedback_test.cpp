@@ -32,10 +32,10 @@ TEST_P(Feedback, EveryCodeIsTheNearestToItsTarget) {
         const float* centre = dtype == Dtype::float16 ? floats(centres) : nullptr;
         const auto g = random_feedback(heads, dim);
         for (Backend backend : kBackends) {
-          const Encoded e = encode_rows(x, heads, tokens, dim, bits, backend, kSeed, centre, g.data(), code);
+          const Encoded e = encode_vectors(x, heads, tokens, dim, bits, backend, kSeed, centre, g.data(), code);
           FeedbackRounding rounding;
           if (backend == Backend::cpu) rounding.search = rounding_of_cpu(bits);
-          EXPECT_EQ(wrong_rows(x, e, heads, kSeed, centre, g.data(), rounding), "") << "backend " << int(backend);
+          EXPECT_EQ(wrong_vectors(x, e, heads, kSeed, centre, g.data(), rounding), "") << "backend " << int(backend);
         }
       }
     }
@@ -50,7 +50,7 @@ TEST_P(Feedback, VectorsOfAnySize) {
     Buffer x(Dtype::float32, dim);
     for (int i = 0; i < dim; ++i) x.set(i, size * shape.get(i));
     for (auto [bits, code] : kKinds) {
-      const Encoded e = encode_rows(x, 1, 1, dim, bits, Backend::cpu, kSeed, nullptr, g.data(), code);
+      const Encoded e = encode_vectors(x, 1, 1, dim, bits, Backend::cpu, kSeed, nullptr, g.data(), code);
       const FeedbackInput in{x, 0, dim, bits, kSeed, nullptr, g.data(), code};
       FeedbackRounding rounding;
       rounding.search = rounding_of_cpu(bits);
@@ -82,7 +82,7 @@ TEST_P(Feedback, ComputedByHand) {
   set(41, 63, 100);
   set(3, 0, 100);
   for (Backend backend : kBackends) {
-    const Encoded e = encode_rows(x, 1, 1, dim, 2, backend, kSeed, nullptr, g.data());
+    const Encoded e = encode_vectors(x, 1, 1, dim, 2, backend, kSeed, nullptr, g.data());
     for (int i = 0; i < dim; ++i) {
       const int want = i == 32 || i == 34 ? 10 : i == 33 || i == 38 ? -3 : i == 5 ? -10 : i % 2 ? 10 : 3;
       EXPECT_EQ(level(2, code_at(e.codes.data(), 2, i)), want) << i;
@@ -97,8 +97,8 @@ TEST_P(Feedback, OfZeros) {
     const Buffer x = gaussian(size_t(9) * dim);
     const std::vector<uint16_t> g(size_t(dim) * dim);
     for (Backend backend : kBackends) {
-      const Encoded plain = encode_rows(x, 1, 9, dim, 3, backend);
-      const Encoded e = encode_rows(x, 1, 9, dim, 3, backend, kSeed, nullptr, g.data());
+      const Encoded plain = encode_vectors(x, 1, 9, dim, 3, backend);
+      const Encoded e = encode_vectors(x, 1, 9, dim, 3, backend, kSeed, nullptr, g.data());
       if (dim == 32) EXPECT_EQ(e.codes, plain.codes);
       if (dim == 32) EXPECT_EQ(e.scales, plain.scales);
       for (int row = 0; row < 9; ++row) {
@@ -119,9 +119,9 @@ TEST_P(Feedback, DoesNotDependOnTheOthers) {
     const int words = words_per_vector(bits, dim);
     const Buffer x = gaussian(size_t(2) * tokens * dim);
     set_num_threads(1);
-    const Encoded all = encode_rows(x, 2, tokens, dim, bits, Backend::cpu, kSeed, nullptr, two.data(), code);
+    const Encoded all = encode_vectors(x, 2, tokens, dim, bits, Backend::cpu, kSeed, nullptr, two.data(), code);
     set_num_threads(2);
-    const Encoded again = encode_rows(x, 2, tokens, dim, bits, Backend::cpu, kSeed, nullptr, two.data(), code);
+    const Encoded again = encode_vectors(x, 2, tokens, dim, bits, Backend::cpu, kSeed, nullptr, two.data(), code);
     set_num_threads(threads);
     EXPECT_EQ(all.codes, again.codes);
     EXPECT_EQ(all.scales, again.scales);
@@ -129,7 +129,7 @@ TEST_P(Feedback, DoesNotDependOnTheOthers) {
       for (int row = 0; row + count <= 2 * tokens; row += row < 20 ? 1 : 29) {
         Buffer part(Dtype::float32, size_t(count) * dim);
         std::copy_n(x.bytes.begin() + size_t(row) * dim * 4, part.bytes.size(), part.bytes.begin());
-        const Encoded e = encode_rows(part, 1, count, dim, bits, Backend::cpu, kSeed, nullptr, one.data(), code);
+        const Encoded e = encode_vectors(part, 1, count, dim, bits, Backend::cpu, kSeed, nullptr, one.data(), code);
         EXPECT_TRUE(std::equal(e.codes.begin(), e.codes.end(), all.codes.begin() + size_t(row) * words)) << row;
         EXPECT_TRUE(std::equal(e.scales.begin(), e.scales.end(), all.scales.begin() + row)) << row;
       }
@@ -141,12 +141,12 @@ TEST_P(Feedback, ZeroInfiniteAndNotANumberAsWithoutIt) {
   const int dim = 96, rows = 8, bits = 3, words = words_per_vector(bits, dim);
   const auto g = random_feedback(1, dim);
   Buffer x = gaussian(size_t(rows) * dim);
-  const Encoded clean = encode_rows(x, 1, rows, dim, bits, Backend::cpu, kSeed, nullptr, g.data());
+  const Encoded clean = encode_vectors(x, 1, rows, dim, bits, Backend::cpu, kSeed, nullptr, g.data());
   for (int i = 0; i < dim; ++i) x.set(size_t(1) * dim + i, 0);
   x.set(2 * dim + 40, NAN);
   x.set(5 * dim + 3, -INFINITY);
   for (Backend backend : kBackends) {
-    const Encoded e = encode_rows(x, 1, rows, dim, bits, backend, kSeed, nullptr, g.data());
+    const Encoded e = encode_vectors(x, 1, rows, dim, bits, backend, kSeed, nullptr, g.data());
     for (int row = 0; row < rows; ++row) {
       const bool special = row == 1 || row == 2 || row == 5;
       for (int w = row * words; w < (row + 1) * words; ++w) {
@@ -175,7 +175,7 @@ TEST_P(Feedback, LowersWhatErrorsCost) {
   for (auto [bits, code] :
        {Kind{2, Code::scalar}, Kind{3, Code::scalar}, Kind{4, Code::scalar}, Kind{3, Code::trellis}}) {
     const auto cost = [&](const Encoded& e) {
-      const auto y = decode_rows(e, Backend::reference);
+      const auto y = decode_vectors(e, Backend::reference);
       double weighted = 0, plain = 0;
       for (int t = 0; t < tokens; ++t) {
         for (int k = 0; k < rank; ++k) {
@@ -189,9 +189,9 @@ TEST_P(Feedback, LowersWhatErrorsCost) {
       }
       return std::pair{weighted, plain};
     };
-    const auto before = cost(encode_rows(x, 1, tokens, dim, bits, Backend::cpu, kSeed, nullptr, nullptr, code));
+    const auto before = cost(encode_vectors(x, 1, tokens, dim, bits, Backend::cpu, kSeed, nullptr, nullptr, code));
     for (Backend backend : kBackends) {
-      const auto after = cost(encode_rows(x, 1, tokens, dim, bits, backend, kSeed, nullptr, g.data(), code));
+      const auto after = cost(encode_vectors(x, 1, tokens, dim, bits, backend, kSeed, nullptr, g.data(), code));
       EXPECT_LT(after.first, 0.7 * before.first) << bits << " bits";
       EXPECT_LT(after.second, 1.5 * before.second) << bits << " bits";
       RecordProperty("weighted_" + std::to_string(bits), std::to_string(after.first / before.first));

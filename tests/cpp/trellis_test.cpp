@@ -118,8 +118,8 @@ TEST(Trellis, ErrsByAThirdLessThanScalarCodes) {
   const double most[] = {0, 0, 0.0870, 0.0240};
   for (int bits : {2, 3}) {
     const auto y =
-        decode_rows(encode_rows(x, 1, tokens, dim, bits, Backend::reference, 3, nullptr, nullptr, Code::trellis),
-                    Backend::reference);
+        decode_vectors(encode_vectors(x, 1, tokens, dim, bits, Backend::reference, 3, nullptr, nullptr, Code::trellis),
+                       Backend::reference);
     double error = 0, all = 0;
     for (size_t i = 0; i < y.size(); ++i) error += std::pow(y[i] - x.get(i), 2), all += std::pow(x.get(i), 2);
     EXPECT_LE(error / all, most[bits]) << bits;

@@ -65,7 +65,7 @@ TEST_F(Gpu, CodesOf8BitsAreTheNearestLevels) {
     SCOPED_TRACE(testing::Message() << "dim " << dim << " dtype " << int(dtype));
     const Buffer x = gaussian(size_t(heads) * tokens * dim, dtype);
     const Encoded got = encode_8bits(x, heads, tokens, dim, 8, nullptr);
-    const Encoded want = encode_rows(x, heads, tokens, dim, 8, Backend::reference, kSeed);
+    const Encoded want = encode_vectors(x, heads, tokens, dim, 8, Backend::reference, kSeed);
     int differ = 0;
     for (size_t row = 0; row < got.scales.size(); ++row) {
       for (int i = 0; i < dim; ++i) {
@@ -82,7 +82,7 @@ TEST_F(Gpu, CodesOf8BitsAreTheNearestLevels) {
     std::vector<float> y(x.size());
     p.out = contiguous<void*>(y.data(), Dtype::float32, heads, tokens, dim);
     jit::decode_on_gpu(p);
-    const auto expected = decode_rows(got, Backend::reference, kSeed);
+    const auto expected = decode_vectors(got, Backend::reference, kSeed);
     for (size_t i = 0; i < y.size(); ++i) ASSERT_NEAR(y[i], expected[i], 1e-4) << i;
   }
 }
@@ -92,7 +92,7 @@ TEST_F(Gpu, CodesOf8BitsWithFeedbackAreTheNearestToTheirTargets) {
     const int tokens = 11;
     const Buffer x = gaussian(size_t(tokens) * dim, Dtype::float32);
     const auto g = random_feedback(1, dim);
-    EXPECT_EQ(wrong_rows(x, encode_8bits(x, 1, tokens, dim, 8, g.data()), 1, kSeed, nullptr, g.data()), "");
+    EXPECT_EQ(wrong_vectors(x, encode_8bits(x, 1, tokens, dim, 8, g.data()), 1, kSeed, nullptr, g.data()), "");
   }
   EXPECT_EQ(wrong_beside_bad_vectors(encode_8bits, Dtype::float32, 128, 8, kSeed), "");
 }

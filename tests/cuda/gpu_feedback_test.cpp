@@ -35,8 +35,8 @@ TEST_F(Gpu, FeedbackCodesAreTheNearestToTheirTargets) {
       EncodeParams k = params(x, keys, 1, heads, tokens), v = params(x, values, 1, heads, tokens);
       k.centre = centre, k.feedback = g.data();
       jit::encode_on_gpu(k, &v);  // values without
-      ASSERT_EQ(wrong_rows(x, keys, heads, kSeed, centre, g.data()), "");
-      const Encoded plain = encode_rows(x, heads, tokens, dim, 6 - bits, Backend::reference, kSeed);
+      ASSERT_EQ(wrong_vectors(x, keys, heads, kSeed, centre, g.data()), "");
+      const Encoded plain = encode_vectors(x, heads, tokens, dim, 6 - bits, Backend::reference, kSeed);
       size_t differ = 0;
       for (size_t i = 0; i < plain.codes.size(); ++i) differ += plain.codes[i] != values.codes[i];
       EXPECT_LE(differ, 2u) << "of the side without feedback";
@@ -52,7 +52,7 @@ TEST_F(Gpu, FeedbackOfBothSidesWithDifferentWidths) {
   EncodeParams k = params(x, keys, 1, 1, tokens), v = params(x, values, 1, 1, tokens);
   k.feedback = v.feedback = g.data();
   jit::encode_on_gpu(k, &v);
-  for (const Encoded* e : {&keys, &values}) ASSERT_EQ(wrong_rows(x, *e, 1, kSeed, nullptr, g.data()), "");
+  for (const Encoded* e : {&keys, &values}) ASSERT_EQ(wrong_vectors(x, *e, 1, kSeed, nullptr, g.data()), "");
 }
 
 Encoded encode_with_feedback(const Buffer& x, int heads, int tokens, int dim, int bits, const uint16_t* g) {

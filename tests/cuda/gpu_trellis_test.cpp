@@ -50,7 +50,7 @@ TEST_F(Gpu, DecodeOfTrellisCodesMatchesTheOracle) {
     for (int bits : {2, 3}) {
       const int heads = 2, tokens = 19;
       const Buffer x = gaussian(size_t(heads) * tokens * dim, Dtype::float32);
-      Encoded e = encode_rows(x, heads, tokens, dim, bits, Backend::reference, 7, nullptr, nullptr, Code::trellis);
+      Encoded e = encode_vectors(x, heads, tokens, dim, bits, Backend::reference, 7, nullptr, nullptr, Code::trellis);
       DecodeParams p;
       p.batch = 1, p.heads = heads, p.tokens = tokens, p.head_dim = dim, p.seed = 7;
       p.in = e.packed();
@@ -142,7 +142,7 @@ TEST_F(Gpu, TrellisCodesWithFeedbackAreTheNearestPaths) {
       EncodeParams k = params(x, keys), v = params(x, values);
       k.feedback = g.data();
       jit::encode_on_gpu(k, &v);
-      EXPECT_EQ(wrong_rows(x, keys, heads, kSeed, nullptr, g.data(), kRounding), "");
+      EXPECT_EQ(wrong_vectors(x, keys, heads, kSeed, nullptr, g.data(), kRounding), "");
       EXPECT_EQ(wrong_plain(x, values, nullptr), "");
     }
   }
@@ -159,14 +159,14 @@ TEST_F(Gpu, TrellisAndScalarSidesOfOneLaunch) {
     (fed_trellis ? k : v).feedback = g.data();
     jit::encode_on_gpu(k, &v);
     if (fed_trellis) {
-      EXPECT_EQ(wrong_rows(x, keys, heads, kSeed, nullptr, g.data(), kRounding), "");
-      const Encoded want = encode_rows(x, heads, tokens, dim, 4, Backend::reference, kSeed);
+      EXPECT_EQ(wrong_vectors(x, keys, heads, kSeed, nullptr, g.data(), kRounding), "");
+      const Encoded want = encode_vectors(x, heads, tokens, dim, 4, Backend::reference, kSeed);
       size_t differ = 0;
       for (size_t i = 0; i < want.codes.size(); ++i) differ += want.codes[i] != values.codes[i];
       EXPECT_LE(differ, 2u);
     } else {
       EXPECT_EQ(wrong_plain(x, keys, nullptr), "");
-      EXPECT_EQ(wrong_rows(x, values, heads, kSeed, nullptr, g.data()), "");
+      EXPECT_EQ(wrong_vectors(x, values, heads, kSeed, nullptr, g.data()), "");
     }
   }
 }

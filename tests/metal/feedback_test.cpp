@@ -61,7 +61,7 @@ TEST_P(MetalFeedback, CodesAreTheNearestToTheirTargets) {
       EXPECT_LE(differing, 1) << "of the side without feedback";
       continue;
     }
-    ASSERT_EQ(wrong_rows(x[side], got[side], kHeads, kSeed, shift, g[side].data()), "");
+    ASSERT_EQ(wrong_vectors(x[side], got[side], kHeads, kSeed, shift, g[side].data()), "");
   }
 }
 INSTANTIATE_TEST_SUITE_P(All, MetalFeedback, testing::ValuesIn(emulator::feedback_cases()), [](const auto& info) {
@@ -105,7 +105,7 @@ TEST(MetalFeedback, EightBitsStopAtTheLargestLevel) {
   const Buffer x = gaussian(size_t(tokens) * c.head_dim, c.dtype, 8);
   auto g = random_feedback(1, c.head_dim);
   for (auto& v : g) v = float_to_half(half_to_float(v) * 40);
-  EXPECT_EQ(wrong_rows(x, encoder(Code::scalar)(x, 1, tokens, c.head_dim, 8, g.data()), 1, kSeed, nullptr, g.data()),
+  EXPECT_EQ(wrong_vectors(x, encoder(Code::scalar)(x, 1, tokens, c.head_dim, 8, g.data()), 1, kSeed, nullptr, g.data()),
             "");
 }
 

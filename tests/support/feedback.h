@@ -165,8 +165,8 @@ inline std::vector<uint16_t> random_feedback(int heads, int dim, uint64_t seed =
 
 /// The same for all vectors [heads, tokens, dim] of `e`, or for several such batches; `centres` [heads, dim] or null,
 /// `feedback` [heads, dim, dim].
-inline std::string wrong_rows(const Buffer& x, const Encoded& e, int heads, uint64_t seed, const float* centres,
-                              const uint16_t* feedback, const FeedbackRounding& rounding = {}) {
+inline std::string wrong_vectors(const Buffer& x, const Encoded& e, int heads, uint64_t seed, const float* centres,
+                                 const uint16_t* feedback, const FeedbackRounding& rounding = {}) {
   std::ostringstream wrong;
   for (size_t row = 0; row < e.scales.size(); ++row) {
     const size_t head = row / e.tokens % heads;

@@ -50,9 +50,9 @@ struct Encoded {
   }
 };
 
-inline Encoded encode_rows(const Buffer& x, int heads, int tokens, int dim, int bits, Backend backend,
-                           uint64_t seed = 3, const float* centre = nullptr, const uint16_t* feedback = nullptr,
-                           Code code = Code::scalar) {
+inline Encoded encode_vectors(const Buffer& x, int heads, int tokens, int dim, int bits, Backend backend,
+                              uint64_t seed = 3, const float* centre = nullptr, const uint16_t* feedback = nullptr,
+                              Code code = Code::scalar) {
   Encoded e(heads, tokens, dim, bits, code);
   EncodeParams p;
   p.batch = 1, p.heads = heads, p.tokens = tokens, p.head_dim = dim, p.seed = seed;
@@ -63,8 +63,8 @@ inline Encoded encode_rows(const Buffer& x, int heads, int tokens, int dim, int 
   return e;
 }
 
-inline std::vector<float> decode_rows(const Encoded& e, Backend backend, uint64_t seed = 3,
-                                      const float* centre = nullptr) {
+inline std::vector<float> decode_vectors(const Encoded& e, Backend backend, uint64_t seed = 3,
+                                         const float* centre = nullptr) {
   std::vector<float> x(size_t(e.heads) * e.tokens * e.dim, NAN);
   DecodeParams p;
   p.batch = 1, p.heads = e.heads, p.tokens = e.tokens, p.head_dim = e.dim, p.seed = seed, p.centre = centre;

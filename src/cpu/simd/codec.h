@@ -156,7 +156,7 @@ float normalize_range(float* x, int dim) {
 
 /// Row t in the rotated basis, and its length.  What has none is written here, and false returned.
 template <class S>
-inline bool rotated_row(const EncodeRows& p, int t, float* x, float& norm, float& back) {
+inline bool rotated_vector(const EncodeVectors& p, int t, float* x, float& norm, float& back) {
   using F = Vec<float, S::bytes>;
   constexpr int lanes = S::bytes / 4;
   const char* row = static_cast<const char*>(p.x) + t * p.stride * (p.dtype == Dtype::float32 ? 4 : 2);
@@ -207,14 +207,14 @@ inline uint16_t stored_scale(Kind kind, float norm, uint32_t square, float back)
 }
 
 template <class S>
-void encode_rows(const EncodeRows& p) {
+void encode_vectors(const EncodeVectors& p) {
   using F = Vec<float, S::bytes>;
   constexpr int lanes = S::bytes / 4;
   const int words = words_per_vector(p.kind.bits, p.dim);
   for (int t = 0; t < p.count; ++t) {
     alignas(64) float x[kMaxDim];
     float norm, back;
-    if (!rotated_row<S>(p, t, x, norm, back)) continue;
+    if (!rotated_vector<S>(p, t, x, norm, back)) continue;
     uint32_t* const codes = p.codes + int64_t(t) * words;
     uint32_t square;
     if (p.kind.trellis) {
@@ -230,7 +230,7 @@ void encode_rows(const EncodeRows& p) {
 }
 
 template <class S>
-void decode_rows(const DecodeRows& p) {
+void decode_vectors(const DecodeVectors& p) {
   using F = Vec<float, S::bytes>;
   constexpr int lanes = S::bytes / 4;
   const Kind kind = p.in.kind;

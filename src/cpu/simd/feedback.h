@@ -72,9 +72,9 @@ inline float levels_per_unit(Kind kind, const float* x, int dim, float norm, uin
   return __builtin_sqrtf(float(square)) / norm;
 }
 
-/// Rows [t, t + vectors).
+/// Vectors [t, t + vectors).
 template <class S, int vectors>
-void encode_feedback_group(const EncodeRows& p, int t) {
+void encode_feedback_group(const EncodeVectors& p, int t) {
   using F = Vec<float, S::bytes>;
   constexpr int lanes = S::bytes / 4;
   const int words = words_per_vector(p.kind.bits, p.dim);
@@ -83,7 +83,7 @@ void encode_feedback_group(const EncodeRows& p, int t) {
   uint32_t square[vectors];
   bool coded[vectors];
   for (int v = 0; v < vectors; ++v) {
-    coded[v] = rotated_row<S>(p, t + v, u[v], norm[v], back[v]);
+    coded[v] = rotated_vector<S>(p, t + v, u[v], norm[v], back[v]);
     if (!coded[v]) {  // its neighbours must find numbers to multiply with
       for (int i = 0; i < p.dim; i += lanes) store(error[v] + i, F{});
       continue;
@@ -111,7 +111,7 @@ void encode_feedback_group(const EncodeRows& p, int t) {
 }
 
 template <class S>
-void encode_feedback_rows(const EncodeRows& p) {
+void encode_vectors_with_feedback(const EncodeVectors& p) {
   int t = 0;
   for (; t + 4 <= p.count; t += 4) encode_feedback_group<S, 4>(p, t);
   for (; t < p.count; ++t) encode_feedback_group<S, 1>(p, t);

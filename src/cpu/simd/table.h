@@ -11,9 +11,15 @@ namespace {
 
 template <class S>
 constexpr Kernels make_kernels(const char* name, bool (*runs_here)()) {
-  return {name,           runs_here,         workspace_bytes<S>,
-          attend_tile<S>, encode_rows<S>,    encode_feedback_rows<S>,
-          decode_rows<S>, transform_rows<S>, hadamard<Vec<float, S::bytes>>};
+  return {name,
+          runs_here,
+          workspace_bytes<S>,
+          attend_tile<S>,
+          encode_vectors<S>,
+          encode_vectors_with_feedback<S>,
+          decode_vectors<S>,
+          transform_vectors<S>,
+          hadamard<Vec<float, S::bytes>>};
 }
 
 }  // namespace

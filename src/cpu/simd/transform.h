@@ -30,9 +30,9 @@ inline void transform_columns(const float (*x)[kLargestDim], const float* matrix
   }
 }
 
-/// Rows [t, t + vectors).
+/// Vectors [t, t + vectors).
 template <class S, int vectors>
-void transform_group(const TransformRows& p, int t) {
+void transform_group(const TransformVectors& p, int t) {
   using F = Vec<float, S::bytes>;
   constexpr int lanes = S::bytes / 4;
   alignas(64) float x[vectors][kLargestDim];
@@ -54,7 +54,7 @@ void transform_group(const TransformRows& p, int t) {
 }
 
 template <class S>
-void transform_rows(const TransformRows& p) {
+void transform_vectors(const TransformVectors& p) {
   int t = 0;
   for (; t + 4 <= p.count; t += 4) transform_group<S, 4>(p, t);
   for (; t < p.count; ++t) transform_group<S, 1>(p, t);

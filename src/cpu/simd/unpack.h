@@ -152,7 +152,8 @@ class Feed {
  public:
   /// Tokens [t, t + n) to `out`, for `calls` of prefetch().  A block that ends near the last row in memory goes by way
   /// of a copy to `padded`.
-  Feed(const Pieces<S>& pieces, const Rows& rows, int t, int n, int kv_len, int calls, uint32_t* padded, uint8_t* out)
+  Feed(const Pieces<S>& pieces, const PackedHead& rows, int t, int n, int kv_len, int calls, uint32_t* padded,
+       uint8_t* out)
       : rows_(rows.codes + int64_t(t) * words_per_vector(rows.kind.bits, rows.dim)),
         kind_(rows.kind),
         stride_(words_per_vector(rows.kind.bits, rows.dim)),

@@ -15,8 +15,8 @@ namespace turboquant::cuda {
 template <int D, int KEYS, int VALUES, class T, MaskType MASK, class MaskT, int WARPS, int STAGES, bool EXACT = false>
 struct FewRows {
   static constexpr int kRows = 4;
-  using Keys = Rows<KEYS, D, false>;
-  using Values = Rows<VALUES, D, true>;
+  using Keys = PackedTile<KEYS, D, false>;
+  using Values = PackedTile<VALUES, D, true>;
   using Copies = typename CopiesOf<Keys, Values, kTile, STAGES, EXACT>::type;
   using KeyShare = Share<D, 4>;
   using ValueShare = Share<D, 8>;

@@ -18,8 +18,8 @@ template <int D, int KEYS, int VALUES, class T, MaskType MASK, class MaskT, int 
 struct ManyRows {
   static constexpr int kRows = 8 * GROUPS, kTokens = 16;
   static constexpr int kSteps = WARPS * kTokens / kTile;  // products of 32 tokens in a round
-  using Keys = Rows<KEYS, D, false, kTokens>;
-  using Values = Rows<VALUES, D, true, kTokens>;
+  using Keys = PackedTile<KEYS, D, false, kTokens>;
+  using Values = PackedTile<VALUES, D, true, kTokens>;
   using Copies = typename CopiesOf<Keys, Values, kTokens, STAGES, EXACT>::type;
   using KeyShare = Share<D, 4>;
   static constexpr int kKeySteps = KeyShare::per_thread * KeyShare::words;

@@ -37,8 +37,8 @@ struct Prefill {
   static constexpr int kRows = 16 * WM, kWarps = WM * WN, kThreads = 32 * kWarps;
   static constexpr int kTokens = kPrefillTile / WN;  // of a tile that a warp multiplies
   static constexpr int kStride = D + 8;              // of rows in shared memory: eight rows of a matrix use all banks
-  using Keys = Rows<KEYS, D, false>;
-  using Values = Rows<VALUES, D, false>;
+  using Keys = PackedTile<KEYS, D, false>;
+  using Values = PackedTile<VALUES, D, false>;
   static constexpr int kPart = Keys::size + Values::size + 32;  // words of 32 packed tokens
 
   struct Shared {

@@ -8,10 +8,10 @@ namespace turboquant::cuda {
 
 constexpr int kTile = 32;  // tokens
 
-/// Packed rows of a tile in shared memory.  Rows of 32 or 64 words would put every token in the same banks, so their
+/// Packed vectors of a tile in shared memory.  Rows of 32 or 64 words would put every token in the same banks, so their
 /// 16-byte chunks are permuted: by the token for keys (lanes read tokens t and 7 - t), by pairs of chunks for values.
 template <int CODING, int D, bool VALUES, int TOKENS = kTile>
-struct Rows {
+struct PackedTile {
   static constexpr int words = bits_of(CODING) * (D / 32), size = TOKENS * words;
   static constexpr bool permuted = words % 32 == 0;
   static __device__ int at(int token, int word) {

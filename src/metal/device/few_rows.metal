@@ -85,7 +85,7 @@ void add_values(Shared shared, Codes codes, int block, int count, thread float* 
       const int group = min((int(lane) % lanes + lanes * s) / 4, groups - 1);
       uint words[4 / V::kPairs];
       quarter.unpack(its_block + (token + group * V::kBits), words);
-      const typename Rows<R>::type weights = shared->weights[simdgroup][t];
+      const typename RowVector<R>::type weights = shared->weights[simdgroup][t];
       TQ_UNROLL
       for (int j = 0; j < 4; ++j) {
         const Pair levels = level_pair<V>(table, words[j / V::kPairs], j % V::kPairs);
@@ -138,7 +138,7 @@ template <class V, int D, int R, class Shared>
 void add_scores(Shared shared, thread Softmax<D, R>& softmax, const thread float* scores, float scale_v, ushort lane,
                 ushort simdgroup) {
   const float log2_scale_v = V::kPairTables ? log2(scale_v) : 0.0f;
-  typename Rows<R>::type weights;
+  typename RowVector<R>::type weights;
   TQ_UNROLL
   for (int r = 0; r < R; ++r) {
     const float score = scores[r], top = fmax(softmax.m[r], simd_max(score));

@@ -13,7 +13,7 @@ void fill_key_pairs(Shared shared, ushort thread_index) {
   for (int i = thread_index; i < 4 * D; i += metal_layout::kFewRowsThreads) {
     const int pair = i / 8, nibble = i % 8, coordinate = pair / 16 * 32 + pair % 16;
     const float low = float(level(2, nibble & 3)), high = float(level(2, nibble >> 2));
-    typename Rows<R>::halves dots, negative;
+    typename RowVector<R>::halves dots, negative;
     TQ_UNROLL
     for (int r = 0; r < R; ++r) {
       dots[r] = half(fma(shared->x[r][coordinate], low, shared->x[r][coordinate + 16] * high));
@@ -35,7 +35,7 @@ void score_pairs(Shared shared, Codes codes, int block, int last, thread float* 
     const uint word = codes[at + w];
     TQ_UNROLL
     for (int j = 0; j < 8; ++j) {
-      const typename Rows<R>::halves dots = shared->key_pairs[8 * w + j][nibble_of(word, j)];
+      const typename RowVector<R>::halves dots = shared->key_pairs[8 * w + j][nibble_of(word, j)];
       TQ_UNROLL
       for (int r = 0; r < R; ++r) sums[r] += float(dots[r]);
     }
@@ -53,9 +53,9 @@ void add_value_pairs(Shared shared, Codes codes, int block, int count, thread fl
   const float first_level = float(level(2, nibble & 3)), second_level = float(level(2, nibble >> 2));
   static_assert(8 * kPairs == 32, "a lane makes one entry and its negative");
   for (int begin = 0; begin < metal_layout::kBlock; begin += 2 * kPairs) {
-    const typename Rows<R>::type a = shared->weights[simdgroup][begin + 2 * pair],
+    const typename RowVector<R>::type a = shared->weights[simdgroup][begin + 2 * pair],
                                  b = shared->weights[simdgroup][begin + 2 * pair + 1];
-    typename Rows<R>::halves sums, negative;
+    typename RowVector<R>::halves sums, negative;
     TQ_UNROLL
     for (int r = 0; r < R; ++r) {
       sums[r] = half(fma(a[r], first_level, b[r] * second_level));
@@ -74,7 +74,7 @@ void add_value_pairs(Shared shared, Codes codes, int block, int count, thread fl
         const uint both = (a >> shift & 0x33333333u) | (b >> shift & 0x33333333u) << 2;
         TQ_UNROLL
         for (int j = 0; j < 8; ++j) {
-          const typename Rows<R>::halves sums = shared->value_pairs[simdgroup][16 * i + nibble_of(both, j)];
+          const typename RowVector<R>::halves sums = shared->value_pairs[simdgroup][16 * i + nibble_of(both, j)];
           TQ_UNROLL
           for (int r = 0; r < R; ++r) x[8 * (R * s + r) + j] += float(sums[r]);
         }

@@ -16,12 +16,12 @@ constexpr int value_slices(int dim) { return dim <= 256 ? 1 : 2; }
 
 /// A number for each of R rows, as one access to memory.
 template <int R>
-struct Rows {
+struct RowVector {
   typedef float2 type;
   typedef half2 halves;
 };
 template <>
-struct Rows<4> {
+struct RowVector<4> {
   typedef float4 type;
   typedef half4 halves;
 };
@@ -44,13 +44,13 @@ template <class K, class V, int D, int R>
 struct FewRowsShared {
   TQ_ARRAY(half2, key_table, few_rows_table_size<K>());
   TQ_ARRAY(half2, value_table, (value_table_size<K, V>()));
-  TQ_ARRAY2(typename Rows<R>::halves, key_pairs, K::kPairTables ? D / 2 : 1, 16);
-  TQ_ARRAY2(typename Rows<R>::halves, value_pairs, metal_layout::kFewRowsSimdgroups, V::kPairTables ? 16 * kPairs : 1);
+  TQ_ARRAY2(typename RowVector<R>::halves, key_pairs, K::kPairTables ? D / 2 : 1, 16);
+  TQ_ARRAY2(typename RowVector<R>::halves, value_pairs, metal_layout::kFewRowsSimdgroups, V::kPairTables ? 16 * kPairs : 1);
   TQ_ARRAY2(half2, q, R, K::kPairTables ? 1 : D / 2);
   TQ_ARRAY(float, factor, R);  // of a dot product with levels
   // Scores are written by several lanes a token, so they are no vectors: storing a component may store them all.
   TQ_ARRAY2(float, scores, metal_layout::kFewRowsSimdgroups, K::kPairTables ? 1 : R * metal_layout::kBlock);
-  TQ_ARRAY2(typename Rows<R>::type, weights, metal_layout::kFewRowsSimdgroups, metal_layout::kBlock);
+  TQ_ARRAY2(typename RowVector<R>::type, weights, metal_layout::kFewRowsSimdgroups, metal_layout::kBlock);
   TQ_ARRAY2(float, m, metal_layout::kFewRowsSimdgroups, R);
   TQ_ARRAY2(float, sum, metal_layout::kFewRowsSimdgroups, R);
   TQ_ARRAY2(float, x, R, D);  // the queries for key_pairs, then the sums
