@@ -161,7 +161,7 @@ class Attention {
       attend_copies(t, b, kv, begin, result);
   }
 
-  /// Softmaxes of a tile's rows, and what they weigh.
+  /// Softmaxes of a tile's rows, and the values that they accumulate.
   struct Partial {
     float *max, *sum, *acc;
   };

@@ -148,7 +148,8 @@ inline void round_weights(const Workspace<S>& w, int row, Kind kind) {
 /// Adds the block's weighted values for `count` rows and positions p and p + 1, while `next` takes `pieces` steps for
 /// every four quads.  Weights beyond the last quad are 0.
 template <class S, bool bytes, int count, Kind next_kind, int pieces>
-void weigh(const Workspace<S>& w, int row, int p, int quads, const typename S::Table& table, Feed<S, uint32_t>& next) {
+void accumulate_values(const Workspace<S>& w, int row, int p, int quads, const typename S::Table& table,
+                       Feed<S, uint32_t>& next) {
   using F = Vec<float, S::bytes>;
   constexpr int lanes = S::bytes / 4;
   typename S::Acc acc[count][2] = {};
@@ -243,24 +244,26 @@ void score_block(const Workspace<S>& w, int rows, int quads, const typename S::T
 
 /// Sums of a block for all rows.  `fed`: keys of a kind are unpacked meanwhile.
 template <class S, bool bytes, Kind next_kind, bool fed>
-void weigh_block(const Workspace<S>& w, int rows, int quads, const typename S::Table* tables, Feed<S, uint32_t>& keys) {
+void accumulate_block(const Workspace<S>& w, int rows, int quads, const typename S::Table* tables,
+                      Feed<S, uint32_t>& keys) {
   for (int p = 0; p < w.value.positions; p += 2) {
     const auto& table = tables[p / 2 % 4];  // of bytes none counts
     int r = 0;
-    const auto take = [&](auto weigh_rows, int count) {
-      weigh_rows(w, r, p, quads, table, keys);
+    const auto take = [&](auto accumulate, int count) {
+      accumulate(w, r, p, quads, table, keys);
       if (!fed) keys.prefetch();
       r += count;
     };
     constexpr int pieces = bytes ? 2 : 1;  // half as many steps of p
     if (fed)
-      rows >= 4 ? take(weigh<S, bytes, 4, next_kind, pieces>, 4) : take(weigh<S, bytes, 1, next_kind, pieces>, 1);
-    while (r + 4 <= rows) take(weigh<S, bytes, 4, next_kind, 0>, 4);
-    while (r < rows) take(weigh<S, bytes, 1, next_kind, 0>, 1);
+      rows >= 4 ? take(accumulate_values<S, bytes, 4, next_kind, pieces>, 4)
+                : take(accumulate_values<S, bytes, 1, next_kind, pieces>, 1);
+    while (r + 4 <= rows) take(accumulate_values<S, bytes, 4, next_kind, 0>, 4);
+    while (r < rows) take(accumulate_values<S, bytes, 1, next_kind, 0>, 1);
   }
 }
 
-/// The function that scores or weighs a block of keys or values `own` while it unpacks `next`, if that is the same
+/// The function that scores or accumulates a block of keys or values `own` while it unpacks `next`, if that is the same
 /// number of pieces, or nothing.
 template <class S>
 auto scorer(bool bytes, bool fed, Kind next) {
@@ -274,15 +277,15 @@ auto scorer(bool bytes, bool fed, Kind next) {
   return bytes ? score_block<S, true, none, false> : score_block<S, false, none, false>;
 }
 template <class S>
-auto weigher(bool bytes, bool fed, Kind next) {
+auto accumulator(bool bytes, bool fed, Kind next) {
   constexpr Kind none{4, false};
   if constexpr (S::interleaves) {
-    if (fed && bytes) return weigh_block<S, true, Kind{8, false}, true>;
+    if (fed && bytes) return accumulate_block<S, true, Kind{8, false}, true>;
     if (fed) {
-      return of_kind(next, []<Kind kind>() { return weigh_block<S, false, kind, true>; });
+      return of_kind(next, []<Kind kind>() { return accumulate_block<S, false, kind, true>; });
     }
   }
-  return bytes ? weigh_block<S, true, none, false> : weigh_block<S, false, none, false>;
+  return bytes ? accumulate_block<S, true, none, false> : accumulate_block<S, false, none, false>;
 }
 
 /// What a tile's ranges share.
@@ -307,8 +310,8 @@ void attend_blocks(const Tile& tile, const Range& range, const Reading<S>& readi
   const int rows = tile.rows, shift = range.shift, kv_len = range.kv_len;
   const bool fed = reading.fed;
   const auto score_keys = scorer<S>(w.key.bytes, fed, tile.values.kind);
-  const auto weigh_values = weigher<S>(w.value.bytes, fed, tile.keys.kind);
-  const auto weigh_last = weigher<S>(w.value.bytes, false, tile.keys.kind);
+  const auto accumulate_values = accumulator<S>(w.value.bytes, fed, tile.keys.kind);
+  const auto accumulate_last = accumulator<S>(w.value.bytes, false, tile.keys.kind);
   alignas(64) float key_scales[kBlock], value_scales[kBlock];
   for (int t = begin; t < end; t += kBlock) {
     const int n = end - t < kBlock ? end - t : kBlock, quads = (n + 3) / 4, at = t + shift;
@@ -334,7 +337,7 @@ void attend_blocks(const Tile& tile, const Range& range, const Reading<S>& readi
     const bool more = next > 0;
     Feed<S, uint32_t> keys(reading.key_pieces, tile.keys, more ? at + kBlock : at, next, kv_len + shift,
                            (rows / 4 + rows % 4) * w.value.positions / 2, w.padded, w.keys);
-    (more ? weigh_values : weigh_last)(w, rows, quads, reading.value_tables.at, keys);
+    (more ? accumulate_values : accumulate_last)(w, rows, quads, reading.value_tables.at, keys);
   }
 }
 

@@ -110,7 +110,7 @@ __device__ inline Range exact_keys(const AttentionArgs& a, int b, int query, boo
 constexpr float kLog2E = 1.44269504088896340736f;
 /// A query of smaller numbers is taken for zero, as its scores are: its inverse may be infinite.
 constexpr float kLeastQuery = 1e-33f;
-constexpr float kNothing = -1e30f;  // the exponent of an empty sum; finite, so that differences are numbers
+constexpr float kEmptyTop = -1e30f;  // the exponent of an empty sum; finite, so that differences are numbers
 
 /// The term of the mask for one pair, in units of log2; minus infinity hides.
 template <MaskType MASK, class MaskT>

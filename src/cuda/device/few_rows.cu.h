@@ -137,7 +137,7 @@ struct FewRows {
 
 #pragma unroll
     for (auto& x : acc) x[0] = x[1] = x[2] = x[3] = 0;
-    weight_sum = 0, top = kNothing, sum = 0;
+    weight_sum = 0, top = kEmptyTop, sum = 0;
     int filled = STAGES - 1, stage = 0;
 #pragma unroll 1
     for (int tile = mine; tile < last_tile; tile += WARPS) {
@@ -273,7 +273,7 @@ struct FewRows {
   __device__ void softmax(const float (&s)[4], unsigned (&weights)[2]) {
     constexpr float shift = 8388608.f;  // 2^23: adding it leaves a rounded integer in the low bits
     float fixed[4], tile_sum;
-    bool fresh = __all_sync(~0u, top == kNothing);  // no weights yet, so nothing to compare with or rescale
+    bool fresh = __all_sync(~0u, top == kEmptyTop);  // no weights yet, so nothing to compare with or rescale
 #pragma unroll 1
     for (bool raised = false;; raised = true) {
       if (!fresh || raised) {
@@ -289,7 +289,7 @@ struct FewRows {
         // The exponent is an integer that moves only when a weight no longer fits; where values are 0 it may lag by 43.
         if (raised || !__any_sync(~0u, largest > shift + 65535 || tile_sum > 8e12f)) break;
       }
-      float up = kNothing;
+      float up = kEmptyTop;
 #pragma unroll
       for (int i = 0; i < 4; ++i) up = fmaxf(up, s[i] + fmaxf(log2_fast(token_scale(i).y * (1 / kWeightOne)), -40.f));
 #pragma unroll
@@ -403,7 +403,7 @@ struct FewRows {
     float factor[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      float most = kNothing;
+      float most = kEmptyTop;
       for (int w = 0; w < WARPS; ++w) most = fmaxf(most, shared.sums[w][rows[k]].x);
       factor[k] = exp2_fast(shared.sums[warp][rows[k]].x - most) * (t < 2 ? 256 : 1) * step_of(VALUES) / kWeightOne;
     }
@@ -436,7 +436,7 @@ struct FewRows {
     }
     if constexpr (WARPS > 8) {
       if (warp < kRows) {
-        const float2 s = lane < WARPS ? shared.sums[lane % WARPS][warp] : make_float2(kNothing, 0);
+        const float2 s = lane < WARPS ? shared.sums[lane % WARPS][warp] : make_float2(kEmptyTop, 0);
         float most = s.x;
         for (int step = 16; step; step /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
         float all = exp2_fast(s.x - most) * s.y;
@@ -445,7 +445,7 @@ struct FewRows {
       }
     } else if (warp == WARPS - 1) {  // a lane for each warp and row
       const int row = lane / WARPS;
-      const float2 s = row < kRows ? shared.sums[lane % WARPS][row] : make_float2(kNothing, 0);
+      const float2 s = row < kRows ? shared.sums[lane % WARPS][row] : make_float2(kEmptyTop, 0);
       float most = s.x;
       for (int step = 1; step < WARPS; step *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
       float all = exp2_fast(s.x - most) * s.y;

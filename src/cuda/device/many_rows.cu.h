@@ -118,7 +118,7 @@ struct ManyRows {
       } else {
         shared.range[threadIdx.x] = coded_keys(a, b, query);
       }
-      shared.top[0][threadIdx.x] = shared.top[1][threadIdx.x] = ordered(kNothing);
+      shared.top[0][threadIdx.x] = shared.top[1][threadIdx.x] = ordered(kEmptyTop);
     }
     if (threadIdx.x == 0) levels.store(shared.levels);
     __syncthreads();
@@ -139,7 +139,7 @@ struct ManyRows {
     for (int r = 0; r < GROUPS; ++r) {
       const Range x = shared.range[8 * r + g];
       sees.first = max(sees.first, x.first), sees.last = min(sees.last, x.last);
-      top[r] = kNothing, sum[r] = weight_sum[r] = 0;
+      top[r] = kEmptyTop, sum[r] = weight_sum[r] = 0;
     }
 #pragma unroll
     for (auto& row : acc) {

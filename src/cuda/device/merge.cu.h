@@ -64,7 +64,7 @@ __device__ void add_partials(const AttentionArgs& a, int row, const PartialSlots
     Raw8<Coordinates> raw[batch] = {};
 #pragma unroll
     for (int k = 0; k < batch; ++k) {
-      sums[k] = make_float2(kNothing, 0);
+      sums[k] = make_float2(kEmptyTop, 0);
       if (i + k * step >= slots.size()) continue;
       const Partial<D, HALF> partial(a, (long long)slots[i + k * step] * ROWS + row);
       sums[k] = *partial.sums();
@@ -107,14 +107,14 @@ __device__ void merge(const AttentionArgs& a, int row, int slots, float* shared)
 
   const int segment = kv_head * ((a.rows() + ROWS - 1) / ROWS) + in_group / ROWS;
   const PartialSlots partials = partial_slots<TILE, ROWS>(a, b, segment, slots);
-  float top = kNothing, sum = 0, v[8] = {};
+  float top = kEmptyTop, sum = 0, v[8] = {};
   add_partials<D, ROWS, HALF>(a, in_group % ROWS, partials, warp, v, sum, top);
   if (has) store8(shared + warp * D + 8 * lane, v);
   if (lane == 0) shared[8 * D + warp] = top, shared[8 * D + 8 + warp] = sum;
   __syncthreads();
   if (warp) return;
   // One lane a warp for the exponents, then all lanes for the coordinates.
-  float factor = lane < 8 ? shared[8 * D + lane] : kNothing;
+  float factor = lane < 8 ? shared[8 * D + lane] : kEmptyTop;
   sum = lane < 8 ? shared[8 * D + 8 + lane] : 0;
   top = factor;
   for (int step = 4; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));

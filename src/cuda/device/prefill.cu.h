@@ -124,7 +124,7 @@ struct Prefill {
     for (int k = 0; k < 2; ++k) {
       const int row = min(first_row + 16 * m + g + 8 * k, a.rows() - 1);
       row_query[k] = row / a.group(), row_head[k] = kv_head * a.group() + row % a.group();
-      top[k] = kNothing, sum[k] = 0;
+      top[k] = kEmptyTop, sum[k] = 0;
     }
 #pragma unroll
     for (auto& x : out) x[0] = x[1] = x[2] = x[3] = 0;
@@ -436,7 +436,7 @@ struct Prefill {
         }
       }
       if (pass || !__any_sync(~0u, largest > 1024 || tile_sum[0] > 8e12f || tile_sum[1] > 8e12f)) break;
-      float up[2] = {kNothing, kNothing};
+      float up[2] = {kEmptyTop, kEmptyTop};
 #pragma unroll
       for (int j = 0; j < kTokens / 8; ++j) {
 #pragma unroll
@@ -477,7 +477,7 @@ struct Prefill {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const int row = 16 * m + g + 8 * k;
-      most[k] = kNothing, total[k] = 0;
+      most[k] = kEmptyTop, total[k] = 0;
       for (int w = 0; w < WN; ++w) most[k] = fmaxf(most[k], shared.sums[w][row].x);
       for (int w = 0; w < WN; ++w) total[k] += exp2_fast(shared.sums[w][row].x - most[k]) * shared.sums[w][row].y;
       factor[k] = exp2_fast(top[k] - most[k]) * step_of(VALUES);

@@ -71,7 +71,7 @@ void score_block(Shared shared, Codes codes, int block, int last, const thread h
 
 /// Adds weights[token][row] times the levels of `count` tokens from `block` on, to 8 sums of a row and share.
 template <class K, class V, int D, int R, class Shared, class Codes>
-void add_values(Shared shared, Codes codes, int block, int count, thread float* x, ushort lane, ushort simdgroup) {
+void accumulate_values(Shared shared, Codes codes, int block, int count, thread float* x, ushort lane, ushort simdgroup) {
   constexpr int groups = D / 32, stored = V::kBits * groups, slices = value_slices(D);
   constexpr int lanes = 4 * lanes_per_token(D) / slices, tokens = 32 / lanes;
   const Quarter<V> quarter = {ushort(lane % 4)};
@@ -281,7 +281,7 @@ void attend_few_rows(Shared shared, Query query, Keys keys, Values values, Rules
     if (V::kPairTables) {
       add_value_pairs<D, R>(shared, value_codes, block, count, softmax.x, lane, simdgroup);
     } else {
-      add_values<K, V, D, R>(shared, value_codes, block, count, softmax.x, lane, simdgroup);
+      accumulate_values<K, V, D, R>(shared, value_codes, block, count, softmax.x, lane, simdgroup);
       simdgroup_barrier(mem_flags::mem_threadgroup);
     }
   }

@@ -42,7 +42,7 @@ void score_pairs(Shared shared, Codes codes, int block, int last, thread float* 
   }
 }
 
-/// add_values for 2 bits, by pairs of tokens: a table of 16 entries holds what each pair of codes adds to R rows.
+/// accumulate_values for 2 bits, by pairs of tokens: a table of 16 entries holds what each pair of codes adds to R rows.
 /// Weights are at most 1.
 template <int D, int R, class Shared, class Codes>
 void add_value_pairs(Shared shared, Codes codes, int block, int count, thread float* x, ushort lane, ushort simdgroup) {
