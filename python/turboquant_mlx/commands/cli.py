@@ -6,12 +6,10 @@ import functools
 import importlib
 import json
 import os
-import socket
 import sys
-import threading
 from pathlib import Path
 
-from . import hub, vlm
+from . import hub, server, vlm
 
 PROGRAMS = {
     "generate": "mlx_lm.generate",
@@ -215,16 +213,6 @@ def _peek(command, rest):
     return seen
 
 
-def _check_port(host, port):
-    """Fails now, before a model is loaded, when the server could not listen.  The range first: getaddrinfo wraps."""
-    if not 0 <= port <= 65535:
-        raise OSError("a port is from 0 to 65535")
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(address)
-
-
 def _run_program(command, argv):
     """mlx-lm's own main(), whose models come prepared and whose saved caches are checked."""
     options = tq_options()
@@ -280,7 +268,10 @@ def _run_program(command, argv):
     if command == "server":
         hub.make_cache_folder()
     serving = command == "server" and not {"-h", "--help"} & set(rest)
-    failed = _watch_server(module, seen, replaced) if serving else []
+    try:
+        failed = server.watched(module, seen, replaced) if serving else []
+    except OSError as error:
+        _fail("server", error)
     argv, sys.argv = sys.argv, [f"python -m turboquant_mlx {command}", *rest]
     try:
         module.main()
@@ -292,73 +283,6 @@ def _run_program(command, argv):
             setattr(module, name, original)
     if failed:
         _fail(command, failed[0])
-
-
-def _watch_server(module, seen, replaced):
-    """Refuses a taken port first; stops the server when its own model cannot be loaded, rather than leave it
-    up and deaf.  Returns the list that such a failure lands in."""
-    import mlx.core as mx
-
-    from ..overlay import lm_server, requests, turns
-
-    if mx.distributed.init().rank() == 0:
-        try:
-            _check_port(seen.host, seen.port)
-        except OSError as error:
-            _fail("server", f"cannot listen on {seen.host}:{seen.port}: {error.strerror or error}")
-    failed = []
-    listening, servers = threading.Event(), []
-
-    class Stoppable(module.ThreadingHTTPServer):
-        def serve_forever(self, poll_interval=0.5):
-            servers.append(self)
-            listening.set()
-            super().serve_forever(poll_interval)
-
-    serve = module._run_http_server
-
-    @functools.wraps(serve)
-    def stoppable(host, port, generator):
-        serve(host, port, generator, server_class=Stoppable, handler_class=lm_server.handler(module))
-
-    def stop():
-        # No signal: a program that a script put into the background may ignore them.  mlx-lm starts its thread before
-        # its HTTP loop, so that this one waits for the loop.
-        listening.wait()
-        servers[0].shutdown()
-
-    provider = module.ModelProvider
-    load_default = provider.load_default
-
-    def watched(self):
-        try:
-            load_default(self)
-        except Exception as error:
-            failed.append(error)
-            threading.Thread(target=stop, daemon=True).start()
-            raise
-
-    class Watched(provider):
-        load_default = watched
-
-        def load(self, model_path, adapter_path=None, draft_model_path=None):
-            # A request names these.  Whether states have checkpoints was settled when the server began.
-            if draft_model_path not in (None, "default_model", seen.draft_model):
-                raise ValueError(
-                    f"draft_model must be the server's own --draft-model ({seen.draft_model or 'it has none'}); got "
-                    f"{draft_model_path!r}"
-                )
-            return super().load(model_path, adapter_path, draft_model_path)
-
-    replaced["_run_http_server"] = serve
-    module._run_http_server = stoppable
-    replaced["ModelProvider"] = provider
-    module.ModelProvider = Watched
-    replaced["ResponseGenerator"] = module.ResponseGenerator
-    module.ResponseGenerator = requests.checked(module)
-    replaced["stream_generate"] = module.stream_generate
-    module.stream_generate = turns.continued(module.stream_generate)
-    return failed
 
 
 def _parser(command, description):

@@ -110,10 +110,10 @@ def run(command, argv, options, fail):
 def _check_server(command, seen, fail):
     """Refuses a taken port before a model is loaded."""
     from . import hub
-    from .cli import _check_port
+    from .server import check_port
 
     hub.make_cache_folder()
     try:
-        _check_port(seen.host, seen.port)
+        check_port(seen.host, seen.port)
     except OSError as error:
         fail(command, f"cannot listen on {seen.host}:{seen.port}: {error.strerror or error}")
