@@ -127,6 +127,7 @@ void bind_caches(nb::module_& m) {
       .def_ro("length", &ops::View::length)
       .def_rw("dtype", &ops::View::dtype)
       .def_rw("last_kernel", &ops::View::last_kernel)
+      .def_rw("latent", &ops::View::latent)
       .def_prop_ro("value_dim", &ops::View::value_dim)
       .def_prop_ro(
           "shape",
@@ -148,7 +149,9 @@ void bind_caches(nb::module_& m) {
             return v.attend(q, scale, causal, array, sinks, s);
           },
           "q"_a, "scale"_a, "mask"_a = nb::none(), "sinks"_a = nb::none(), "stream"_a = nb::none())
-      .def("decode", &ops::View::decode, "dtype"_a, "stream"_a = nb::none());
+      .def("decode", &ops::View::decode, "dtype"_a, "stream"_a = nb::none())
+      .def("decode_keys", &ops::View::decode_keys, "dtype"_a, "stream"_a = nb::none())
+      .def("decode_values", &ops::View::decode_values, "dtype"_a, "stream"_a = nb::none());
 
   auto single = bind_cache<ops::KVCache>(m, "KVCache");
   bind_copies(single);

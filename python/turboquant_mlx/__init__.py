@@ -26,10 +26,12 @@ if _kernels.is_dir():
 from . import _old_paths  # noqa: E402
 from .caches import (  # noqa: E402
     BatchTurboQuantKVCache,
+    BatchTurboQuantLatentKVCache,
     BatchTurboQuantRotatingKVCache,
     CheckpointedArraysCache,
     DelayedTurboQuantKVCache,
     TurboQuantKVCache,
+    TurboQuantLatentKVCache,
     TurboQuantRotatingKVCache,
     to_turboquant,
 )
@@ -43,10 +45,12 @@ _old_paths.install()
 
 __all__ = [
     "BatchTurboQuantKVCache",
+    "BatchTurboQuantLatentKVCache",
     "BatchTurboQuantRotatingKVCache",
     "CheckpointedArraysCache",
     "DelayedTurboQuantKVCache",
     "TurboQuantKVCache",
+    "TurboQuantLatentKVCache",
     "TurboQuantRotatingKVCache",
     "apply_patch",
     "attention",

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
 
-from .caches import CheckpointedArraysCache, TurboQuantKVCache
+from .caches import CheckpointedArraysCache, TurboQuantKVCache, TurboQuantLatentKVCache
 from .caches.arguments import whole
 from .caches.checkpoints import limits_for
+from .caches.latent import latent_settings
 from .caches.maker import CacheMaker, packed_like
 from .caches.rotating import PackedWindow
 from .caches.slots import (
@@ -68,6 +69,12 @@ class _Probe:
 
         cache.update_and_fetch = noted
 
+    def read(self, seen):
+        """Whether attention read what the cache handed out; of latent caches, whose prompts may be read otherwise, once
+        at least."""
+        enough = any if isinstance(self.cache, TurboQuantLatentKVCache) else all
+        return enough(id(history) in seen for history in self.handed_out)
+
     def release(self):
         """Undoes the circle of cache and function, which would hold the graph, and so the weights."""
         del self.cache.update_and_fetch, self.cache
@@ -104,13 +111,13 @@ def _probe_once(model, make_cache, left):
             error = _bare(raised)
     problems = {}
     for path, probe in probes.items():
-        probe.release()
         if probe.failure:
             problems[path] = probe.failure
-        elif any(id(view) not in seen for view in probe.handed_out):
+        elif probe.handed_out and not probe.read(seen):
             problems[path] = f"its attention does not go through {hosts.attention(model)}" + (
                 f" ({type(error).__name__}: {str(error).splitlines()[0]})" if str(error or "") else ""
             )
+        probe.release()
     return problems, {path: probe.heads for path, probe in probes.items()}, error
 
 
@@ -129,6 +136,24 @@ def _probe(model, make_cache):
                 ) from error
             return problems, heads
         problems |= more
+
+
+def _probe_latent(model, settings, kept, slots, heads):
+    """Which of the slots that cannot be packed as keys and values can be as the latent of all heads: of the others `kept`
+    gets the reason."""
+    tried = {path for path in kept if REPLACED[slots[path]] is TurboQuantKVCache and heads.get(path) == 1}
+    if not tried:
+        return frozenset()
+
+    def make(path, original):
+        if path in tried:
+            return TurboQuantLatentKVCache(**latent_settings(settings))
+        return None if path in kept else packed_like(original, None, settings)
+
+    problems, _ = _probe(model, make)
+    for path in tried - problems.keys():
+        del kept[path]
+    return frozenset(tried - problems.keys())
 
 
 def _reasons(problems):
@@ -234,10 +259,16 @@ def packing(
     reach_own_code(model)
     hosts.apply_patch(model)
     kept, heads = _probe(model, lambda path, c: packed_like(c, None, settings))
+    latent = _probe_latent(model, settings, kept, slots, heads)
     slots = {path: kind for path, kind in slots.items() if path not in kept}
     if kept and (strict or not (slots or shard.pipelined)):
         total = len(kept) + len(slots)
         raise ValueError(f"[enable] {len(kept)} of {total} KVCache slots cannot be packed:\n{_reasons(kept)}")
+    if start and latent:
+        raise ValueError(
+            f"[enable] start = {start} needs caches that can be packed later, and latent attention's cannot: "
+            + ", ".join(map(layer_name, sorted(latent)))
+        )
     if shard.tensor and calibration:
         calibration = shard.own_heads(calibration, {slot_name(path): n for path, n in heads.items()})
     extras = {
@@ -246,7 +277,7 @@ def packing(
         if (found := calibration.get(slot_name(path))) is not None
     }
     maker = CacheMaker(model, settings, extras, start, kept)
-    maker.layers = len(model.layers)
+    maker.layers, maker.latent = len(model.layers), latent
     if extras:
         problems, _ = _probe(model, maker.unfilled)
         if problems:

@@ -221,13 +221,14 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
   o.mask = mask;
   o.starts = starts;
   o.sinks = sinks;
+  if (latent) o.values = coding.keys;
   if (!sinks) o.keys.centre = std::nullopt;  // the softmax does not see it
   if (o.keys.centre && coding.key_map) {
     o.keys.centre = mx::squeeze(mx::matmul(mx::expand_dims(*o.keys.centre, 1, s), *coding.key_map, s), 1, s);
   }
   if (copies) {
     const Store x = copies->evaluated();
-    o.exact = ExactArrays{x.keys, x.values};
+    o.exact = ExactArrays{x.keys, latent ? x.keys : x.values};
     o.recent = coding.recent;
     o.first = coding.sink;
   }
@@ -237,7 +238,7 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
   const bool waits = store.written && int(store.written->size()) == length + 1 && can_append_in_place({q}, stream);
   if (waits) o.written = store.written;
   const Store x = waits ? store : store.evaluated();
-  const auto out = attention(asked, x.keys, x.values, o, stream);
+  const auto out = attention(asked, x.keys, latent ? x.keys : x.values, o, stream);
   return out.dtype() == q.dtype() ? out : mx::astype(out, q.dtype(), stream);
 }
 
@@ -274,6 +275,14 @@ std::pair<mx::array, mx::array> View::decode(mx::Dtype dtype, mx::StreamOrDevice
   std::vector<mx::array> keys, values;
   for (const auto& [k, v] : parts) keys.push_back(k), values.push_back(v);
   return {mx::concatenate(keys, 2, s), mx::concatenate(values, 2, s)};
+}
+
+mx::array View::decode_keys(mx::Dtype dtype, mx::StreamOrDevice s) const {
+  return decoded_keys(coding, store.tokens(0, length, s).keys, dtype, s);
+}
+
+mx::array View::decode_values(mx::Dtype dtype, mx::StreamOrDevice s) const {
+  return decoded_values(coding, store.tokens(0, length, s).values, dtype, s);
 }
 
 Store copy_with_room(const std::optional<Store>& held, int length, const Store& like, int needed,

@@ -120,6 +120,7 @@ struct View {
   mx::Dtype dtype = mx::float16;                      // of the vectors as they came, for models that ask
   std::shared_ptr<LastKernel> last_kernel = nullptr;  // if given, `attend` notes its kernel there
   std::optional<Store> copies = std::nullopt;         // exact copies of the newest and the first tokens (exact.h)
+  bool latent = false;  // attention reads the keys' codes as values, too (MLA); the values are the rotary keys
 
   int head_dim() const { return store.head_dim(coding); }
   int value_dim() const { return store.value_dim(coding); }
@@ -128,6 +129,10 @@ struct View {
                    const std::optional<mx::array>& sinks = std::nullopt, mx::StreamOrDevice s = {}) const;
   /// The history as numbers, keys and values (B, H_kv, length, D): materialises all of it.
   std::pair<mx::array, mx::array> decode(mx::Dtype dtype, mx::StreamOrDevice s = {}) const;
+  /// The keys' codes alone as numbers, without exact copies; materialises them when they are evaluated.
+  mx::array decode_keys(mx::Dtype dtype, mx::StreamOrDevice s = {}) const;
+  /// The values' likewise.
+  mx::array decode_values(mx::Dtype dtype, mx::StreamOrDevice s = {}) const;
 };
 
 /// How many tokens buffers grow by.

@@ -3,17 +3,20 @@
 from .checkpoints import CheckpointedArraysCache
 from .convert import DelayedTurboQuantKVCache, to_turboquant
 from .kv_cache import BatchTurboQuantKVCache, PackedBatch, TurboQuantKVCache
+from .latent import BatchTurboQuantLatentKVCache, TurboQuantLatentKVCache
 from .packed import PackedCache, layer_name, leaves
 from .rotating import BatchTurboQuantRotatingKVCache, TurboQuantRotatingKVCache
 
 __all__ = [
     "BatchTurboQuantKVCache",
+    "BatchTurboQuantLatentKVCache",
     "BatchTurboQuantRotatingKVCache",
     "CheckpointedArraysCache",
     "DelayedTurboQuantKVCache",
     "PackedBatch",
     "PackedCache",
     "TurboQuantKVCache",
+    "TurboQuantLatentKVCache",
     "TurboQuantRotatingKVCache",
     "layer_name",
     "leaves",

@@ -9,6 +9,7 @@ from .arguments import window_coding
 from .checkpoints import CheckpointedArraysCache
 from .convert import DelayedTurboQuantKVCache
 from .identity import Names
+from .latent import TurboQuantLatentKVCache, latent_settings
 from .rotating import PackedWindow
 from .slots import REPLACED, default_kinds, leaves, own_caches, replace_slots, slot_name
 
@@ -43,6 +44,7 @@ class CacheMaker:
         self.names = Names(model)
         self.layers = None  # the model's, when `extras` were numbered by them
         self.replaced = None  # a make_cache that somebody had set on this very model
+        self.latent = frozenset()  # paths of slots of latent attention
         self.limits = None  # of the checkpoints of recurrent states; None: those stay ArraysCaches
         self.uncounted = frozenset()  # paths of recurrent states whose layers do not count their tokens
 
@@ -62,8 +64,11 @@ class CacheMaker:
             return self
         other = CacheMaker(model, self.settings, self.extras, self.start, self.kept)
         other.replaced, other.layers = self.replaced, self.layers
-        other.limits, other.uncounted = self.limits, self.uncounted
-        return other
+        return other._chosen_like(self)
+
+    def _chosen_like(self, other):
+        self.limits, self.uncounted, self.latent = other.limits, other.uncounted, other.latent
+        return self
 
     def coding(self, path):
         """What a packed cache at `path` is made with, as keywords."""
@@ -71,6 +76,8 @@ class CacheMaker:
 
     def unfilled(self, path, original, start=None):
         """The packed cache that takes the place of `original` at `path`; None where that stays."""
+        if path in self.latent:
+            return TurboQuantLatentKVCache(**latent_settings(self.coding(path)))
         return None if path in self.kept else packed_like(original, start, self.coding(path))
 
     def _packed(self, caches):
@@ -115,8 +122,7 @@ class CacheMaker:
         model = self._model()
         other = CacheMaker(memo.get(id(model), model), self.settings, self.extras, self.start, self.kept)
         other.replaced, other.layers = copy.deepcopy(self.replaced, memo), self.layers
-        other.limits, other.uncounted = self.limits, self.uncounted
-        return other
+        return other._chosen_like(self)
 
     def __reduce__(self):
         return (
@@ -127,5 +133,6 @@ class CacheMaker:
                 "layers": self.layers,
                 "limits": self.limits,
                 "uncounted": self.uncounted,
+                "latent": self.latent,
             },
         )

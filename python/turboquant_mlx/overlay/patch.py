@@ -21,20 +21,23 @@ from contextvars import ContextVar
 
 import mlx.core as mx
 from mlx_lm.generate import maybe_quantize_kv_cache as _maybe_quantize
-from mlx_lm.models import base
+from mlx_lm.models import base, mla
 from mlx_lm.models import cache as mlx_lm_cache
 
 from .. import _core
 from ..caches import (
     BatchTurboQuantKVCache,
+    BatchTurboQuantLatentKVCache,
     BatchTurboQuantRotatingKVCache,
     CheckpointedArraysCache,
     DelayedTurboQuantKVCache,
     PackedCache,
     TurboQuantKVCache,
+    TurboQuantLatentKVCache,
     TurboQuantRotatingKVCache,
     leaves,
 )
+from ..caches import latent as latent_caches
 from ..caches.checkpoints import trim_prompt_cache
 from ..caches.kv_cache import one_kind
 from ..caches.maker import CacheMaker
@@ -47,6 +50,8 @@ CACHE_CLASSES = (
     TurboQuantRotatingKVCache,
     BatchTurboQuantRotatingKVCache,
     DelayedTurboQuantKVCache,
+    TurboQuantLatentKVCache,
+    BatchTurboQuantLatentKVCache,
 )
 original_quantized_attention = base.quantized_scaled_dot_product_attention
 _outer = base.scaled_dot_product_attention
@@ -83,6 +88,11 @@ def attention_over(original):
             watch(queries, cache)
         if isinstance(keys, _core.View):
             return _attend(keys, queries, scale, mask, sinks)
+        if (found := latent_caches.attend(queries, keys, values, scale, mask, sinks)) is not None:
+            out, handed = found
+            if (seen := _seen.get()) is not None:
+                seen.add(handed)
+            return out
         if (floats := _floats.get()) is not None and isinstance(keys, mx.array):
             return floats(queries, keys, values, scale, mask, sinks)
         if sinks is not None and isinstance(cache, CACHE_CLASSES):
@@ -188,6 +198,10 @@ _METHODS = {  # (class, name): (mlx-lm's, ours)
 _METHODS |= {  # the prompt cache of mlx-lm's server
     (mlx_lm_cache.LRUPromptCache, name): (vars(mlx_lm_cache.LRUPromptCache)[name], ours)
     for name, ours in prefixes.METHODS.items()
+}
+_METHODS |= {  # what expands a latent history for its heads
+    (cls, "__call__"): (vars(cls)["__call__"], latent_caches.expanded(vars(cls)["__call__"]))
+    for cls in (mla.MultiLinear, mla.QuantizedMultiLinear)
 }
 _LOADABLE = (*CACHE_CLASSES, CheckpointedArraysCache)  # kinds that load_prompt_cache looks up by name
 
