@@ -109,7 +109,7 @@ class _Latent:
         return self._hand_out(self._core.view())
 
     @property
-    def route(self) -> str | None:
+    def kernel(self) -> str | None:
         """The kernel that attention over the codes used last, or that the layer decoded the latents; None before."""
         if self._read.codes or not self._read.handed:
             return self._last_kernel.name
