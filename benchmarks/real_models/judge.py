@@ -103,11 +103,12 @@ class Judged:
     def measure(self, number, names):
         """Rows of one window: the reference's and those of the columns named."""
         caches = {REFERENCE: self.reference()} | {name: self.columns[name]() for name in names}
-        records = divergence.compare(self.model, self.windows[number][None], caches)
-        prompt, first = self.args.prompt, records[REFERENCE]
+        prompt = self.args.prompt
+        records = divergence.compare(self.model, self.windows[number][None], caches, prompt=prompt)
+        first = records[REFERENCE]
         rows = []
         for name, record in records.items():
-            kld = record.kld[0, prompt:]
+            kld = record.kld[0]
             rows.append(
                 {
                     "model": self.name,
@@ -117,11 +118,11 @@ class Judged:
                     "window": number,
                     "of": len(self.windows),
                     "kind": self.kinds[number],
-                    "nll": float(record.nll[0, prompt:].mean(dtype=np.float64)),
-                    "reference_nll": float(first.nll[0, prompt:].mean(dtype=np.float64)),
+                    "nll": float(record.nll[0].mean(dtype=np.float64)),
+                    "reference_nll": float(first.nll[0].mean(dtype=np.float64)),
                     "mean_kld": float(kld.mean(dtype=np.float64)),
                     "p99_kld": float(np.quantile(kld, 0.99)),
-                    "top1": float(record.agree[0, prompt:].mean()),
+                    "top1": float(record.agree[0].mean()),
                 }
             )
         return rows

@@ -30,6 +30,7 @@ from .calibration import (
     calibrate_by_default,
     check_weights,
     load_beside,
+    policies,
 )
 from .overlay import hosts, sharding
 from .overlay.gated_delta import enable_chunked_recurrence
@@ -183,10 +184,13 @@ class Enabled(int):
         return int, (int(self),)
 
 
+def _read(calibration):
+    """What `enable` takes for a calibration, read when it is a file or a folder."""
+    return load_beside(calibration) if isinstance(calibration, str | os.PathLike) else calibration
+
+
 def _checked_calibration(model, calibration, seed):
-    """{slot of the whole model: Calibration} of what `enable` takes."""
-    if isinstance(calibration, str | os.PathLike):
-        calibration = load_beside(calibration)
+    """{slot of the whole model: Calibration} of what `_read` gives."""
     if calibration is not None and not isinstance(calibration, Mapping):
         raise ValueError(
             "[enable] calibration must be {slot: Calibration}, a file of `calibrate` or a folder that holds one; "
@@ -225,6 +229,11 @@ def packing(
         slots stay, {path: reason}; and the kinds of the slots they replace, {path: class}.
     """
     model = hosts.language_model(model)
+    calibration, policy = _read(calibration), None
+    if bits == policies.AUTO:
+        policy = policies.of(calibration, key_bits=key_bits, value_bits=value_bits, code=code)
+        bits, recent = 3, policy.recent if recent is None else recent
+        sink = policy.sink if sink is None else sink
     TurboQuantKVCache(  # refuses wrong settings first
         bits, key_bits=key_bits, value_bits=value_bits, code=code, seed=seed, recent=recent, sink=sink
     )
@@ -271,11 +280,11 @@ def packing(
         )
     if shard.tensor and calibration:
         calibration = shard.own_heads(calibration, {slot_name(path): n for path, n in heads.items()})
-    extras = {
-        slot_name(path): {"centres": found.centres, "feedback": found.feedback, "key_map": found.key_map}
-        for path in slots
-        if (found := calibration.get(slot_name(path))) is not None
-    }
+    extras = {} if policy is None else policies.by_slot(shard.own_slots(policy.widths), slots)
+    for slot in map(slot_name, slots):
+        if (found := calibration.get(slot)) is not None:
+            known = {"centres": found.centres, "feedback": found.feedback, "key_map": found.key_map}
+            extras[slot] = extras.get(slot, {}) | known
     maker = CacheMaker(model, settings, extras, start, kept)
     maker.layers, maker.latent = len(model.layers), latent
     if extras:
@@ -354,7 +363,9 @@ def enable(
 
     Args:
         model: a model of mlx-lm or of mlx-vlm; the latter's caches are made by its language_model.
-        bits, key_bits, value_bits, code, seed: as for TurboQuantKVCache.
+        bits, key_bits, value_bits, code, seed: as for TurboQuantKVCache.  bits="auto": what `calibrate --budget` chose for
+            each layer's keys and values, which stands in the calibration file; without `calibration`, what it chose last
+            for these weights on this machine.  `recent` and `sink` are those of the choice, unless they are given.
         calibration: centres and feedback: a file of `calibrate` or a model directory that holds one (str or PathLike),
             which is checked against the weights that lie beside it; or {slot index: Calibration}, as
             turboquant_mlx.calibration makes and loads it.  Without one, a model from 64 million parameters on is
@@ -383,9 +394,9 @@ def enable(
 
     Raises:
         ValueError: the model has no such slot, or none that can be packed, or with `strict` one that cannot: the message
-            gives each one's reason; a setting is out of range, or `calibration` is none, names a slot that the model
-            does not have, or has feedback made for another seed.  The model is left as it was, with the caches of an
-            earlier enable() if there was one.
+            gives each one's reason; a setting is out of range, bits="auto" where no bits were chosen for this model, or
+            `calibration` is none, names a slot that the model does not have, or has feedback made for another seed.  The
+            model is left as it was, with the caches of an earlier enable() if there was one.
         FileNotFoundError: there is no such calibration file.
 
     Of a model that is sharded over ranks (mlx-lm's `shard` or `pipeline`), every rank calls this, and takes its own
@@ -407,6 +418,8 @@ def enable(
     def pack(found):
         return sharding.agreed(model, lambda: packing(model, bits, calibration=found, **settings))
 
+    if calibration is None and bits == policies.AUTO:
+        calibration = automatic.chosen(model, seed=seed)
     make_cache, slots = pack(calibration)  # refuses before anything is calibrated
     if calibration is None and (found := _calibrated_now(model, tokenizer, seed)):
         make_cache, slots = pack(found)

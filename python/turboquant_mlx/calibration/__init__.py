@@ -13,10 +13,13 @@ A map (balance.py) spreads keys as evenly as the queries that ask them.
     save_calibration(found, directory)                    # a file beside the weights
     enable(model, bits=3, calibration=directory)          # or the file, or `found`
 
+Bits can be chosen for each layer's keys and values, within a budget (budget.py, choice.py); the choice stands in the file,
+and enable(model, bits="auto", calibration=directory) takes it.
+
 Where nobody calibrated, `enable` and the command line do (automatic.py).
 """
 
-from . import automatic
+from . import automatic, policies
 from .default import calibrate_by_default, steady_keys
 from .files import (
     FILE_NAME,
@@ -52,6 +55,7 @@ __all__ = [
     "fingerprint",
     "load_beside",
     "load_calibration",
+    "policies",
     "save_calibration",
     "steady_keys",
 ]

@@ -8,7 +8,6 @@ codes at once."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import warnings
@@ -19,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..caches.identity import fingerprint
+from ..caches.identity import fingerprint, weight_names
 from ..overlay import products, sharding
 from . import default
 from .files import Calibrations, read_calibration, write_calibration
@@ -59,15 +58,27 @@ def _load(path):
 
 def _keep(found, path, source):
     """Writes a calibration at once or not at all; a folder that cannot be written to keeps none, and that is said."""
-    part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_calibration(found, part, source=source)
-        os.replace(part, path)
+        write_calibration(found, path, source=source)
     except (OSError, RuntimeError, ValueError) as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
         print(f"[tq] the calibration is not kept for the next time: {error}", file=sys.stderr)
+
+
+def keep_choice(found: Calibrations, *, seed: int = 0) -> None:
+    """Keeps a calibration with a choice of bits where `enable(model, bits="auto")` finds it without being told where."""
+    for name in sorted(found.weights):
+        _keep(found, folder() / f"{name}-{seed}-choice-{MADE}.safetensors", "choice")
+
+
+def chosen(model, *, seed: int = 0) -> Calibrations | None:
+    """The calibration with a choice of bits that was kept for a model's weights, or None."""
+    for name in sorted(weight_names(model)):
+        found = _load(path := folder() / f"{name}-{seed}-choice-{MADE}.safetensors")
+        if found is not None and found.policy is not None:
+            print(f"[tq] bits and calibration: {path}", file=sys.stderr)
+            return found
+    return None
 
 
 def random_ids(model) -> np.ndarray | None:

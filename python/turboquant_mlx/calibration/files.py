@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ import mlx.core as mx
 
 from ..caches.identity import weight_names
 from ..overlay import hosts, sharding
+from .policies import Policy
 
 FILE_NAME = "turboquant_calibration.safetensors"
 FORMAT = "turboquant calibration 3"
@@ -47,10 +50,20 @@ NO_CALIBRATION = Calibration()
 
 
 class Calibrations(dict):
-    """{slot: Calibration}, and the names of the weights that they were made with (identity.weight_names); none where
-    that is not known."""
+    """{slot: Calibration}, the names of the weights that they were made with (identity.weight_names), none where that is
+    not known, and the bits that were chosen for the slots (choice.py), if any were.
+
+    `missing` has {slot: what could not be made for it, as words}."""
 
     weights: frozenset = frozenset()
+    policy: Policy | None = None
+
+    def __init__(self, *entries):
+        super().__init__(*entries)
+        self.missing = {}
+        first = entries[0] if entries else None
+        if isinstance(first, Calibrations):
+            self.weights, self.policy, self.missing = first.weights, first.policy, dict(first.missing)
 
 
 def check_weights(calibration, model):
@@ -132,7 +145,8 @@ def save_calibration(calibration, where, *, directory=None, source=""):
 
 
 def write_calibration(calibration, path, **metadata):
-    """Writes `calibration` to a file with these entries (str) beside its own."""
+    """Writes `calibration` to a file with these entries (str) beside its own, at once or not at all."""
+    path = Path(path)
     entries = {slot: as_calibration(found) for slot, found in calibration.items()}
     tensors = {
         f"{slot}.{name}": x
@@ -145,7 +159,15 @@ def write_calibration(calibration, path, **metadata):
         raise ValueError(f"[save_calibration] all slots must be calibrated for one seed; got {seeds}")
     if names := getattr(calibration, "weights", None):
         metadata["weights"] = " ".join(sorted(names))
-    mx.save_safetensors(str(path), tensors, metadata | {"format": FORMAT, "seed": str(seeds[0] if seeds else 0)})
+    if (policy := getattr(calibration, "policy", None)) is not None:
+        metadata["policy"] = policy.to_json()
+    part = path.with_name(f".{os.getpid()}.{path.name}.safetensors")  # MLX adds the ending where it is missing
+    try:
+        mx.save_safetensors(str(part), tensors, metadata | {"format": FORMAT, "seed": str(seeds[0] if seeds else 0)})
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def read_calibration(path):
@@ -161,6 +183,7 @@ def read_calibration(path):
         found.setdefault(int(slot), {"seed": int(metadata["seed"])})[field] = x
     result = Calibrations((slot, Calibration(**found[slot])) for slot in sorted(found))
     result.weights = frozenset(metadata.get("weights", "").split())
+    result.policy = Policy.from_json(metadata["policy"]) if "policy" in metadata else None
     return result, metadata
 
 

@@ -36,7 +36,7 @@ def calibrate(
         {slot index: Calibration}: what `enable(calibration=...)` takes.  The keys' map and feedback are None where
         attention does not go through mlx-lm's scaled_dot_product_attention; the values' where the way from attention to
         the hidden state is not understood (feedback.Output), or where several layers read one cache.  With D = 32 there is
-        nothing to feed back.
+        nothing to feed back.  What could not be made is in the result's `missing`, {slot: words}.
 
     Raises:
         ValueError: no tokens, a model without KVCache slots, or keys that are not (B, H_kv, N, D).
@@ -62,8 +62,26 @@ def calibrate(
         if not all(x is None or np.isfinite(x).all() for x in (*keys, value_centre)):
             raise ValueError(f"[calibrate] keys or values of slot {path[0]} are not finite")
         centre, key_map, key_feedback = (None if x is None else mx.array(x) for x in keys)
-        found[slot_name(path)] = Calibration(centre, mx.array(value_centre), key_feedback, values, seed, key_map)
+        made = Calibration(centre, mx.array(value_centre), key_feedback, values, seed, key_map)
+        found[slot_name(path)] = made
+        if missing := _missing(made, moments.readers, feedback, balance and feedback):
+            found.missing[slot_name(path)] = missing
     return found
+
+
+def _missing(made, readers, feedback, balance):
+    """What was asked for and could not be made for a slot, and why: words, empty when all is there."""
+    why = "its attention does not go through mlx-lm's" if not readers else "its moments are not finite"
+    lacks = [
+        ("the map of keys", made.key_map is None and balance, why),
+        ("the feedback of keys", made.key_feedback is None and feedback and made.key_centre.shape[-1] > fed.BLOCK, why),
+        (
+            "the feedback of values",
+            made.value_feedback is None and feedback and made.value_centre.shape[-1] > fed.BLOCK,
+            "the way from attention to the hidden state is not known, or several layers read the slot",
+        ),
+    ]
+    return "; ".join(f"{what}: {reason}" for what, lacking, reason in lacks if lacking)
 
 
 def context_of(model):

@@ -73,7 +73,7 @@ class _WatchedWindow(_Watched, RotatingKVCache):
 
 
 @contextlib.contextmanager
-def _without_head(model):
+def without_head(model):
     """Context: the model returns hidden states where it would compute logits, which nobody needs here."""
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     heads = [(m, m.lm_head) for m in model.modules() if "lm_head" in m]
@@ -117,7 +117,7 @@ def gather(model, windows, *, step, feedback, progress=lambda tokens: None):
     if feedback:
         outputs = {path: fed.Output(attention) for path, attention in attentions(model, found).items()}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_without_head(model))
+        stack.enter_context(without_head(model))
         stack.enter_context(fast_products(model))
         if feedback:
             stack.enter_context(watch_queries(watch))

@@ -33,7 +33,13 @@ def tq_options():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     group = parser.add_argument_group("TurboQuant caches")
     widths = {"type": int, "choices": (2, 3, 4, 8)}
-    group.add_argument("--tq-bits", **widths, default=3, help="bits of keys and values (default: 3)")
+    group.add_argument(
+        "--tq-bits",
+        type=lambda text: text if text == "auto" else int(text),
+        choices=(2, 3, 4, 8, "auto"),
+        default=3,
+        help="bits of keys and values (default: 3); auto: what `calibrate --budget` chose for each layer",
+    )
     group.add_argument("--tq-key-bits", **widths, help="bits of keys (default: --tq-bits)")
     group.add_argument("--tq-value-bits", **widths, help="bits of values (default: --tq-bits)")
     group.add_argument("--tq-code", choices=("scalar", "trellis"), help="codes of 2 and 3 bits (default: trellis)")
@@ -100,7 +106,7 @@ def _checkpoints(text):
 def _calibration(args, model, where, main, tokenizer):
     """The calibration to use for the model loaded from `where`, or None.  A file that was named is the main model's; where
     there is none, a large model is calibrated now, and a small one that plain codes would ruin."""
-    from ..calibration import FILE_NAME, automatic, check_weights, load_calibration, steady_keys
+    from ..calibration import FILE_NAME, Calibrations, automatic, check_weights, load_calibration, steady_keys
     from ..overlay import sharding
 
     directory, named = Path(where), main and args.tq_calibration != "auto"
@@ -110,6 +116,8 @@ def _calibration(args, model, where, main, tokenizer):
         found = load_calibration(args.tq_calibration, directory=directory if directory.is_dir() else False)
     elif (directory / FILE_NAME).is_file():
         found = load_calibration(directory)
+    elif args.tq_bits == "auto":
+        return automatic.chosen(model, seed=args.tq_seed)
     elif args.tq_no_calibrate or tokenizer is None:
         return None
     elif automatic.wanted(model) or (steady_keys(model) and sharding.of(model).group is None):
@@ -122,8 +130,11 @@ def _calibration(args, model, where, main, tokenizer):
         if named and not directory.is_dir():
             raise
         print(f"[tq] {'used all the same' if named else 'not used'}: {error}", file=sys.stderr)
-        return dict(found) if named else None
-    return dict(found)
+        if not named:
+            return None
+    found = Calibrations(found)
+    found.weights = frozenset()  # compared above
+    return found
 
 
 def _describe(calibration):
@@ -154,9 +165,13 @@ def prepare(model, args, where, max_kv_size=None, main=True, tokenizer=None):
         calibration = _calibration(args, model, where, main, tokenizer)
         if calibration is None:
             automatic.warn_of_steady_keys(model)
+        bits = args.tq_bits
+        if bits == "auto" and not main and getattr(calibration, "policy", None) is None:
+            bits = 3
+            print(f"[tq] no bits were chosen for {where}: it has 3", file=sys.stderr)
         enable(
             model,
-            args.tq_bits,
+            bits,
             key_bits=args.tq_key_bits,
             value_bits=args.tq_value_bits,
             code=args.tq_code,

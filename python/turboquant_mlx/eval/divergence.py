@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from ..caches import leaves
+from ..calibration.moments import without_head
 from ..overlay.products import fast_attention
 from .model import recurrent_states
 
@@ -50,14 +52,15 @@ def figures(first, logits, following):
     return kld, nll, agree
 
 
-def compare(model, windows, caches, *, step=256, progress=lambda tokens: None):
-    """Records of each kind of cache; the first is what the others are compared with.
+def compare(model, windows, caches, *, step=256, prompt=0, progress=lambda tokens: None):
+    """Records of each kind of cache, of the positions from `prompt` on; the first is what the others are compared with.
 
     Args:
         model: a model of mlx-lm.
         windows: token ids (W, L).
         caches: {name: list of fresh caches}.
         step (int): positions given to the model at a time.
+        prompt (int): tokens of each window that are read into the caches first; their logits are not computed.
         progress: called with the number of tokens just done.
 
     Returns:
@@ -67,7 +70,14 @@ def compare(model, windows, caches, *, step=256, progress=lambda tokens: None):
     rows, length = windows.shape
     following = np.pad(windows[:, 1:], ((0, 0), (0, 1)))  # the last position's is left out at the end
     parts = {name: ([], [], []) for name in caches}
-    for start in range(0, length, step):
+    for cache in caches.values():
+        for start in range(0, prompt, step):
+            tokens = windows[:, start : min(start + step, prompt)]
+            with fast_attention(model), without_head(model):
+                model(mx.array(tokens), cache=cache)
+            mx.eval([c.state for _, c in leaves(cache)])
+            progress(tokens.size)
+    for start in range(prompt, length, step):
         tokens, after = windows[:, start : start + step], following[:, start : start + step]
         first = None
         for name, cache in caches.items():

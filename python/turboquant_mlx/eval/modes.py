@@ -7,6 +7,7 @@ tq3t, tq3s   the same in trellis codes, in scalar codes
 k4v3         TurboQuant, keys 4 and values 3 bits
 tq3c, k4v3c  the same with the model's centres
 tq3f, k4v3f  with its centres and its feedback
+auto         the bits, and the exact tokens, that `calibrate --budget` chose
 tq3r128s4    TurboQuant, 3 bits, with the newest 128 and the first 4 tokens exact (without r and s none are)
 """
 
@@ -79,7 +80,7 @@ class Mode:
     """One kind of cache."""
 
     name: str
-    kind: str  # fp16, affine or tq
+    kind: str  # fp16, affine, tq or auto
     key_bits: int
     value_bits: int
     centred: bool = False
@@ -101,6 +102,8 @@ class Mode:
             return float_caches(model, lambda path: (to_half, to_half))
         if self.kind == "affine":
             return float_caches(model, lambda path: (affine(self.key_bits), affine(self.value_bits)))
+        if self.kind == "auto":
+            return packing(model, "auto", calibration=calibration)[0]()
         if not self.centred:
             calibration = None
         elif not calibration:
@@ -133,6 +136,8 @@ def parse_mode(name):
     """The mode of a name; ValueError names what is known."""
     if name == "fp16":
         return Mode(name, "fp16", 16, 16)
+    if name == "auto":
+        return Mode(name, "auto", 0, 0, centred=True, fed=True)
     if match := re.fullmatch(r"affine([2348])", name):
         return Mode(name, "affine", int(match[1]), int(match[1]))
     if match := re.fullmatch(r"(?:tq([2348])|k([2348])v([2348]))([ts]?)([cf]?)(?:r(\d+))?(?:s(\d+))?", name):
@@ -141,7 +146,7 @@ def parse_mode(name):
         widths = int(both or key), int(both or value)
         return Mode(name, "tq", *widths, bool(centred), centred == "f", code, int(recent or 0), int(sink or 0))
     raise ValueError(
-        f"[eval] modes are fp16, affine2/3/4/8, tq2/3/4/8 and k3v4 and the like, with a t for trellis codes or an s for "
+        f"[eval] modes are fp16, auto, affine2/3/4/8, tq2/3/4/8 and k3v4 and the like, with a t for trellis codes or an s for "
         f"scalar ones, then a c for centred or an f for centred with feedback, then r128 and s4 for that many newest and "
         f"first tokens exact; got {name!r}"
     )
