@@ -12,7 +12,7 @@ from ..caches.arguments import code_name
 from ..caches.slots import kv_slots, own_caches
 from ..calibration import automatic, calibrate, directory_hash, load_calibration
 from ..calibration.default import beginning
-from . import divergence, pictures, reconstruction, retrieval
+from . import answers, divergence, pictures, reconstruction, retrieval, tasks
 from .files import write_json, write_table
 from .model import cut_windows, load_model, message, read_tokens, spread_windows, window_numbers
 from .options import REFERENCE, parse
@@ -147,6 +147,34 @@ def _retrieved(what, rows):
     return summary
 
 
+def _task_prompts(args, tokenizer, tokens):
+    """{task: its prompts}, the same for every mode."""
+    filler = tasks.fillers(tokenizer, tokens)
+    shared = {"filler": filler, "lengths": args.lengths, "depths": args.depths}
+    return {name: tasks.prompts(name, args.prompts or tasks.COUNTS[name], args.seed, **shared) for name in args.tasks}
+
+
+def _tasks(args, model, tokenizer, prompts, calibration):
+    modes = {mode.name: (lambda m=mode: m.make_caches(model, calibration)) for mode in args.modes}
+    bar = _Bar("tasks", sum(map(len, prompts.values())) * len(modes))
+    rows, summary = [], {}
+    for task, own in prompts.items():
+
+        def write(some, before=tuple(rows), task=task):
+            write_table(args.out / "tasks.tsv", [*before, *({"task": task, **row} for row in some)])
+
+        found = answers.ask_all(model, tokenizer, modes, own, progress=bar, done=write)
+        rows += [{"task": task, **row} for row in found]
+        summary[task] = answers.summarise(found)
+    bar.close()
+    print(f"{'task':10} {'mode':12} {'pass':>9} {'as fp16':>9} {'every token':>12}")
+    for task, by_mode in summary.items():
+        for mode, r in by_mode.items():
+            shares = (f"{r[name]} of {r['asked']}" for name in ("passed", "same", "same_tokens"))
+            print("{:10} {:12} {:>9} {:>9} {:>12}".format(task, mode, *shares))
+    return summary
+
+
 def _reconstruction(args, model, windows, calibration):
     captured = reconstruction.capture(model, windows)
     rows = []
@@ -191,12 +219,13 @@ def run(args):
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=args.out):
         pass  # an unwritable folder is found before the work
-    pictures.pyplot()
+    if set(args.parts) & {"divergence", "needle"}:
+        pictures.pyplot()
     model, tokenizer = load_model(args.model)
     replaced, kept = _slots(args, model)
     tokens = read_tokens(tokenizer, args.text)
     # All that can be refused is made before anything is measured.
-    windows = contexts = lists = None
+    windows = contexts = lists = prompts = None
     if {"divergence", "reconstruction"} & set(args.parts):
         start = beginning(tokenizer)
         windows = cut_windows(tokens, args.context, args.windows, args.first_window, args.without, start)
@@ -204,6 +233,8 @@ def run(args):
         lists = _list_contexts(args, tokenizer, tokens)
     if "needle" in args.parts:
         contexts = _needle_contexts(args, tokenizer, tokens)
+    if "tasks" in args.parts:
+        prompts = _task_prompts(args, tokenizer, tokens)
     calibration, source = _calibration(args, model, tokenizer)
     for mode in args.modes:
         mode.check(model, calibration)
@@ -222,6 +253,7 @@ def run(args):
         "reconstruction": lambda: _reconstruction(args, model, windows, calibration),
         "list": lambda: _list(args, model, tokenizer, lists, calibration),
         "needle": lambda: _needle(args, model, tokenizer, contexts, calibration),
+        "tasks": lambda: _tasks(args, model, tokenizer, prompts, calibration),
     }
     for part in args.parts:
         summary[part] = measure[part]()

@@ -4,10 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..calibration.default import TEXT
 from .modes import parse_mode
 from .retrieval import NAMES
+from .tasks import COUNTS
 
-PARTS = ("divergence", "reconstruction", "list", "needle")  # in the order in which they are measured
+PARTS = ("divergence", "reconstruction", "list", "needle", "tasks")  # in the order in which they are measured
+MODES = "fp16,affine4,tq4,tq3,tq2"
+TASK_MODES = "fp16,tq4fr128s4,tq3fr128s4"  # the last is what enable(model) gives where there is a calibration
 REFERENCE = "fp16"
 
 
@@ -18,15 +22,30 @@ def parse(argv=None):
         description="Perplexity, KL divergence, retrieval and reconstruction error of packed caches.",
     )
     parser.add_argument("--model", type=Path, required=True, help="a local model directory")
-    parser.add_argument("--text", type=Path, required=True, help="held-out text: windows and filler come from it")
-    parser.add_argument("--out", type=Path, required=True, help="a folder for TSV, JSON and pictures")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        help="held-out text: windows and filler come from it; tasks alone take the package's where none is given",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("turboquant-eval"),
+        help="a folder for TSV, JSON and pictures (default: %(default)s)",
+    )
     parser.add_argument(
         "--modes",
-        default="fp16,affine4,tq4,tq3,tq2",
-        help="fp16, affine4, tq3, k4v3, tq3c (centred), tq3f (with feedback); fp16 is the reference of all others, and "
-        "is measured first whether or not it is named",
+        help="fp16, affine4, tq3, k4v3, tq3c (centred), tq3f (with feedback), tq3fr128s4 (and exact tokens), auto (chosen "
+        "bits); fp16 is the reference of all others, and is measured first whether or not it is named (default: "
+        f"{MODES}; of tasks alone {TASK_MODES})",
     )
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--parts", default=",".join(PARTS[:-1]), help=f"of {', '.join(PARTS)} (default: all but tasks)")
+    parser.add_argument("--tasks", default=",".join(COUNTS), help=f"of {', '.join(COUNTS)}")
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        help="of each task (default: " + ", ".join(f"{name} {n}" for name, n in COUNTS.items()) + ")",
+    )
     parser.add_argument("--context", type=int, default=2048, help="tokens of a window")
     parser.add_argument("--windows", type=int, default=4, help="how many of them")
     parser.add_argument("--first-window", type=int, default=0, help="number of the first window in the text")
@@ -44,10 +63,18 @@ def parse(argv=None):
     parser.add_argument("--calibrate-text", type=Path, help="calibrate with 8 windows spread over this text")
     parser.add_argument("--seed", type=int, default=0, help="of needles and lists, at least 0")
     args = parser.parse_args(argv)
-    args.modes = _modes(args.modes)
     if unknown := set(args.parts.split(",")) - set(PARTS):
         raise ValueError(f"[eval] --parts are {', '.join(PARTS)}; got {', '.join(map(repr, sorted(unknown)))}")
     args.parts = [part for part in PARTS if part in args.parts.split(",")]
+    args.modes = _modes(args.modes or (TASK_MODES if args.parts == ["tasks"] else MODES))
+    if args.text is None and args.parts != ["tasks"]:
+        raise ValueError(f"[eval] --parts {','.join(args.parts)} needs --text, a text that nobody calibrated on")
+    args.text = args.text or TEXT
+    args.tasks = args.tasks.split(",")
+    if unknown := set(args.tasks) - set(COUNTS):
+        raise ValueError(f"[eval] --tasks are {', '.join(COUNTS)}; got {', '.join(map(repr, sorted(unknown)))}")
+    if args.prompts is not None and args.prompts < 1:
+        raise ValueError(f"[eval] --prompts must be at least 1; got {args.prompts}")
     args.lengths = _numbers("--lengths", args.lengths, int)
     args.depths = _numbers("--depths", args.depths, float)
     args.without = set(_numbers("--without", args.without, int)) if args.without else set()
