@@ -8,6 +8,7 @@ namespace turboquant::cpu {
 namespace {
 
 constexpr int kVectorsPerTask = 64;
+constexpr int64_t kAlone = 1 << 19;  // multiplications of `transform` that one thread has done before another wakes
 
 /// Calls run(b, h, t, count) for runs of vectors that cover everything.
 template <class Params, class Run>
@@ -63,20 +64,31 @@ void decode(const DecodeParams& p) {
 
 void transform(const TransformParams& p) {
   const Kernels& k = kernels();
-  for_vectors(p, [&](int b, int h, int t, int count) {
-    const int64_t m = h / (p.heads / p.matrices);
+  const int group = p.heads / p.matrices;
+  // Vectors that share a matrix go together: the tokens of a head, or of single tokens the heads of a group.
+  const bool by_group = p.tokens == 1;
+  const int count = by_group ? group : p.tokens;
+  const int runs = (count + kVectorsPerTask - 1) / kVectorsPerTask, rows = by_group ? p.matrices : p.heads;
+  const auto run = [&](int task) {
+    const int row = task / runs, first = task % runs * kVectorsPerTask;
+    const int b = row / rows, h = row % rows * (by_group ? group : 1) + (by_group ? first : 0);
+    const int t = by_group ? 0 : first;
+    const int64_t m = h / group;
     TransformVectors vectors;
     vectors.dim = p.head_dim;
-    vectors.count = count;
+    vectors.count = std::min(kVectorsPerTask, count - first);
     vectors.x = static_cast<const std::byte*>(p.x.data) + row_offset(p.x, b, h, t) * size_of(p.x.dtype);
     vectors.dtype = p.x.dtype;
-    vectors.stride = p.x.token_stride;
+    vectors.stride = by_group ? p.x.head_stride : p.x.token_stride;
     vectors.centre = p.centre ? p.centre + m * p.head_dim : nullptr;
     vectors.matrix = p.matrix + m * p.head_dim * p.head_dim;
     vectors.out = static_cast<float*>(p.out.data) + row_offset(p.out, b, h, t);
-    vectors.out_stride = p.out.token_stride;
+    vectors.out_stride = by_group ? p.out.head_stride : p.out.token_stride;
     k.transform(vectors);
-  });
+  };
+  const int tasks = p.batch * rows * runs;
+  if (int64_t(p.batch) * p.heads * p.tokens * p.head_dim * p.head_dim > kAlone) return parallel_for(tasks, run);
+  for (int task = 0; task < tasks; ++task) run(task);
 }
 
 }  // namespace turboquant::cpu

@@ -41,11 +41,13 @@ std::vector<float> transformed(const Given& g, Backend backend) {
 }
 
 TEST_P(Transform, AgreesWithTheOracle) {
-  const int batch = 2, heads = 6, tokens = 7;  // a group of four rows and three alone
+  const int batch = 2, heads = 6;
   for (int dim : {32, 64, 96, 128, 160, 192, 224, 256, 288, 512}) {
-    for (int matrices : {1, 2, 6}) {
+    for (auto [matrices, tokens] :
+         {std::pair{1, 7}, {2, 7}, {6, 7}, {1, 1}, {2, 1}, {6, 1}}) {  // 7: four and three alone
       for (Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
-        SCOPED_TRACE(testing::Message() << "dim " << dim << " matrices " << matrices << " dtype " << int(dtype));
+        SCOPED_TRACE(testing::Message() << "dim " << dim << " matrices " << matrices << " tokens " << tokens
+                                        << " dtype " << int(dtype));
         Given g{batch, heads, tokens, dim, matrices, gaussian(size_t(batch) * heads * tokens * dim, dtype)};
         g.matrix = floats(size_t(matrices) * dim * dim, 7);
         if (dtype != Dtype::bfloat16) g.centre = floats(size_t(matrices) * dim, 8);
