@@ -1,6 +1,7 @@
 # Writes OUTPUT, a C++ file with the device sources as string literals: without includes, comments and indentation, since
 # MLX hashes a kernel's text at every launch; and the same texts as files in KERNELS, which a kernel can include instead.
 #   cmake -DOUTPUT=... -DKERNELS=... -DINCLUDE=... -DSOURCE=... -P embed.cmake
+cmake_minimum_required(VERSION 3.25)  # a script has no policies of its own
 set(encode ptx codec codes encode search trellis feedback)
 set(merge ptx codec attention schedule merge)
 set(few_rows ptx codec codes attention schedule tiles int8 few_rows)

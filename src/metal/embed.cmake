@@ -1,6 +1,7 @@
 # Writes OUTPUT, a C++ file with the Metal sources as string literals: each text is one .metal file with what it includes,
 # once and in front of it, and without comments, since MLX hashes a kernel's text at every launch.
 #   cmake -DOUTPUT=... -DINCLUDE=... -DSOURCE=... -P embed.cmake      (SOURCE: src/metal, INCLUDE: include)
+cmake_minimum_required(VERSION 3.25)  # a script has no policies of its own
 
 # Appends FILE and what it includes to `body`, unless `seen` has it.
 macro(append_file path)
