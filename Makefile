@@ -2,6 +2,7 @@
 # make test   builds and runs all tests
 # make quick  the tests that catch most mistakes, within a minute
 # make check  format, lint and types
+# make wheels the wheel, tried in a clean environment
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ DEBIAN := g++ make python3-venv python3-dev libopenblas0-pthread libgtest-dev li
 # For the tests alone, and not needed: without Clang's sanitizers ctest skips metal_sanitized and says so.
 DEBIAN_TESTS := clang libclang-rt-dev
 
-.PHONY: demo test quick stress fuzz check test-cpp test-python install system system-tests clean format api
+.PHONY: demo test quick stress fuzz wheels environments check test-cpp test-python install system system-tests clean format api
 
 demo: install
 	$(WITH_BLAS) $(BIN)/python examples/run_qwen35_tq3.py
@@ -25,7 +26,7 @@ test: check install test-cpp test-python
 
 # Debian's packages, only when one is missing; macOS brings a compiler and a BLAS, Homebrew the test library.
 system:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; this is " + sys.version.split()[0] + ": make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ": make PYTHON=...")'
 ifeq ($(OS),Darwin)
 	@command -v brew >/dev/null && (brew list googletest >/dev/null 2>&1 || brew install -q googletest google-benchmark) || true
 endif
@@ -91,6 +92,16 @@ check: install
 format:
 	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cu.h')
 	$(BIN)/python -m ruff format . && $(BIN)/python -m ruff check --fix .
+
+# The wheel of this Python and MLX, in dist/: repaired (libmlx.so stays MLX's own), then installed in an environment of its own,
+# far from the repository, where a smoke test runs.
+wheels: $(VENV)/.requirements
+	$(BIN)/python tests/wheels.py dist
+
+# What an installation says in environments that do not fit, and the oldest and newest versions of MLX and mlx-lm: an hour of
+# building at most, in scratch environments; docs/environments.txt has the last output.
+environments: $(VENV)/.requirements
+	$(BIN)/python tests/environments.py | tee docs/environments.txt
 
 # The pages of the Python API, from the docstrings, in build/api.
 api: install

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def metadata(args, subject):
         "weight_bytes": sum(v.nbytes for _, v in tree_flatten(subject.model.parameters())),
         "repetitions": args.repetitions,
         "order": f"rotated each repetition; decoded in turns of {args.block} tokens",
-        "started_utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "clock": "time.perf_counter",
     }
 

@@ -10,11 +10,17 @@ or slot by slot, as in the model card this package reimplements:
 The algorithm is TurboQuant's MSE quantizer (arXiv 2504.19874, section 3): see docs/algorithm.md.
 """
 
+import sys
 from pathlib import Path
 
 from . import _checks
 
-_checks.before_loading()
+try:
+    _checks.before_loading()
+except ImportError:
+    if not _checks.only_doctor():
+        raise
+    sys.exit(_checks.report())
 
 from . import _build_info  # noqa: E402
 from . import _core as _core  # noqa: E402

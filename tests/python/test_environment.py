@@ -1,12 +1,16 @@
 """An environment that does not fit is named before anything breaks."""
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
-from turboquant_mlx import _checks
+from conftest import ROOT
+from turboquant_mlx import _checks, _versions
 
 
 def run(code):
@@ -85,3 +89,113 @@ def test_import_names_a_distribution_that_shares_the_folder(tmp_path):
 def test_the_look_at_each_import_finds_only_our_own_distribution():
     assert importlib.metadata.version(_checks.DISTRIBUTION)
     assert _checks.other_folders() == []
+
+
+ABI_NAMES = [
+    (b"\0v20_system_libstdcpp_gxx_abi_1xxx_use_cxx11_abi_1\0", "v20", "2.13.0"),
+    (b"\0v21_system_libcpp_abi1\0", "v21", "2.15.0"),
+    (b"\0nanobind_system_libstdcpp_gxx_abi_1xxx_use_cxx11_abi_1_a1_v22\0", "v22", "3.1.0"),
+    (b"\0v99_system_x\0", "v99", None),
+    (b"\0nothing of the kind\0", None, None),
+]
+
+
+@pytest.mark.parametrize("data, abi, nanobind", ABI_NAMES)
+def test_nanobind_is_chosen_by_the_abi_of_mlxs_module(tmp_path, data, abi, nanobind):
+    (tmp_path / "mlx").mkdir()
+    module = tmp_path / "mlx" / "core.so"
+    module.write_bytes(b"ELF" + data + b"more")
+    assert _versions.abi(module) == abi and _versions.nanobind_for(module) == nanobind
+    (tmp_path / "mlx-0.32.1.dist-info").mkdir()
+    needed = _versions.build_requirements([str(tmp_path)])
+    assert needed[:2] == [f"nanobind=={nanobind or '3.1.0'}", "mlx==0.32.1"]
+    assert (_versions.why_nanobind_is_wrong("2.12.0", module) is None) == (nanobind is None)
+    if nanobind:
+        assert _versions.why_nanobind_is_wrong(nanobind, module) is None
+
+
+def test_a_build_without_one_of_our_mlx_takes_the_newest(tmp_path):
+    newest = [f"nanobind=={_versions.NANOBIND['v22'][0]}", f"mlx=={_versions.MLX[1]}"]
+    assert _versions.build_requirements([str(tmp_path)])[:2] == newest
+    (tmp_path / "mlx-0.20.0.dist-info").mkdir()
+    assert _versions.build_requirements([str(tmp_path)])[:2] == newest
+
+
+def test_the_extension_here_has_mlxs_abi():
+    import turboquant_mlx._core as core
+
+    assert _versions.abi(Path(core.__file__)) == _versions.abi(_versions.mlx_module()) in _versions.NANOBIND
+
+
+def test_pyproject_has_the_ranges_of_the_one_place():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    mlx, mlx_lm = (f">={low},<={high}" for low, high in (_versions.MLX, _versions.MLX_LM))
+    assert {f"mlx{mlx}", f"mlx-lm{mlx_lm}"} < set(project["dependencies"])
+    extras = project["optional-dependencies"]
+    assert extras["cpu"] == [f"mlx[cpu]{mlx}"] and extras["cuda13"] == [f"mlx[cuda13]{mlx}"]
+    assert extras["vlm"] == [f"mlx-vlm=={_versions.MLX_VLM}"]
+    assert project["requires-python"] == f">={_versions.PYTHON[0]}"
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Pretends that distributions have other versions; nothing is loaded."""
+
+    def environment(**versions):
+        real = _versions.installed
+        named = {name.replace("_", "-"): version for name, version in versions.items()}
+        monkeypatch.setattr(_versions, "installed", lambda name, path=None: named.get(name, real(name, path)))
+        return list(_checks.problems(modules=True))
+
+    return environment
+
+
+def test_an_environment_that_fits_has_no_problems(environment):
+    assert environment() == []
+
+
+@pytest.mark.parametrize(
+    "versions, message",
+    [
+        ({"mlx_cpu": "0.32.0"}, r"MLX 0\.32\.4 has a backend of another version \(mlx-cpu 0\.32\.0\): pip install "),
+        ({"mlx": "0.32.0", "mlx_cpu": "0.32.0"}, r"built for MLX 0\.32\.4, this is MLX 0\.32\.0; rebuild .* --no-deps"),
+        (
+            {"mlx": "0.20.0", "mlx_cpu": "0.20.0"},
+            r"this is MLX 0\.20\.0, which is not one of 0\.32\.0 to .*: pip install",
+        ),
+        ({"mlx_lm": "0.31.3"}, r"mlx-lm 0\.31\.3 is not one of .*: pip install mlx-lm==0\.32\.2"),
+        ({"mlx_lm": "0.33.0"}, r"mlx-lm 0\.33\.0 is not one of"),
+    ],
+)
+def test_a_problem_names_the_line_that_mends_it(environment, versions, message):
+    found = environment(**versions)
+    assert len(found) == 1 and re.search(message, found[0])
+
+
+def test_replaced_and_missing_files_are_found(tmp_path, monkeypatch):
+    package = tmp_path / "turboquant_mlx"
+    (package / "caches").mkdir(parents=True)
+    info = tmp_path / "turboquant_kv_mlx-0.1.0.dist-info"
+    info.mkdir()
+    lines = []
+    for name in ("__init__.py", "ops.py", "caches/packed.py"):
+        (package / name).write_text(f"# {name}\n")
+        lines.append(f"turboquant_mlx/{name},{_checks._digest(package / name)},{(package / name).stat().st_size}")
+    (info / "RECORD").write_text("\n".join([*lines, "turboquant_mlx/_core.so,sha256=x,5", "other.py,sha256=x,5", ""]))
+    monkeypatch.setattr(_checks, "_HERE", package)
+    assert _checks.replaced_files() == []
+    (package / "ops.py").write_text("# ops.px\n")  # of the same size
+    (package / "caches" / "packed.py").unlink()
+    assert _checks.replaced_files() == ["turboquant_mlx/ops.py", "turboquant_mlx/caches/packed.py (missing)"]
+    assert "uninstall that one, then reinstall this" in next(_checks.problems())
+
+
+def test_doctor_tells_what_is_wrong_where_the_package_cannot_be_imported(tmp_path):
+    (tmp_path / "mlx_lm-0.31.3.dist-info").mkdir()
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "turboquant_mlx", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(r"FAILED +mlx-lm 0\.31\.3 is not one of .*: pip install mlx-lm==", done.stdout)
+    done = subprocess.run([*command[:-1], "inspect"], capture_output=True, text=True, env=environment)
+    assert done.returncode != 0 and "ImportError: [turboquant_mlx] mlx-lm 0.31.3" in done.stderr

@@ -49,7 +49,10 @@ def findings():
             "OpenBLAS" if fast else "MLX's reference BLAS; LD_PRELOAD=libopenblas.so.0 multiplies much faster",
         )
     others = _checks.other_packages()
-    yield "import name", f"shared with {', '.join(others)}: uninstall the other" if others else "ours alone"
+    yield (
+        "import name",
+        f"shared with {', '.join(others)}: uninstall the other, then reinstall this" if others else "ours alone",
+    )
 
 
 def _error(got, want):

@@ -4,6 +4,7 @@ import atexit
 import os
 import sys
 
+from .. import _checks
 from .cli import main
 
 
@@ -13,6 +14,8 @@ def run():
     MLX keeps compiled functions for each thread, and a thread that has ended asks for the interpreter to drop them.  If
     that is at its end by then, the process is aborted (SIGABRT): a program of MLX alone does it too (docs/limits.md),
     and in a server one thread computes all answers."""
+    if _checks.replaced_files():  # perhaps __init__.py, so that its own checks did not run
+        sys.exit(f"turboquant_mlx: {next(_checks.problems())}")
     serving = sys.argv[1:2] in (["server"], ["vlm-server"])
     try:
         main()

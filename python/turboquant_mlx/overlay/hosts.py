@@ -5,7 +5,7 @@ mlx-vlm is not needed: as long as nobody has imported it, no model is its."""
 import contextlib
 import sys
 
-MLX_VLM = "0.7.10"  # the version that all of this was tried with
+from .._versions import MLX_VLM as MLX_VLM  # the version that all of this was tried with
 
 
 def _vlm():
