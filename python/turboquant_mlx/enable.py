@@ -123,8 +123,22 @@ def _probe_once(model, make_cache, left):
 
 
 def _probe(model, make_cache):
-    """(What keeps each slot from being packed, the KV heads of each slot or None).  One slot may end an attempt, so
-    attempts go on without it."""
+    """(What keeps each slot from being packed, the KV heads of each slot or None)."""
+    problems, heads = _probe_on(model, make_cache)
+    # An attempt that ends blames every slot of its layer that nobody has read yet: each is tried without the others.
+    for place in sorted({path[1:] for path in problems if len(path) > 1}):
+        others = {path: why for path, why in problems.items() if path[1:] != place}
+        if not others:
+            continue
+        more, seen, error = _probe_once(model, make_cache, others)
+        if not more and error is None:
+            problems = others
+            heads |= {path: n for path, n in seen.items() if n is not None}
+    return problems, heads
+
+
+def _probe_on(model, make_cache):
+    """As _probe.  One slot may end an attempt, so attempts go on without it."""
     problems, heads = {}, {}
     while True:
         more, seen, error = _probe_once(model, make_cache, problems)
