@@ -8,6 +8,7 @@ import pytest
 from decoded import check_logits
 from latent_models import FAMILIES, deepseek, indexed
 from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.models import deepseek_v2
 from mlx_lm.models.cache import KVCache, make_prompt_cache, trim_prompt_cache
 from small_models import greedy, prompt, small_llama
 from turboquant_mlx import (
@@ -19,6 +20,7 @@ from turboquant_mlx import (
     save_prompt_cache,
 )
 from turboquant_mlx.caches import leaves
+from turboquant_mlx.calibration import calibrate
 
 
 def chunks(read=40, single=8):
@@ -132,6 +134,20 @@ def test_nothing_of_a_step_is_left():
     from turboquant_mlx.caches import latent
 
     assert not latent._known and before is not None
+
+
+def test_centres_of_latents_are_their_means():
+    """RoPE does not turn a latent, wherever in the context it stands; of an expanded key it turns the last coordinates."""
+    model, text = deepseek(), prompt(40)
+    near, far = (calibrate(model, text, positions=positions) for positions in (0, 1000))
+    assert mx.allclose(near[0].key_centre, far[0].key_centre, atol=1e-6)
+    assert enable(model, calibration=far) == 2
+    held = make_prompt_cache(model)[0].centres[0]
+    assert mx.array_equal(held, far[0].key_centre)
+    expanded = deepseek(deepseek_v2, rope_scaling={"type": "yarn", "factor": 1.0, "mscale_all_dim": 0})
+    near, far = (calibrate(expanded, text, positions=positions) for positions in (0, 1000))
+    assert mx.allclose(near[0].key_centre[:, :64], far[0].key_centre[:, :64], atol=1e-6)
+    assert not mx.allclose(near[0].key_centre[:, 64:], far[0].key_centre[:, 64:], atol=1e-6)
 
 
 def test_bad_input():

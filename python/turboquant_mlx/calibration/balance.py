@@ -48,6 +48,24 @@ def turns(attention, dim, offsets):
     rope = getattr(attention, "rope", None)
     if rope is None:
         return None
+    rotary = getattr(attention, "qk_rope_head_dim", dim)
+    if rotary != dim:  # multi-head latent attention: RoPE turns the end of an expanded key, and nothing of a latent
+        if dim != rotary + getattr(attention, "qk_nope_head_dim", dim):
+            return None
+        return _at_the_end(_turns(rope, rotary, offsets), dim)
+    return _turns(rope, dim, offsets)
+
+
+def _at_the_end(found, dim):
+    """Turns of a vector's last coordinates as those of the vector."""
+    if found is None:
+        return None
+    whole = np.tile(np.eye(dim), (len(found), 1, 1))
+    whole[:, -found.shape[1] :, -found.shape[1] :] = found
+    return whole
+
+
+def _turns(rope, dim, offsets):
     unit = mx.eye(dim)[:, None, None]  # dim sequences of one token
     try:
         found = [np.array(rope(unit, offset=int(offset)).astype(mx.float32))[:, 0, 0] for offset in offsets]
