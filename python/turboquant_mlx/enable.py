@@ -145,12 +145,23 @@ def _probe_on(model, make_cache):
         heads |= {path: n for path, n in seen.items() if n is not None}
         if not more:
             if error and (seen or not problems):  # no slot to blame: with the others packed, the model fails
+                where = "on packed caches" if _runs_on_its_own(model) else "here, on no caches"
                 raise ValueError(
-                    f"[enable] the model cannot run on packed caches: {type(error).__name__}: {error}"
+                    f"[enable] the model cannot run {where}: {type(error).__name__}: {error}"
                     + (f"; of slots that stay floats:\n{_reasons(problems)}" if problems else "")
                 ) from error
             return problems, heads
         problems |= more
+
+
+def _runs_on_its_own(model):
+    """Whether the graph of a token can be built with the model's own caches."""
+    with hosts.undisturbed(model):
+        try:
+            model(mx.zeros((1, 1), mx.int32), cache=own_caches(model))
+        except Exception:  # whatever a model cannot do on this device
+            return False
+    return True
 
 
 def _probe_latent(model, settings, kept, slots, heads):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from . import _core
-from .caches.arguments import code_name
+from .caches.arguments import Code, code_name, code_names
 
 
 def encode(
@@ -88,7 +88,7 @@ def attention(
     window: int = 0,
     key_centre: mx.array | None = None,
     value_centre: mx.array | None = None,
-    code: str | None = None,
+    code: Code = None,
     stream: mx.Stream | mx.Device | None = None,
 ) -> mx.array:
     """softmax(scale * q K^T + mask) V over packed keys and values, without decoding the history.
@@ -105,7 +105,7 @@ def attention(
         starts (mx.array): (B,) first visible token of each row of a left-padded batch.
         window (int): > 0 hides keys `window` or more positions before the query.
         key_centre, value_centre (mx.array): (H_kv, D), as given to `encode`.
-        code (str): as given to `encode`, of the sides of 2 and 3 bits.
+        code (str): as given to `encode`, of the sides of 2 and 3 bits; a pair is of keys and of values.
 
     Returns:
         (B, H_q, L, D) in q's dtype; 0 for a query that sees no key.
@@ -113,9 +113,9 @@ def attention(
     Raises:
         ValueError: a shape, dtype or number out of range; the message names the rule and the value found.
     """
-    name = code_name("attention", code)
-    key_coding = _core.Coding(key_bits, code=name, seed=seed, centre=key_centre)
-    value_coding = _core.Coding(value_bits, code=name, seed=seed, centre=value_centre)
+    names = code_names("attention", code)
+    key_coding = _core.Coding(key_bits, code=names[0], seed=seed, centre=key_centre)
+    value_coding = _core.Coding(value_bits, code=names[1], seed=seed, centre=value_centre)
     return _core.attention(
         q,
         keys,

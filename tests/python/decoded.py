@@ -10,6 +10,7 @@ from turboquant_mlx.overlay.patch import float_attention
 # Attention over codes rounds a query to 1 / 32,512 of its largest coordinate and softmax's weights to 1 / 255 of a
 # block's: an output is off by up to this part of its length, which the shared table holds every kernel to.
 ATTENTION = 5e-4
+ROUNDING = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}  # of an output in the model's own type
 
 
 def coded(bits, **coding):
@@ -60,7 +61,7 @@ def noise_bound(model, chunks, exact):
         out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
         error = mx.random.normal(out.shape)
         length = mx.linalg.norm(out.astype(mx.float32), axis=-1, keepdims=True)
-        error *= ATTENTION * length / mx.linalg.norm(error, axis=-1, keepdims=True)
+        error *= (ATTENTION + ROUNDING.get(out.dtype, 0)) * length / mx.linalg.norm(error, axis=-1, keepdims=True)
         return (out.astype(mx.float32) + error).astype(out.dtype)
 
     mx.random.seed(11)

@@ -129,3 +129,26 @@ def test_feedback_in_trellis_codes():
     plain, fed = (encode(x, 3, feedback=f, code="trellis") for f in (None, g))
     assert not mx.array_equal(plain[0], fed[0])
     assert relative_error(decode(*fed, 3, code="trellis"), x) ** 2 < 0.03
+
+
+@pytest.mark.parametrize("code", [("trellis", "scalar"), ("scalar", "trellis")])
+def test_each_side_may_have_codes_of_its_own(code, tmp_path):
+    cache = TurboQuantKVCache(3, code=code, recent=0, sink=0)
+    keys, values = vectors(key=1), vectors(key=2)
+    view, _ = cache.update_and_fetch(keys, values)
+    assert cache.code == code and cache.inspect()["code"] == code
+    decoded = [decode(*encode(x, 3, code=name), 3, code=name) for x, name in zip((keys, values), code, strict=True)]
+    for held, want in zip(view.decode(mx.float32), decoded, strict=True):
+        assert mx.array_equal(held, want)
+    q = vectors(1, heads=4, key=3)
+    want = mx.fast.scaled_dot_product_attention(q.astype(mx.float32), *decoded, scale=0.1)
+    assert relative_error(view.attend(q, 0.1), want) < 1e-3
+    packed = [encode(x, 3, code=name) for x, name in zip((keys, values), code, strict=True)]
+    assert mx.array_equal(attention(q, *packed, scale=0.1, code=code), view.attend(q, 0.1))
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), [cache])
+    (again,) = load_prompt_cache(str(tmp_path / "cache.safetensors"))
+    assert again.code == code and same_codes(again, cache)
+    assert TurboQuantKVCache(3, code=("trellis", "trellis")).code == "trellis"
+    assert TurboQuantKVCache(key_bits=4, value_bits=3, code=("trellis", "scalar")).code == "scalar"
+    with pytest.raises(ValueError, match="code must be None, 'scalar' or 'trellis'"):
+        TurboQuantKVCache(3, code=(*code, "scalar"))

@@ -52,6 +52,12 @@ def test_a_layer_that_ends_an_attempt_blames_its_index_alone():
     assert len(done.packed) + len(done.kept) == len(kinds) and len(done.packed) == 4
 
 
+@pytest.mark.skipif(mx.metal.is_available(), reason="the model runs where Metal is")
+def test_a_model_that_runs_nowhere_here_is_told_so():
+    with pytest.raises(ValueError, match=r"cannot run here, on no caches: RuntimeError: \[metal_kernel\]"):
+        enable(families.make("bitnet"))
+
+
 def test_values_of_width_0_are_held():
     cache = TurboQuantKVCache(recent=0, sink=0)
     cache.update_and_fetch(mx.random.normal((1, 2, 5, 64)), mx.zeros((1, 2, 5, 0)))

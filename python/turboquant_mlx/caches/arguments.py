@@ -21,6 +21,7 @@ DEFAULT_CODE = "trellis"  # of widths of 2 and 3 bits
 RECENT, SINK = 128, 4  # tokens that queries read exactly unless asked for otherwise
 EXACT_WINDOW = 1024  # tokens of the largest window that is held at 8 bits where queries read their newest exactly
 Centres: TypeAlias = "tuple[mx.array | None, mx.array | None]"
+Code: TypeAlias = "str | tuple[str | None, str | None] | None"
 Feedback: TypeAlias = "tuple[mx.array | None, mx.array | None]"
 
 
@@ -31,7 +32,7 @@ class Settings(TypedDict, total=False):
 
     key_bits: int | None
     value_bits: int | None
-    code: str | None
+    code: Code
     seed: int
     centres: Centres | None
     feedback: Feedback | None
@@ -74,6 +75,12 @@ def _width(owner, name, bits):
     if found not in (2, 3, 4, 8):
         raise ValueError(f"[{owner}] {name} must be 2, 3, 4 or 8; got {bits!r}")
     return found
+
+
+def code_names(owner: str, code: Code) -> tuple[str, str]:
+    """The names of the codes asked for, of keys and of values: one name is of both."""
+    keys, values = code if isinstance(code, (tuple, list)) and len(code) == 2 else (code, code)
+    return code_name(owner, keys), code_name(owner, values)
 
 
 def code_name(owner: str, code: str | None) -> str:
@@ -138,13 +145,13 @@ def coding(owner: str, bits: int = 3, **settings: Unpack[Settings]) -> _core.Cac
     if unknown:
         raise TypeError(f"{owner}.__init__() got an unexpected keyword argument '{unknown[0]}'")
     bits = _width(owner, "bits", bits)
-    code, seed = code_name(owner, settings.get("code")), whole(owner, "seed", settings.get("seed", 0), below=2**64)
+    codes, seed = code_names(owner, settings.get("code")), whole(owner, "seed", settings.get("seed", 0), below=2**64)
     centres = _pair(owner, "centres", "(H_kv, D)", settings.get("centres"))
     feedback = _pair(owner, "feedback", "(H_kv, D, D)", settings.get("feedback"))
 
     def side(index: int, name: str, own_bits: int | None) -> _core.Coding:
         width = bits if own_bits is None else _width(owner, name, own_bits)
-        return _core.Coding(width, code=code, seed=seed, centre=centres[index], feedback=feedback[index])
+        return _core.Coding(width, code=codes[index], seed=seed, centre=centres[index], feedback=feedback[index])
 
     keys, values = side(0, "key_bits", settings.get("key_bits")), side(1, "value_bits", settings.get("value_bits"))
     key_map, query_map = query_maps(owner, settings.get("key_map"))

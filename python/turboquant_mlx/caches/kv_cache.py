@@ -26,7 +26,7 @@ class TurboQuantKVCache(PackedCache):
         bits (int): 2, 3, 4 or 8, for keys and values.
         key_bits, value_bits (int): instead of `bits`, each side's own width.
         code (str): "trellis" or "scalar", of widths of 2 and 3 bits: the first errs by a third less in the same bytes
-            and takes longer to encode; wider codes are scalar.  None: trellis.
+            and takes longer to encode; wider codes are scalar.  A pair is of keys and of values.  None: trellis.
         seed (int): of the random signs, from 0 to 2^64 - 1.
         centres: a pair (keys, values) of (H_kv, D) arrays, taken from every vector before coding; see calibration.
         feedback: a pair (keys, values) of (H_kv, D, D) float16 arrays, which feed errors forward; made for one seed.

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import _BaseCache
 
 from .. import _core
-from .arguments import Centres, Feedback, query_maps
+from .arguments import Centres, Feedback, code_names, query_maps
 from .identity import CODEBOOK, Identity, read
 
 
@@ -116,10 +116,12 @@ class PackedCache(_BaseCache):
         return self._core.coding.values.bits
 
     @property
-    def code(self) -> str:
-        """ "trellis" when a side of 2 or 3 bits has such codes, else "scalar"."""
-        coding = self._core.coding
-        return "trellis" if "trellis" in (coding.keys.code, coding.values.code) else "scalar"
+    def code(self) -> str | tuple[str, str]:
+        """ "trellis" or "scalar", of the sides of 2 and 3 bits ("scalar" where there is none); a pair (keys, values) where
+        they differ."""
+        sides = self._core.coding.keys, self._core.coding.values
+        found = {side.code for side in sides if side.bits in (2, 3)}
+        return (sides[0].code, sides[1].code) if len(found) > 1 else next(iter(found), "scalar")
 
     @property
     def seed(self) -> int:
@@ -286,11 +288,13 @@ class PackedCache(_BaseCache):
         exact = fields.get("exact")
         if len(arrays) not in ((8, 12) if exact else (8,)):
             raise ValueError(f"[load] a {type(self).__name__} has eight arrays and four of copies; got {len(arrays)}")
-        shared = {"code": fields.get("code", "scalar"), "seed": fields["seed"]}  # version 1 had scalar codes alone
+        codes = code_names(type(self).__name__, fields.get("code", "scalar"))  # version 1 had scalar codes alone
         maps = query_maps(type(self).__name__, key_map)
         coding = _core.CacheCoding(
-            _core.Coding(fields["key_bits"], **shared, centre=arrays[4], feedback=arrays[6]),
-            _core.Coding(fields["value_bits"], **shared, centre=arrays[5], feedback=arrays[7]),
+            _core.Coding(fields["key_bits"], code=codes[0], seed=fields["seed"], centre=arrays[4], feedback=arrays[6]),
+            _core.Coding(
+                fields["value_bits"], code=codes[1], seed=fields["seed"], centre=arrays[5], feedback=arrays[7]
+            ),
             key_map=maps[0],
             query_map=maps[1],
             **({"recent": exact["recent"], "sink": exact["sink"]} if exact else {}),

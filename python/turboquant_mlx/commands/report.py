@@ -5,6 +5,8 @@ from ..caches import PackedCache, leaves
 
 def _codes(key_bits, value_bits, code):
     """Widths and codes as words."""
+    if not isinstance(code, str):
+        return f"K{key_bits} {code[0]} V{value_bits} {code[1]}"
     return f"K{key_bits} V{value_bits}" + (" scalar" if code == "scalar" and min(key_bits, value_bits) < 4 else "")
 
 

@@ -39,6 +39,7 @@ def _check_complete(file_name):
 def _kind(cache):
     if isinstance(cache, PackedCache):
         codes = " in scalar codes" if cache.code == "scalar" and min(cache.key_bits, cache.value_bits) < 4 else ""
+        codes = codes if isinstance(cache.code, str) else f" in {cache.code[0]} and {cache.code[1]} codes"
         return f"{type(cache).__name__} of {cache.key_bits}-bit keys and {cache.value_bits}-bit values{codes}"
     return type(cache).__name__ + (" (not packed)" if "KVCache" in type(cache).__name__ else "")
 
