@@ -15,10 +15,18 @@ warnings.simplefilter("ignore")
 import families  # noqa: E402
 from judged import judge  # noqa: E402
 
+UNJUDGED = {
+    "phi3small": "the process ends with a segmentation fault on mlx-lm's own float caches, too (CPU, MLX 0.32.4)"
+}
+
 
 def main(names):
     wrong = refused = 0
     for name in names:
+        if name in UNJUDGED:
+            refused += 1
+            print(f"{name:24} not judged: {UNJUDGED[name]}", flush=True)
+            continue
         try:
             found = judge(families.make(name))
         except (ValueError, RuntimeError) as error:
@@ -34,7 +42,9 @@ def main(names):
         told = ", ".join(f"{what} {far:.1e} of {bound:.1e}" for what, (far, bound) in found.items())
         print(f"{name:24} {'DISAGREES: ' + ' '.join(off) + ': ' if off else ''}{told}", flush=True)
         gc.collect()
-    print(f"{len(names)} families: {len(names) - wrong - refused} agree, {wrong} do not, {refused} are refused")
+    print(
+        f"{len(names)} families: {len(names) - wrong - refused} agree, {wrong} do not, {refused} are refused or not judged"
+    )
     return 1 if wrong else 0
 
 

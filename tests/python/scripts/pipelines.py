@@ -47,12 +47,11 @@ def found_for(model):
 # name: (the model, its calibration, settings of enable)
 PIPELINES = {
     "qwen2": (small_qwen2, found_for, {}),
-    "qwen2, codes and copies": (small_qwen2, found_for, {"recent": 8, "sink": 2}),
     "qwen2, packs later": (small_qwen2, None, {"start": 20}),
     "qwen3.5": (bundled, lambda _: load_calibration(MODEL), {}),
 }
 SHARDS = {
-    "llama": (lambda: build(llama, num_attention_heads=8, num_key_value_heads=4), found_for, {"recent": 8, "sink": 2}),
+    "llama": (lambda: build(llama, num_attention_heads=8, num_key_value_heads=4), found_for, {}),
     "qwen3.5": (bundled, lambda _: load_calibration(MODEL), {}),
 }
 
