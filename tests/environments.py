@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "python" / "turboquant_mlx"))
 import _versions  # noqa: E402
 
 NEWEST, OLDEST = _versions.MLX[1], _versions.MLX[0]
+# mlx-lm 0.31.3 is what vllm-mlx and Rapid-MLX pin.
 PAIRS = ((OLDEST, _versions.MLX_LM[0]), (NEWEST, _versions.MLX_LM[1]))
 QUICK = ["-q", "-m", "quick", "-p", "no:cacheprovider", str(ROOT / "tests" / "python")]
 
@@ -88,14 +89,14 @@ def broken(wheel: Path, folder: Path) -> bool:
         ),
         "another MLX of ours": ([*mlx("0.32.2"), lm, wheel], None, r"pip install nanobind==2\.15\.0 .*--no-deps"),
         "an MLX that is none of ours": (
-            [*mlx("0.31.2"), lm, wheel],
+            [*mlx("0.30.6"), lm, wheel],
             None,
             rf'not one of {OLDEST} to {NEWEST}: pip install "mlx\[cpu\]=={NEWEST}"',
         ),
         "an older mlx-lm": (
-            [*mlx(NEWEST), "mlx-lm==0.31.3", wheel],
+            [*mlx(NEWEST), "mlx-lm==0.31.2", wheel],
             None,
-            r"mlx-lm 0\.31\.3 is not one of 0\.32\.0 to",
+            r"mlx-lm 0\.31\.2 is not one of 0\.31\.3 to",
         ),
         "the extension of another nanobind": (
             [*mlx(NEWEST), lm, wheel],
@@ -156,7 +157,9 @@ def pairs(folder: Path, chosen: tuple[tuple[str, str], ...]) -> bool:
             "-c", "import turboquant_mlx._build_info as b; print(b.MLX_VERSION, b.NANOBIND_VERSION)"
         )
         doctor = environment.says("-m", "turboquant_mlx", "doctor").splitlines()[-1:]
-        tests = environment.says("-m", "pytest", *QUICK).splitlines()
+        old = _versions.release(lm_version) < (0, 32)  # it lacks a model of that file
+        skipped = [f"--ignore={ROOT / 'tests' / 'python' / 'test_latent.py'}"] if old else []
+        tests = environment.says("-m", "pytest", *QUICK, *skipped).splitlines()
         summary = next(
             (line for line in reversed(tests) if re.search(r"\d+ (passed|failed|error)", line)), "no tests ran"
         )

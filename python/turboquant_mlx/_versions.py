@@ -7,8 +7,8 @@ import re
 import sys
 from pathlib import Path
 
-MLX = ("0.32.0", "0.32.4")  # the oldest and the newest
-MLX_LM = ("0.32.0", "0.32.2")
+MLX = ("0.31.2", "0.32.4")  # the oldest and the newest
+MLX_LM = ("0.31.3", "0.32.2")
 PYTHON = ("3.11", "3.14")
 MLX_VLM = "0.7.10"
 # The ABI of nanobind that MLX's own module has: what makes it, and what else does.  Only a module of the same ABI sees

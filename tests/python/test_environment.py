@@ -93,6 +93,7 @@ def test_the_look_at_each_import_finds_only_our_own_distribution():
 
 ABI_NAMES = [
     (b"\0v20_system_libstdcpp_gxx_abi_1xxx_use_cxx11_abi_1\0", "v20", "2.13.0"),
+    (b"\0v19_system_libstdcpp_gxx_abi_1xxx_use_cxx11_abi_1\0", "v19", "2.12.0"),
     (b"\0v21_system_libcpp_abi1\0", "v21", "2.15.0"),
     (b"\0nanobind_system_libstdcpp_gxx_abi_1xxx_use_cxx11_abi_1_a1_v22\0", "v22", "3.1.0"),
     (b"\0v99_system_x\0", "v99", None),
@@ -109,7 +110,7 @@ def test_nanobind_is_chosen_by_the_abi_of_mlxs_module(tmp_path, data, abi, nanob
     (tmp_path / "mlx-0.32.1.dist-info").mkdir()
     needed = _versions.build_requirements([str(tmp_path)])
     assert needed[:2] == [f"nanobind=={nanobind or '3.1.0'}", "mlx==0.32.1"]
-    assert (_versions.why_nanobind_is_wrong("2.12.0", module) is None) == (nanobind is None)
+    assert (_versions.why_nanobind_is_wrong("2.11.0", module) is None) == (nanobind is None)
     if nanobind:
         assert _versions.why_nanobind_is_wrong(nanobind, module) is None
 
@@ -161,9 +162,9 @@ def test_an_environment_that_fits_has_no_problems(environment):
         ({"mlx": "0.32.0", "mlx_cpu": "0.32.0"}, r"built for MLX 0\.32\.4, this is MLX 0\.32\.0; rebuild .* --no-deps"),
         (
             {"mlx": "0.20.0", "mlx_cpu": "0.20.0"},
-            r"this is MLX 0\.20\.0, which is not one of 0\.32\.0 to .*: pip install",
+            r"this is MLX 0\.20\.0, which is not one of 0\.31\.2 to .*: pip install",
         ),
-        ({"mlx_lm": "0.31.3"}, r"mlx-lm 0\.31\.3 is not one of .*: pip install mlx-lm==0\.32\.2"),
+        ({"mlx_lm": "0.31.2"}, r"mlx-lm 0\.31\.2 is not one of .*: pip install mlx-lm==0\.32\.2"),
         ({"mlx_lm": "0.33.0"}, r"mlx-lm 0\.33\.0 is not one of"),
     ],
 )
@@ -191,11 +192,11 @@ def test_replaced_and_missing_files_are_found(tmp_path, monkeypatch):
 
 
 def test_doctor_tells_what_is_wrong_where_the_package_cannot_be_imported(tmp_path):
-    (tmp_path / "mlx_lm-0.31.3.dist-info").mkdir()
+    (tmp_path / "mlx_lm-0.31.2.dist-info").mkdir()
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "turboquant_mlx", "doctor"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert re.search(r"FAILED +mlx-lm 0\.31\.3 is not one of .*: pip install mlx-lm==", done.stdout)
+    assert re.search(r"FAILED +mlx-lm 0\.31\.2 is not one of .*: pip install mlx-lm==", done.stdout)
     done = subprocess.run([*command[:-1], "inspect"], capture_output=True, text=True, env=environment)
-    assert done.returncode != 0 and "ImportError: [turboquant_mlx] mlx-lm 0.31.3" in done.stderr
+    assert done.returncode != 0 and "ImportError: [turboquant_mlx] mlx-lm 0.31.2" in done.stderr

@@ -23,6 +23,7 @@ from turboquant_mlx import (
     load_prompt_cache,
     other_slots,
 )
+from turboquant_mlx.caches import older
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +174,7 @@ def test_every_field_of_the_header_is_guarded(case, tmp_path):
 def test_packed_files_need_sums_of_their_other_slots(tmp_path):
     file = str(tmp_path / "cache.safetensors")
     caches = [fill(TurboQuantKVCache(), 9), recurrent()]
-    other_slots.save_original(file, caches, {"note": "kept"})
+    other_slots._save(file, caches, {"note": "kept"})
     with pytest.raises(ValueError, match="layer 1, a ArraysCache, has no checksum"):
         mlx_lm_cache.load_prompt_cache(file)
     other_slots.save_original(file, caches[:1])
@@ -189,6 +190,7 @@ def test_files_without_packed_caches_are_mlx_lms_own(tmp_path):
     assert plain_leaves(mlx_lm_cache.load_prompt_cache(str(ours))) == plain_leaves(caches)
 
 
+@pytest.mark.skipif(older.OLD, reason="mlx-lm 0.31.3 reads another layout")
 def test_sums_do_not_keep_mlx_lms_own_reader_from_a_file(tmp_path):
     """With the classes known and the functions as they were."""
     file = str(tmp_path / "cache.safetensors")

@@ -1,5 +1,6 @@
 """Packed caches in mlx-lm's cache protocol.  Nothing here replaces a name of another program (see overlay)."""
 
+from . import older as older
 from .checkpoints import CheckpointedArraysCache
 from .convert import DelayedTurboQuantKVCache, to_turboquant
 from .kv_cache import BatchTurboQuantKVCache, PackedBatch, TurboQuantKVCache

@@ -253,6 +253,13 @@ class CheckpointedArraysCache(ArraysCache):
         self._lengths = None if lengths is None else lengths.tolist()
         self._padding = None if left_padding is None else left_padding.tolist()
 
+    @classmethod
+    def from_state(cls, state: Any, meta_state: Any = "") -> CheckpointedArraysCache:
+        """The cache that had this `state`.  mlx-lm 0.31.3 also gives the `meta_state`, which is empty."""
+        made = cls.__new__(cls)
+        made.state = state
+        return made
+
     @property
     def nbytes(self):
         """Resident bytes of the state and of its checkpoints."""

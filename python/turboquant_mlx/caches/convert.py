@@ -157,6 +157,6 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
             raise ValueError(f"[load] a cache of {held} tokens cannot stand at {position}")
         floats = None if packed else KVCache()
         if arrays and not packed:
-            floats.state = (*arrays[:2], offset)
+            (floats.keys, floats.values), floats.offset = arrays[:2], offset
         super()._restore(coding, position, arrays if packed else None, copies)
         self.start, self._floats = start, floats

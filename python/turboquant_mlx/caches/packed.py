@@ -306,6 +306,13 @@ class PackedCache(_BaseCache):
         self._last_kernel = _core.LastKernel()
         self.fingerprint = fields["model"]
 
+    @classmethod
+    def from_state(cls, state: Any, meta_state: Any = "") -> PackedCache:
+        """The cache that had this `state`.  mlx-lm 0.31.3 also gives the `meta_state`, which is empty."""
+        made = cls.__new__(cls)
+        made.state = state
+        return made
+
     def keep_exact(self, recent: int, sink: int) -> None:
         """Keeps other tokens exact from now on; those held already are as exact as their codes."""
         if (recent, sink) == (self.recent, self.sink):

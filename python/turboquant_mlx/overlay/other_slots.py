@@ -12,25 +12,17 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_cache
 
-from ..caches import PackedCache, leaves
+from ..caches import PackedCache, leaves, older
 from ..caches.identity import checksum
 from ..caches.slots import layer_name
 
 KEY = "turboquant_other_slots"  # of the metadata: JSON {"slots": {slot: class and checksum}, "metadata": checksum}
 _AGAIN = "the file was altered or truncated; make it again"
+# As patch.py notes them, to put them back; and those that are called, of 0.32's layout.
 save_original: Callable = mlx_lm_cache.save_prompt_cache
 load_original: Callable = mlx_lm_cache.load_prompt_cache
-
-
-def _as_saved(leaf):
-    """(kind, array) of a leaf of a state, as mlx-lm writes it."""
-    if isinstance(leaf, mx.array):
-        return "array", leaf
-    if isinstance(leaf, str):
-        return "string", mx.array([ord(c) for c in leaf])
-    if leaf is None:
-        return "none", mx.array([])
-    return "scalar", mx.array(leaf)
+_save: Callable = older.save_prompt_cache if older.OLD else save_original
+_load: Callable = older.load_prompt_cache if older.OLD else load_original
 
 
 def _sum(kind, tensors):
@@ -62,16 +54,18 @@ def save_prompt_cache(file_name, cache, metadata=None):
         ValueError: the model's weights changed while a packed cache was filled.
     """
     check_one_model(cache)
+    save = save_original
     if any(isinstance(c, PackedCache) for _, c in leaves(cache)):
         own = {key: value for key, value in (metadata or {}).items() if key != KEY}
         slots = {}
         for i, c in enumerate(cache):
             if not isinstance(c, PackedCache):  # a CacheList is summed whole: it also holds its slots' class names
-                tensors = {name: _as_saved(leaf) for name, leaf in tree_flatten([c.state])}
+                tensors = {name: older.as_saved(leaf) for name, leaf in tree_flatten([older.whole_state(c)])}
                 slots[str(i)] = _sum(type(c).__name__, {name[2:]: tensor for name, tensor in tensors.items()})
         sums = {"slots": slots, "metadata": checksum(dict(tree_flatten(own)), [])}
         metadata = own | {KEY: json.dumps(sums, sort_keys=True)}
-    save_original(file_name, cache, metadata)
+        save = _save
+    save(file_name, cache, metadata or {})
 
 
 class _Contents:
@@ -149,13 +143,13 @@ def load_prompt_cache(file_name, return_metadata=False):
     if not _check(file_name):
         return load_original(file_name, return_metadata)
     try:
-        caches, metadata = load_original(file_name, return_metadata=True)
+        caches, metadata = _load(file_name, return_metadata=True)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         if isinstance(error, ValueError) and str(error).startswith("["):  # it says what is wrong by itself
             raise
         raise ValueError(
             f"[load_prompt_cache] {file_name} cannot be taken apart ({type(error).__name__}: {error}): {_AGAIN}"
         ) from error
-    mx.eval([c.state for c in caches])  # a thread that loads lazily may end before another one reads
+    mx.eval([older.whole_state(c) for c in caches])  # a thread that loads lazily may end before another one reads
     metadata.pop(KEY, None)
     return (caches, metadata) if return_metadata else caches
