@@ -99,7 +99,7 @@ wheels: $(VENV)/.requirements
 	$(BIN)/python tests/wheels.py dist
 
 # What an installation says in environments that do not fit, and the oldest and newest versions of MLX and mlx-lm: an hour of
-# building at most, in scratch environments; docs/environments.txt has the last output.
+# building at most, in scratch environments; what they say goes to docs/environments.txt.
 environments: $(VENV)/.requirements
 	$(BIN)/python tests/environments.py | tee docs/environments.txt
 
