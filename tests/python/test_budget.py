@@ -6,7 +6,7 @@ import pytest
 from conftest import MODEL
 from mlx_lm import load
 from mlx_lm.models import llama
-from small_models import build, save_model, small_llama
+from small_models import build, save_model, small_gemma3n, small_gpt_oss, small_hybrid, small_llama
 from turboquant_mlx import (
     BatchTurboQuantKVCache,
     TurboQuantKVCache,
@@ -234,6 +234,22 @@ def test_fewest_bytes_keep_to_a_divergence():
         choice.choose(model, found, Budget(kld=1e-12), windows, windows[:1])
     losses = choice.losses(model, found, windows)
     assert losses.keys() == {(slot, side) for slot in range(3) for side in (0, 1)} and min(losses.values()) > 0
+
+
+@pytest.mark.parametrize(("make", "slots"), [(small_gpt_oss, [0, 1]), (small_gemma3n, [0, 1]), (small_hybrid, [1, 3])])
+def test_models_with_windows_shared_caches_and_recurrent_states(make, slots):
+    """A window is held at its chosen bits, whatever the default for windows is; layers without a packed slot stay."""
+    model = make()
+    windows = np.random.default_rng(0).integers(0, 100, (2, 64)).astype(np.int32)
+    found = calibration.calibrate(model, windows, positions=0)
+    found.policy = choice.choose(model, found, Budget(memory=700_000, context=2000), windows, windows[:1])
+    assert sorted(found.policy.widths) == slots and found.policy.measured["bytes"] <= 700_000
+    for slot in slots:
+        found.policy.widths[slot] = (3, 2)
+    enable(model, bits="auto", calibration=found)
+    caches = model.make_cache()
+    assert [(caches[slot].key_bits, caches[slot].value_bits) for slot in slots] == [(3, 2)] * 2
+    disable(model)
 
 
 def test_layers_before_the_changed_one_are_not_computed_again(monkeypatch):
