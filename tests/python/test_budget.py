@@ -207,6 +207,9 @@ def test_command_with_the_bundled_model(tmp_path, capsys):
     args = cli.tq_options().parse_args(["--tq-bits", "auto", "--tq-calibration", str(out)])
     cli.prepare(model, args, MODEL)
     assert "KVCache K" in capsys.readouterr().err
+    model, _ = load(str(MODEL))  # whose own file has no choice
+    cli.prepare(model, cli.tq_options().parse_args(["--tq-bits", "auto"]), MODEL)
+    assert "bits and calibration" in capsys.readouterr().err
     before = out.read_bytes()
     for changes, why in (
         (

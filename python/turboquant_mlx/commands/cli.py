@@ -114,7 +114,7 @@ def _calibration(args, model, where, main, tokenizer):
         return None
     if named:
         found = load_calibration(args.tq_calibration, directory=directory if directory.is_dir() else False)
-    elif (directory / FILE_NAME).is_file():
+    elif (directory / FILE_NAME).is_file() and not (args.tq_bits == "auto" and _lacks_choice(directory)):
         found = load_calibration(directory)
     elif args.tq_bits == "auto":
         return automatic.chosen(model, seed=args.tq_seed)
@@ -135,6 +135,13 @@ def _calibration(args, model, where, main, tokenizer):
     found = Calibrations(found)
     found.weights = frozenset()  # compared above
     return found
+
+
+def _lacks_choice(directory):
+    """Whether the calibration beside the weights came without a choice of bits: one may be kept elsewhere."""
+    from ..calibration import load_calibration
+
+    return load_calibration(directory).policy is None
 
 
 def _describe(calibration):
