@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 mx.set_default_device(mx.cpu)
 
 from conftest import MODEL  # noqa: E402
+from latent_models import deepseek  # noqa: E402
 from mlx_lm import batch_generate  # noqa: E402
 from mlx_lm.models import llama, qwen2  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
@@ -47,11 +48,14 @@ def found_for(model):
 # name: (the model, its calibration, settings of enable)
 PIPELINES = {
     "qwen2": (small_qwen2, found_for, {}),
+    "qwen2, codes and copies": (small_qwen2, found_for, {"recent": 8, "sink": 2}),
+    "deepseek_v3": (deepseek, found_for, {}),
     "qwen2, packs later": (small_qwen2, None, {"start": 20}),
     "qwen3.5": (bundled, lambda _: load_calibration(MODEL), {}),
 }
 SHARDS = {
-    "llama": (lambda: build(llama, num_attention_heads=8, num_key_value_heads=4), found_for, {}),
+    "deepseek_v3": (deepseek, found_for, {}),
+    "llama": (lambda: build(llama, num_attention_heads=8, num_key_value_heads=4), found_for, {"recent": 8, "sink": 2}),
     "qwen3.5": (bundled, lambda _: load_calibration(MODEL), {}),
 }
 
