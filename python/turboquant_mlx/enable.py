@@ -4,6 +4,7 @@ packed codes."""
 import os
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
@@ -364,22 +365,22 @@ def _calibrated_now(model, tokenizer, seed):
 
 
 def enable(
-    model,
-    bits=3,
+    model: Any,
+    bits: int = 3,
     *,
-    key_bits=None,
-    value_bits=None,
-    code=None,
-    seed=0,
-    calibration=None,
-    tokenizer=None,
-    start=None,
-    recent=None,
-    sink=None,
-    chunked_recurrence=False,
-    checkpoints=False,
-    strict=False,
-):
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+    code: str | None = None,
+    seed: int = 0,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    start: int | None = None,
+    recent: int | None = None,
+    sink: int | None = None,
+    chunked_recurrence: bool = False,
+    checkpoints: bool | int | str = False,
+    strict: bool = False,
+) -> Enabled:
     """Makes `model.make_cache()` give packed caches in its `KVCache` and `RotatingKVCache` slots; other slots stay, and so
     do those of these kinds that cannot be packed.
 
@@ -456,7 +457,7 @@ def enable(
     return Enabled(slots, make_cache.kept)
 
 
-def disable(model):
+def disable(model: Any) -> None:
     """Gives the model its own caches back.  The patch stays, which float caches do not notice, and so does the chunked
     recurrence, which belongs to the process."""
     model = hosts.language_model(model)

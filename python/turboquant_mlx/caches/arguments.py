@@ -67,7 +67,7 @@ def whole(owner: str, name: str, number: int, least: int = 0, below: int = 2**31
     return found
 
 
-def _width(owner, name, bits):
+def _width(owner: str, name: str, bits: int) -> int:
     try:
         found = operator.index(bits)
     except TypeError:
@@ -92,7 +92,7 @@ def code_name(owner: str, code: str | None) -> str:
     return code
 
 
-def _pair(owner, name, shape, pair):
+def _pair(owner: str, name: str, shape: str, pair: Any) -> Any:
     """A pair (keys, values) of arrays or None; None is a pair of them."""
     found = (None, None) if pair is None else pair
     if not (
@@ -104,10 +104,10 @@ def _pair(owner, name, shape, pair):
     return tuple(found)
 
 
-_query_maps: dict = {}  # id of a key map: its query map, while the key map lives
+_query_maps: dict[int, Any] = {}  # id of a key map: its query map, while the key map lives
 
 
-def query_maps(owner, key_map):
+def query_maps(owner: str, key_map: Any) -> Any:
     """(key map, query map), or (None, None).  Caches that share a key map share the inverse, too."""
     if key_map is None:
         return None, None
@@ -169,14 +169,14 @@ def window_coding(owner: str, max_size: int, settings: Settings) -> Settings:
     return window
 
 
-def as_list(numbers) -> list[int]:
+def as_list(numbers: Any) -> list[int]:
     """Padding, lengths and rows come as lists, tuples or arrays of whole numbers, or None for none."""
     if numbers is None:
         return []
     return numbers.tolist() if hasattr(numbers, "tolist") else list(numbers)
 
 
-def padding(owner: str, numbers) -> list[int]:
+def padding(owner: str, numbers: Any) -> list[int]:
     """Pads of each row; ValueError unless they are a list of whole numbers of at least 0."""
     try:
         listed = list(as_list(numbers))

@@ -180,7 +180,7 @@ class CheckpointedArraysCache(ArraysCache):
         self._lengths = self._padding = None
 
     @classmethod
-    def merge(cls, caches):
+    def merge(cls, caches: Any) -> Any:
         """A batch of these sequences, with their checkpoints; those of plain `ArraysCache`s cannot go back."""
         merged = super().merge(caches)
         merged.limits = next(c.limits for c in caches if isinstance(c, cls))
@@ -188,7 +188,7 @@ class CheckpointedArraysCache(ArraysCache):
         merged._padding = None  # mlx-lm sets zeros in an empty batch
         return merged
 
-    def extend(self, other):
+    def extend(self, other: Any) -> None:
         """Adds the rows of `other` to this batch."""
         sizes = self.batch_size, other.batch_size
         super().extend(other)
@@ -199,15 +199,16 @@ class CheckpointedArraysCache(ArraysCache):
             if ours is not None or more is not None:
                 setattr(self, name, [*(ours or [0] * sizes[0]), *(more or [0] * sizes[1])])
 
-    def filter(self, batch_indices):
+    def filter(self, batch_indices: Any) -> None:
         """Keeps these rows, in this order."""
         super().filter(batch_indices)
-        keep = [int(i) for i in (batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices)]
+        rows: Any = batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices
+        keep = [int(i) for i in rows]
         self._rows = [self._rows[i] for i in keep]
         self._lengths = self._lengths and [self._lengths[i] for i in keep]
         self._padding = self._padding and [self._padding[i] for i in keep]
 
-    def extract(self, idx):
+    def extract(self, idx: int) -> Any:
         """Row `idx` as a cache of its own."""
         cache = type(self)(len(self.cache), limits=self.limits)
         cache.cache = self._row_arrays(idx)
@@ -224,7 +225,7 @@ class CheckpointedArraysCache(ArraysCache):
         return other
 
     @property
-    def state(self):
+    def state(self) -> Any:
         """(arrays, left_padding, lengths, where the rows stand as JSON, arrays of all checkpoints), as mlx-lm saves it."""
         fields = {
             "most": self.limits.most,
@@ -235,7 +236,7 @@ class CheckpointedArraysCache(ArraysCache):
         return (self.cache, self.left_padding, self.lengths, json.dumps(fields), held)
 
     @state.setter
-    def state(self, state):
+    def state(self, state: Any) -> None:
         try:
             arrays, left_padding, lengths, text, *held = state
             held = list(held[0]) if held else []
@@ -261,14 +262,14 @@ class CheckpointedArraysCache(ArraysCache):
         return made
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         """Resident bytes of the state and of its checkpoints."""
         kept = [arrays for row in self._rows for arrays in row.checkpoints.values()]
         arrays = {id(c): c.nbytes for group in (self.cache, *kept) for c in group if c is not None}
         return sum(arrays.values())
 
     @property
-    def state_nbytes(self):
+    def state_nbytes(self) -> int:
         """Resident bytes of the state alone."""
         return super().nbytes
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
+from .. import _core
 from .arguments import Settings, spelled_out, whole, window_coding
 from .kv_cache import TurboQuantKVCache
 from .packed import PackedCache
@@ -59,11 +60,11 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
     @spelled_out
     def __init__(self, start: int, bits: int = 3, **settings: Unpack[Settings]) -> None:
         self.start = whole(type(self).__name__, "start", start)
-        self._floats = KVCache()
+        self._floats: Any = KVCache()  # None once packed
         super().__init__(bits, **settings)
 
     @property
-    def merge(self):
+    def merge(self) -> Any:
         raise AttributeError("[merge] a cache that is packed later cannot be batched")
 
     @property
@@ -71,16 +72,16 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
         """Whether the cache holds codes by now."""
         return self._floats is None
 
-    def __copy__(self):
+    def __copy__(self) -> DelayedTurboQuantKVCache:
         other = super().__copy__()
         other._floats = copy.deepcopy(self._floats)  # mlx-lm's cache writes into its arrays
         return other
 
-    def update_and_fetch(self, keys, values):
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """As for TurboQuantKVCache; returns arrays (B, H_kv, tokens, D) until the cache packs itself."""
         return super().update_and_fetch(keys, values)
 
-    def _update(self, keys, values):
+    def _update(self, keys: mx.array, values: mx.array) -> Any:
         if self.packed:
             return super()._update(keys, values)
         if self._floats.offset + keys.shape[2] <= self.start:
@@ -96,13 +97,13 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
         return super().keys if self.packed else self._floats.keys
 
     @keys.setter
-    def keys(self, array):
+    def keys(self, array: Any) -> None:
         if self.packed:
-            PackedCache.keys.fset(self, array)
+            PackedCache.keys.fset(self, array)  # type: ignore[attr-defined]
         else:
             self._floats.keys = array
 
-    def keys_and_values(self):
+    def keys_and_values(self) -> tuple[Any, Any]:
         """What update_and_fetch returned last."""
         return super().keys_and_values() if self.packed else self._floats.keys_and_values()
 
@@ -128,7 +129,7 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
         """A `KVCache` with the history: decoded to `dtype`, or a copy of the floats in their own dtype."""
         return super().to_float(dtype) if self.packed else copy.deepcopy(self._floats)
 
-    def inspect(self) -> dict:
+    def inspect(self) -> dict[str, Any]:
         """As for TurboQuantKVCache; while the cache holds floats, the bits are theirs (None of an empty cache)."""
         note = super().inspect()
         if self.packed:
@@ -136,26 +137,26 @@ class DelayedTurboQuantKVCache(TurboQuantKVCache):
         key_bits, value_bits = (None if x is None else 8 * x.itemsize for x in (self._floats.keys, self._floats.values))
         return note | {"key_bits": key_bits, "value_bits": value_bits, "kernel": "mlx (not packed yet)"}
 
-    def _shape(self):
+    def _shape(self) -> Any:
         if self.packed:
             return super()._shape()
         keys, values = self._floats.keys_and_values()
         return (*keys.shape[:3], keys.shape[3] + values.shape[3])
 
-    def _arrays(self):
+    def _arrays(self) -> list[Any]:
         if self.packed or self.empty():
             return super()._arrays()
         return [*self._floats.keys_and_values(), None, None]
 
-    def _position(self):
+    def _position(self) -> Any:
         return {"start": self.start, "packed": self.packed, "offset": self.offset}
 
-    def _restore(self, coding, position, arrays, copies=None):
+    def _restore(self, coding: _core.CacheCoding, position: Any, arrays: Any, copies: Any = None) -> Any:
         packed, start, offset = position["packed"], position["start"], position["offset"]
         held = arrays[0].shape[2] if arrays else 0
         if not isinstance(packed, bool) or (not packed and offset != held):
             raise ValueError(f"[load] a cache of {held} tokens cannot stand at {position}")
-        floats = None if packed else KVCache()
+        floats: Any = None if packed else KVCache()
         if arrays and not packed:
             (floats.keys, floats.values), floats.offset = arrays[:2], offset
         super()._restore(coding, position, arrays if packed else None, copies)

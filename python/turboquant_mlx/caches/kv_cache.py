@@ -3,7 +3,7 @@ batch_kv_cache.h)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, create_attention_mask
@@ -56,17 +56,17 @@ class TurboQuantKVCache(PackedCache):
         """Tokens held."""
         return self._core.offset
 
-    def _position(self):
+    def _position(self) -> Any:
         return {"offset": self.offset}
 
-    def _restore(self, coding, position, arrays, copies=None):
+    def _restore(self, coding: _core.CacheCoding, position: Any, arrays: Any, copies: Any = None) -> Any:
         core = _core.KVCache(coding)
         if arrays:
             core.restore(arrays, position["offset"], copies)
         self._core = core
 
     @classmethod
-    def merge(cls, caches: list[TurboQuantKVCache]):
+    def merge(cls, caches: list[TurboQuantKVCache]) -> BatchTurboQuantKVCache:
         """A BatchTurboQuantKVCache of these sequences."""
         return BatchTurboQuantKVCache.merge(caches)
 
@@ -79,7 +79,7 @@ class TurboQuantKVCache(PackedCache):
         return cache
 
 
-def one_kind(operation, caches, kind="of one kind that can be batched"):
+def one_kind(operation: str, caches: Any, kind: str = "of one kind that can be batched") -> str:
     """Why these caches make no batch, as words."""
     kinds = sorted({type(c).__name__ for c in caches})
     return (
@@ -102,7 +102,7 @@ class PackedBatch(PackedCache):
         """After a right-padded prompt: moves each row's pads to its front."""
         self._core.finalize()
 
-    def filter(self, batch_indices) -> None:
+    def filter(self, batch_indices: Any) -> None:
         """Keeps these rows, in this order; ValueError for rows that do not exist."""
         self._core.filter(as_list(batch_indices))
 
@@ -114,7 +114,7 @@ class PackedBatch(PackedCache):
         self._core.extend(other._core)
         self._name_rows(other)
 
-    def _name_rows(self, other):
+    def _name_rows(self, other: PackedBatch) -> None:
         if other.fingerprint != self.fingerprint:
             both = {*self.fingerprint.split("+"), *other.fingerprint.split("+")}
             self.fingerprint = "+".join(sorted(both - {""}))
@@ -124,7 +124,7 @@ class PackedBatch(PackedCache):
         return self._row._wrap(self._core.extract(idx), self)
 
     @classmethod
-    def _merged(cls, core, caches):
+    def _merged(cls, core: Any, caches: Any) -> Any:
         """The batch of caches of the kind `_row`; ValueError names other kinds."""
         if any(type(c) is not cls._row for c in caches):
             raise ValueError(one_kind("merge", caches, f"of the kind {cls._row.__name__}"))
@@ -159,7 +159,7 @@ class BatchTurboQuantKVCache(PackedBatch):
         """Tokens held of each row, its pads included."""
         return self._core.length
 
-    def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
+    def prepare(self, *, left_padding: Any = None, lengths: Any = None, right_padding: Any = None) -> None:
         """Before a padded prompt is appended.
 
         Args:
@@ -172,10 +172,10 @@ class BatchTurboQuantKVCache(PackedBatch):
         """
         self._core.prepare(as_list(left_padding), as_list(right_padding), as_list(lengths))
 
-    def _position(self):
+    def _position(self) -> Any:
         return {"length": self.size(), "left_padding": self.left_padding.tolist()}
 
-    def _restore(self, coding, position, arrays, copies=None):
+    def _restore(self, coding: _core.CacheCoding, position: Any, arrays: Any, copies: Any = None) -> Any:
         core = _core.BatchKVCache(position["left_padding"], coding)
         if arrays:
             core.restore(arrays, **position, copies=copies)

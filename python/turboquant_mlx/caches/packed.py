@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -13,12 +14,12 @@ from .arguments import Centres, Feedback, code_names, query_maps
 from .identity import CODEBOOK, Identity, read
 
 
-def inner_slots(cache):
+def inner_slots(cache: Any) -> Any:
     """The slots in a CacheList, of mlx-lm or mlx-vlm, or in a tuple; None of a cache."""
     return cache if isinstance(cache, tuple) else getattr(cache, "caches", None)
 
 
-def leaves(caches, path=()):
+def leaves(caches: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Any]]:
     """(path, cache) of every slot; a CacheList holds further slots."""
     for i, c in enumerate(caches):
         inner = inner_slots(c)
@@ -28,7 +29,7 @@ def leaves(caches, path=()):
             yield (*path, i), c
 
 
-def layer_name(path):
+def layer_name(path: tuple[int, ...]) -> str:
     return "layer " + ".".join(map(str, path))
 
 
@@ -43,7 +44,7 @@ class PackedCache(_BaseCache):
     _core: Any  # the C++ cache of this kind
 
     @classmethod
-    def _wrap(cls, core, like=None):
+    def _wrap(cls, core: Any, like: PackedCache | None = None) -> Any:
         """A cache around `core`, of the model that fills `like`."""
         self = cls.__new__(cls)
         self._core = core
@@ -52,10 +53,10 @@ class PackedCache(_BaseCache):
             self._named_like(like)
         return self
 
-    def _named_like(self, other):
+    def _named_like(self, other: PackedCache) -> None:
         self.fingerprint, self._names, self._leads = other.fingerprint, other._names, other._leads
 
-    def __copy__(self):
+    def __copy__(self) -> Any:
         """A copy that shares no later write; the buffers are shared until one of the two writes."""
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)
@@ -63,15 +64,15 @@ class PackedCache(_BaseCache):
         other._last_kernel = _core.LastKernel(self._last_kernel)
         return other
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.copy(self)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         """As mlx-lm saves it: a pickle holds the codes, and its cache is filled by whichever model comes next."""
         *arrays, identity = self.state
         return _unpickled, (type(self), arrays, str(identity))
 
-    def _note_model(self, first, tokens):
+    def _note_model(self, first: bool, tokens: int) -> None:
         """After an append of `tokens` tokens, the `first` ones or not: notes whose they are.  Single tokens continue an
         answer, for which nobody waits to change the weights."""
         if self._names is None or (tokens == 1 and not first):
@@ -91,7 +92,7 @@ class PackedCache(_BaseCache):
         return None if self._core.empty else self._core.arrays[0]
 
     @keys.setter
-    def keys(self, array):
+    def keys(self, array: Any) -> None:
         held = self.keys
         if held is None or not isinstance(array, mx.array) or (array.shape, array.dtype) != (held.shape, held.dtype):
             raise ValueError(
@@ -190,7 +191,7 @@ class PackedCache(_BaseCache):
         self._note_model(first, keys.shape[2])
         return views
 
-    def _update(self, keys, values):
+    def _update(self, keys: mx.array, values: mx.array) -> _core.View:
         view = self._core.update(keys, values, self._last_kernel)
         return view, view
 
@@ -225,26 +226,26 @@ class PackedCache(_BaseCache):
         """Drops the latest `n` tokens, or all there are; returns how many that were."""
         return self._core.trim(n)
 
-    def to_quantized(self, *_, **__):
+    def to_quantized(self, *_: Any, **__: Any) -> Any:
         """What mlx-lm calls when `kv_bits` is given; without it, mlx-lm would ignore that argument in silence."""
         raise ValueError(f"[to_quantized] {type(self).__name__} packs its keys and values itself; leave kv_bits out")
 
-    def _arrays(self):
+    def _arrays(self) -> list[Any]:
         """What is held, as four arrays, without spare room."""
         if hasattr(self._core, "end_chunk"):  # mlx-lm evaluates the state after each chunk of a prompt
             self._core.end_chunk()
         return [None] * 4 if self.empty() else self._core.view().arrays
 
-    def _position(self):
+    def _position(self) -> Any:
         """What `_restore` needs besides the arrays, as JSON values."""
         raise NotImplementedError
 
-    def _restore(self, coding, position, arrays):
+    def _restore(self, coding: _core.CacheCoding, position: Any, arrays: Any) -> Any:
         """Sets `_core` once all else went well; `arrays` are four, or None when nothing was appended."""
         raise NotImplementedError
 
     @property
-    def state(self):
+    def state(self) -> Any:
         """All that from_state needs, as mlx-lm saves it.
 
         A tuple of key codes (B, H_kv, N, key_bits * D / 32) uint32, key scales (B, H_kv, N) float16, value codes and
@@ -278,7 +279,7 @@ class PackedCache(_BaseCache):
         return (*arrays, Identity(fields, arrays))
 
     @state.setter
-    def state(self, state):
+    def state(self, state: Any) -> None:
         try:
             *arrays, identity = state
         except (TypeError, ValueError) as error:
@@ -323,12 +324,12 @@ class PackedCache(_BaseCache):
         )
         self._restore(coding, self._position(), None if self.empty() else self._arrays())
 
-    def _shape(self):
+    def _shape(self) -> Any:
         """(B, H_kv, tokens held, D of a key and a value together)."""
         view = self._core.view()
         return (*view.shape[:3], view.shape[3] + view.value_dim)
 
-    def inspect(self) -> dict:
+    def inspect(self) -> dict[str, Any]:
         """What the cache holds, as a table's row: bits, tokens, resident bytes, what float16 would take, last kernel."""
         shape = None if self.empty() else self._shape()
         return {
@@ -346,9 +347,9 @@ class PackedCache(_BaseCache):
         }
 
 
-def _pair_or_none(keys, values):
+def _pair_or_none(keys: Any, values: Any) -> Any:
     return None if keys is None and values is None else (keys, values)
 
 
-def _unpickled(cls, arrays, identity):
+def _unpickled(cls: Any, arrays: Any, identity: Any) -> Any:
     return cls.from_state((*arrays, identity))

@@ -60,7 +60,7 @@ class TurboQuantRotatingKVCache(PackedWindow):
         """Whether the latest tokens can be taken back: only until the window has moved on, or while drafts are checked."""
         return super().is_trimmable() or drafting.get()
 
-    def _update(self, keys, values):
+    def _update(self, keys: mx.array, values: mx.array) -> _core.View:
         tokens = keys.shape[2] if keys.ndim == 4 else 0
         if drafting.get() and tokens in (1, 2) and self.offset + tokens >= self.max_size:
             self._before = (*self._before, copy.deepcopy(self._core))  # a single token overwrites the oldest
@@ -87,7 +87,7 @@ class TurboQuantRotatingKVCache(PackedWindow):
         return self._core.keep
 
     @classmethod
-    def merge(cls, caches):
+    def merge(cls, caches: list[TurboQuantRotatingKVCache]) -> BatchTurboQuantRotatingKVCache:
         """A BatchTurboQuantRotatingKVCache of these sequences; ValueError with keep > 0, which batches do not have."""
         return BatchTurboQuantRotatingKVCache._merged(_core.BatchRotatingKVCache, caches)
 
@@ -99,7 +99,7 @@ class TurboQuantRotatingKVCache(PackedWindow):
             cache.offset, cache._idx = self.offset, self._core.index
         return cache
 
-    def _position(self):
+    def _position(self) -> Any:
         return {
             "max_size": self.max_size,
             "keep": self.keep,
@@ -107,7 +107,7 @@ class TurboQuantRotatingKVCache(PackedWindow):
             "index": self._core.index,
         }
 
-    def _restore(self, coding, position, arrays):
+    def _restore(self, coding: _core.CacheCoding, position: Any, arrays: Any) -> Any:
         core = _core.RotatingKVCache(position["max_size"], position["keep"], coding)
         if arrays:
             core.restore(arrays, position["offset"], position["index"])
@@ -135,7 +135,7 @@ class BatchTurboQuantRotatingKVCache(PackedWindow, PackedBatch):
     merge = TurboQuantRotatingKVCache.merge
     _row = TurboQuantRotatingKVCache
 
-    def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
+    def prepare(self, *, left_padding: Any = None, lengths: Any = None, right_padding: Any = None) -> None:
         """Before a padded prompt is appended.
 
         Args:
@@ -148,10 +148,10 @@ class BatchTurboQuantRotatingKVCache(PackedWindow, PackedBatch):
         """
         self._core.prepare(as_list(left_padding), as_list(lengths), as_list(right_padding))
 
-    def _position(self):
+    def _position(self) -> Any:
         return {"max_size": self.max_size, **self._core.position}
 
-    def _restore(self, coding, position, arrays):
+    def _restore(self, coding: _core.CacheCoding, position: Any, arrays: Any) -> Any:
         position = dict(position)
         max_size, padding = position.pop("max_size"), position["left_padding"]
         # Padding counts down as the window moves on, below zero at last; a fresh batch takes none of that.

@@ -3,6 +3,7 @@ model's texts begin."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -58,7 +59,7 @@ def windows_of_text(tokenizer, count=WINDOWS, length=LENGTH):
     return windows_of(tokenizer, TEXT.read_text(encoding="utf-8"), count, length)
 
 
-def calibrate_by_default(model, tokenizer, *, seed=0):
+def calibrate_by_default(model: Any, tokenizer: Any, *, seed: int = 0) -> Any:
     """`calibrate` on the text that ships with the package: {slot: Calibration}, in seconds."""
     return calibrate_visibly(model, windows_of_text(tokenizer), seed=seed)
 
@@ -72,15 +73,15 @@ def calibrate_visibly(model, windows, *, seed=0):
         bar.close()
 
 
-def steady_keys(model):
+def steady_keys(model: Any) -> dict[int, float]:
     """{layer: how many times as long as what varies of its keys their bias is}, where that is above STEADY.
 
     Read from the weights alone: after a norm a layer's input has about unit coordinates times the norm's weights, so what
     varies of a head's keys has about the length |W diag(norm)| of its rows of the projection."""
     slots = {path: c for path, c in leaves(own_caches(model)) if type(c) in REPLACED}
-    found = {}
+    found: dict[int, float] = {}
     for path, attention in attentions(model, slots).items():
-        projection = getattr(attention, "k_proj", None)
+        projection: Any = getattr(attention, "k_proj", None)
         heads = getattr(attention, "n_kv_heads", None) or getattr(attention, "num_key_value_heads", None)
         weight = matrix(projection)
         if weight is None or "bias" not in projection or not heads:

@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -32,16 +33,16 @@ class Calibration(NamedTuple):
     key_map: mx.array | None = None  # (H_kv, D, D) float32
 
     @property
-    def centres(self):
+    def centres(self) -> Any:
         """(keys, values), as caches take them."""
         return self[:2]
 
     @property
-    def feedback(self):
+    def feedback(self) -> Any:
         """(keys, values), as caches take them; None without any."""
         return None if self[2] is None and self[3] is None else self[2:4]
 
-    def without_feedback(self):
+    def without_feedback(self) -> Calibration:
         """The centres alone."""
         return Calibration(*self[:2])
 
@@ -66,7 +67,7 @@ class Calibrations(dict):
             self.weights, self.policy, self.missing = first.weights, first.policy, dict(first.missing)
 
 
-def check_weights(calibration, model):
+def check_weights(calibration: Any, model: Any) -> None:
     """ValueError when `calibration` says that it was made with other weights than the model's."""
     made_with = getattr(calibration, "weights", None)
     if not made_with or sharding.of(model).group is not None:  # a rank has a part of the weights
@@ -79,7 +80,7 @@ def check_weights(calibration, model):
         )
 
 
-def as_calibration(found):
+def as_calibration(found: Any) -> Calibration:
     """A Calibration of one, of a tuple in its order, or of None."""
     try:
         return NO_CALIBRATION if found is None else Calibration(*found)
@@ -87,7 +88,7 @@ def as_calibration(found):
         raise ValueError(f"[enable] calibration must hold a Calibration for each slot; got {found!r}") from None
 
 
-def directory_hash(directory):
+def directory_hash(directory: str | os.PathLike[str]) -> str:
     """A hash of a model directory's configuration and of its weights' headers (names, shapes, dtypes, sizes)."""
     directory = Path(directory)
     weights = sorted(directory.glob("model*.safetensors"))
@@ -102,7 +103,7 @@ def directory_hash(directory):
     return digest.hexdigest()[:32]
 
 
-def content(directory):
+def content(directory: str | os.PathLike[str]) -> str:
     """A hash of parts of every tensor in a model directory's weights: what tells one fine-tune from another."""
     digest = hashlib.sha256()
     for path in sorted(Path(directory).glob("model*.safetensors")):
@@ -126,7 +127,7 @@ def calibration_path(where):
     return where / FILE_NAME if where.is_dir() else where
 
 
-def save_calibration(calibration, where, *, directory=None, source=""):
+def save_calibration(calibration: Mapping[int, Any], where: Any, *, directory: Any = None, source: str = "") -> Path:
     """Writes `calibration` to a file, or to turboquant_calibration.safetensors in a model directory.
 
     Args:
@@ -187,7 +188,7 @@ def read_calibration(path):
     return result, metadata
 
 
-def load_calibration(where, *, directory=None):
+def load_calibration(where: Any, *, directory: Any = None) -> Calibrations:
     """Reads what `save_calibration` wrote.
 
     Args:
@@ -215,7 +216,7 @@ def load_calibration(where, *, directory=None):
     return found
 
 
-def load_beside(where):
+def load_beside(where: Any) -> Calibrations:
     """load_calibration() of a directory or a file, checked against the weights beside it if there are any."""
     weights = calibration_path(where).parent.glob("model*.safetensors")
     return load_calibration(where, directory=None if any(weights) else False)

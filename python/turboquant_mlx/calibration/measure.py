@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 
@@ -15,8 +18,16 @@ from .moments import attentions, gather
 
 
 def calibrate(
-    model, tokens, *, step=512, seed=0, feedback=True, balance=True, positions=None, progress=lambda tokens: None
-):
+    model: Any,
+    tokens: Any,
+    *,
+    step: int = 512,
+    seed: int = 0,
+    feedback: bool = True,
+    balance: bool = True,
+    positions: int | None = None,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> Calibrations:
     """Means of keys and values over a text, a map that balances keys, and the feedback for them.
 
     Args:

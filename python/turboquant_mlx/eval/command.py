@@ -261,7 +261,7 @@ def run(args):
     return summary
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Entry of the command line; returns the exit status."""
     try:
         run(parse(argv))

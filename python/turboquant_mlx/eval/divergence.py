@@ -4,7 +4,9 @@ All caches walk over the windows side by side, some positions at a time, so no m
 at once.  Windows are rows of one batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -52,7 +54,15 @@ def figures(first, logits, following):
     return kld, nll, agree
 
 
-def compare(model, windows, caches, *, step=256, prompt=0, progress=lambda tokens: None):
+def compare(
+    model: Any,
+    windows: Any,
+    caches: dict[str, list[Any]],
+    *,
+    step: int = 256,
+    prompt: int = 0,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> dict[str, Record]:
     """Records of each kind of cache, of the positions from `prompt` on; the first is what the others are compared with.
 
     Args:
@@ -69,7 +79,7 @@ def compare(model, windows, caches, *, step=256, prompt=0, progress=lambda token
     windows = np.asarray(windows)
     rows, length = windows.shape
     following = np.pad(windows[:, 1:], ((0, 0), (0, 1)))  # the last position's is left out at the end
-    parts = {name: ([], [], []) for name in caches}
+    parts: dict[str, Any] = {name: ([], [], []) for name in caches}
     for cache in caches.values():
         for start in range(0, prompt, step):
             tokens = windows[:, start : min(start + step, prompt)]
@@ -109,7 +119,7 @@ def bands(length):
     return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
 
 
-def summarise(record, reference, start=0, stop=None):
+def summarise(record: Any, reference: Any, start: int = 0, stop: int | None = None) -> dict[str, Any]:
     """Figures of the positions [start, stop): a dict of floats.
 
     perplexity and its change against the reference's (ratio - 1), mean KLD, both with standard errors over windows (of

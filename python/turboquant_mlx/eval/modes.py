@@ -13,6 +13,7 @@ tq3r128s4    TurboQuant, 3 bits, with the newest 128 and the first 4 tokens exac
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, RotatingKVCache
@@ -89,14 +90,14 @@ class Mode:
     recent: int = 0  # newest and first tokens that queries read exactly
     sink: int = 0
 
-    def bytes_per_token(self, head_dim):
+    def bytes_per_token(self, head_dim: int) -> float:
         """Bytes of one head's key and value."""
         if self.kind == "fp16":
             return 4 * head_dim
         extra = 4 * head_dim // AFFINE_GROUP if self.kind == "affine" else 2
         return (self.key_bits + self.value_bits) * head_dim // 8 + 2 * extra
 
-    def make_caches(self, model, calibration=None):
+    def make_caches(self, model: Any, calibration: Any = None) -> list[Any]:
         """Fresh caches for `model`, with this mode's in every slot that `enable` packs."""
         if self.kind == "fp16":
             return float_caches(model, lambda path: (to_half, to_half))
@@ -123,7 +124,7 @@ class Mode:
         )
         return make()
 
-    def check(self, model, calibration=None):
+    def check(self, model: Any, calibration: Any = None) -> None:
         """ValueError when the model cannot run on such caches; computes nothing."""
         caches = self.make_caches(model, calibration)
         try:
@@ -132,7 +133,7 @@ class Mode:
             raise ValueError(f"[eval] the model cannot be measured with {self.name}: {error}") from error
 
 
-def parse_mode(name):
+def parse_mode(name: str) -> Mode:
     """The mode of a name; ValueError names what is known."""
     if name == "fp16":
         return Mode(name, "fp16", 16, 16)

@@ -7,6 +7,7 @@ adds a checksum for every other slot, and loading compares it first.  Files with
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -47,7 +48,7 @@ def check_one_model(caches):
             )
 
 
-def save_prompt_cache(file_name, cache, metadata=None):
+def save_prompt_cache(file_name: Any, cache: list[Any], metadata: dict[str, str] | None = None) -> None:
     """mlx-lm's `save_prompt_cache`; beside packed caches, the other slots are summed.
 
     Raises:
@@ -60,7 +61,8 @@ def save_prompt_cache(file_name, cache, metadata=None):
         slots = {}
         for i, c in enumerate(cache):
             if not isinstance(c, PackedCache):  # a CacheList is summed whole: it also holds its slots' class names
-                tensors = {name: older.as_saved(leaf) for name, leaf in tree_flatten([older.whole_state(c)])}
+                flat: Any = tree_flatten([older.whole_state(c)])
+                tensors = {name: older.as_saved(leaf) for name, leaf in flat}
                 slots[str(i)] = _sum(type(c).__name__, {name[2:]: tensor for name, tensor in tensors.items()})
         sums = {"slots": slots, "metadata": checksum(dict(tree_flatten(own)), [])}
         metadata = own | {KEY: json.dumps(sums, sort_keys=True)}

@@ -212,7 +212,7 @@ def _rebind(name, old, new):
             setattr(module, name, new)
 
 
-def apply_patch():
+def apply_patch() -> None:
     """Makes mlx-lm's attention read packed caches.  Idempotent; before or after loading a model."""
     base.quantized_scaled_dot_product_attention = _patched_quantized
     for name, (original, ours) in _REPLACED.items():
@@ -223,7 +223,7 @@ def apply_patch():
         setattr(mlx_lm_cache, cls.__name__, cls)
 
 
-def remove_patch():
+def remove_patch() -> None:
     """Undoes apply_patch()."""
     base.quantized_scaled_dot_product_attention = original_quantized_attention
     for name, (original, ours) in _REPLACED.items():

@@ -6,6 +6,7 @@ altered codes; only the functions here know the model that a cache is meant for.
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
@@ -87,7 +88,7 @@ def check_fits(caches, model, source="the cache"):
                 cache.keep_exact(wanted[path].recent, wanted[path].sink)
 
 
-def load_prompt_cache(file_name, model=None, return_metadata=False):
+def load_prompt_cache(file_name: Any, model: Any = None, return_metadata: bool = False) -> Any:
     """mlx-lm's `load_prompt_cache`, with the file checked first.
 
     Args:

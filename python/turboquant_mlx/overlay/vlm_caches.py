@@ -99,7 +99,7 @@ class VlmBatchTurboQuantKVCache(_Batch):
         return self._core.length
 
 
-class VlmTurboQuantKVCache(_Sequence, TurboQuantKVCache):
+class VlmTurboQuantKVCache(_Sequence, TurboQuantKVCache):  # type: ignore[misc]
     """A TurboQuantKVCache for mlx-vlm."""
 
     _batch = VlmBatchTurboQuantKVCache
@@ -123,7 +123,7 @@ class VlmBatchTurboQuantRotatingKVCache(_Batch):
         return self._core.position["length"]
 
 
-class VlmTurboQuantRotatingKVCache(_Sequence, TurboQuantRotatingKVCache):
+class VlmTurboQuantRotatingKVCache(_Sequence, TurboQuantRotatingKVCache):  # type: ignore[misc]
     """A TurboQuantRotatingKVCache for mlx-vlm."""
 
     _batch = VlmBatchTurboQuantRotatingKVCache
