@@ -124,8 +124,8 @@ MUTATIONS = {
     ),
     "prefill: the values' own maximum the wrong way round": (
         "prefill.metal",
-        "exp2_difference(row_mv, row_m)",
-        "exp2_difference(row_m, row_mv)",
+        "exp2_difference(of_row.mv, of_row.m)",
+        "exp2_difference(of_row.m, of_row.mv)",
     ),
     "the scales of values bound as those of keys": (
         "../launch.h",

@@ -73,166 +73,171 @@ void unpack_tile(Table table, Tile tile, Codes codes, int block, int last, ushor
   }
 }
 
+/// The softmax of a row: the largest score, the largest score plus log2 of its value's scale, the sum of exponentials.
+struct PrefillSoftmax {
+  float m, mv, sum;
+};
+
 /// Where rows end.  With FINISH there is one split, and x is the output.
 template <bool FINISH>
 struct PrefillEnd {
   template <class T, int D, class Ending, class Out, class Params>
-  static void row(float m, float sum, thread float* x, Row row, int, Ending ending, Out out, Params params,
+  static void row(PrefillSoftmax softmax, thread float* x, Row row, int, Ending ending, Out out, Params params,
                   ushort lane) {
-    finish_row<T, D>(m, sum, x, row, ending, out.x, params, lane);
+    finish_row<T, D>(softmax.m, softmax.sum, x, row, ending, out.x, params, lane);
   }
 };
 template <>
 struct PrefillEnd<false> {
   template <class T, int D, class Ending, class Out, class Params>
-  static void row(float m, float sum, thread float* x, Row row, int split, Ending, Out out, Params params,
+  static void row(PrefillSoftmax softmax, thread float* x, Row row, int split, Ending, Out out, Params params,
                   ushort lane) {
-    write_partial<D>(m, sum, x, row, split, out, params, lane);
+    write_partial<D>(softmax.m, softmax.sum, x, row, split, out, params, lane);
   }
 };
 
-/// The kernel.  place.group: (row tile, KV head, batch * splits + split).
-template <class T, class K, class V, int D, bool FINISH, class Shared, class Keys, class Values, class Rules,
-          class Ending, class Out>
-void attend_prefill(Shared shared, Keys keys, Values values, Rules rules, Ending ending, Out out, Place place) {
-  constexpr int registers = D / 32, fragments = D / 8, pitch = tile_pitch(D);
-  static_assert(sizeof(PrefillShared<K, V, D>) <= metal_layout::kThreadgroupBytes, "too much threadgroup memory");
-  const auto params = rules.params;
-  const ushort lane = place.lane, simdgroup = place.simdgroup;
-  const int splits = params[metal_layout::kSplits], queries = params[metal_layout::kQueryLen];
-  const int first_row = place.group.x * metal_layout::kTileRows, kv = place.group.y;
-  const int b = place.group.z / splits, split = place.group.z % splits;
-  const ushort thread_index = ushort(32 * simdgroup + lane);
-  const int its_row = first_row + 8 * simdgroup;  // of this SIMD-group
-  auto tile = shared->tile + 0;
-  auto scores = shared->scores[simdgroup] + 0;
-  auto weights = shared->weights[simdgroup] + 0;
-  auto diagonal = shared->diagonal[simdgroup] + 0;
-  fill_prefill_table<K>(shared->key_table + 0, thread_index);
-  fill_prefill_table<V>(shared->value_table + 0, thread_index);
-  diagonal[lane] = 0.0f;
-  diagonal[lane + 32] = 0.0f;
+/// Halves that hold a number of a query.
+template <class T>
+constexpr int query_parts() {
+  return sizeof(T) == 4 ? 2 : 1;
+}
 
-  // Lane l keeps the softmax of row l / 4; its share of a block are keys 8 (l % 4) to 8 (l % 4) + 7.
-  const int r = lane / 4, column = 8 * (lane % 4);
-  // A query in single precision is kept as the sum of two halves; one in half precision is not worth more than one.
-  constexpr int parts = sizeof(T) == 4 ? 2 : 1;
+/// Eight rows of queries from `its_row` on, rotated and scaled, as fragments; `tile` is used on the way.  A query in
+/// single precision is kept as the sum of two halves, `parts`; one in half precision is not worth more than one.  Returns
+/// what turns dot products of row lane / 4 into scores.
+template <class T, class K, int D, class Tile, class Rules, class Ending>
+float load_queries(thread simdgroup_half8x8* query, Tile tile, int its_row, Rules rules, Ending ending, Place place) {
+  constexpr int registers = D / 32, fragments = D / 8, pitch = tile_pitch(D), parts = query_parts<T>();
+  const ushort lane = place.lane;
+  const int kv = place.group.y, b = place.group.z / rules.params[metal_layout::kSplits];
   float factor = 0.0f;
-  simdgroup_half8x8 query[parts][fragments];
   TQ_UNROLL
   for (int part = 0; part < parts; ++part) {
     TQ_UNROLL
     for (int i = 0; i < 8; ++i) {
-      const Row row = find_row(params, rules.starts, its_row + i, kv, b);
+      const Row row = find_row(rules.params, rules.starts, its_row + i, kv, b);
       float x[registers] = {};
-      if (row.query < queries) load_query<D>(x, ending.query, row, params, lane);
-      const float its_factor = normalise_query<K, D>(x, params);
-      if (i == r) factor = its_factor;
+      if (row.query < rules.params[metal_layout::kQueryLen]) load_query<D>(x, ending.query, row, rules.params, lane);
+      const float its_factor = normalise_query<K, D>(x, rules.params);
+      if (i == lane / 4) factor = its_factor;
       TQ_UNROLL
       for (int k = 0; k < registers; ++k) {
         const half rounded = half(x[k]);
-        tile[(8 * simdgroup + i) * pitch + 32 * k + lane] = part ? half(x[k] - float(rounded)) : rounded;
+        tile[(8 * place.simdgroup + i) * pitch + 32 * k + lane] = part ? half(x[k] - float(rounded)) : rounded;
       }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     TQ_UNROLL
     for (int i = 0; i < fragments; ++i) {
-      simdgroup_load(query[part][i], tile + (8 * simdgroup * pitch + 8 * i), pitch);
+      simdgroup_load(query[part * fragments + i], tile + (8 * place.simdgroup * pitch + 8 * i), pitch);
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
-  simdgroup_float8x8 sums[fragments];
+  return factor;
+}
+
+/// Dot products of eight rows with the 32 keys of the tile, to scores[row][key].
+template <int PARTS, int D, class Tile, class Scores>
+void score_tile(const thread simdgroup_half8x8* query, Tile tile, Scores scores) {
+  constexpr int fragments = D / 8, pitch = tile_pitch(D);
   TQ_UNROLL
-  for (int i = 0; i < fragments; ++i) sums[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-  const Row row = find_row(params, rules.starts, its_row + r, kv, b);
-  const int2 range = split_range(params, rules.starts, first_row, first_row + metal_layout::kTileRows, kv, b, split);
-  const auto key_codes = codes_of_head(keys, b, kv), value_codes = codes_of_head(values, b, kv);
-  const auto key_scales = scales_of_head(keys, b, kv), value_scales = scales_of_head(values, b, kv);
+  for (int k = 0; k < 4; ++k) {
+    simdgroup_float8x8 dots = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    TQ_UNROLL
+    for (int i = 0; i < fragments; ++i) {
+      simdgroup_half8x8 keys;
+      simdgroup_load(keys, tile + (8 * k * pitch + 8 * i), pitch, ulong2(0, 0), true);
+      TQ_UNROLL
+      for (int part = 0; part < PARTS; ++part) {
+        simdgroup_multiply_accumulate(dots, query[part * fragments + i], keys, dots);
+      }
+    }
+    simdgroup_store(dots, scores + 8 * k, kScorePitch);
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+}
 
-  float m = -INFINITY, mv = -INFINITY, sum = 0.0f;
-  const int2 tokens = tokens_of_ring(rules, first_row, first_row + metal_layout::kTileRows, kv, b);
-  for (int block = range.x; block < range.y; block += metal_layout::kBlock) {
-    if (!is_read(rules, tokens, block)) continue;
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    unpack_tile<K, D>(shared->key_table + 0, tile, key_codes, block, range.y, thread_index);
-    if (thread_index < metal_layout::kBlock) {
-      const int t = min(block + int(thread_index), range.y - 1);
-      const float scale = float(value_scales[t]);
-      shared->key_scale[thread_index] = checked_scale(float(key_scales[t]));
-      shared->log2_value_scale[thread_index] = log2(checked_scale(scale));
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    TQ_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      simdgroup_float8x8 dots = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-      TQ_UNROLL
-      for (int i = 0; i < fragments; ++i) {
-        simdgroup_half8x8 keys;
-        simdgroup_load(keys, tile + (8 * k * pitch + 8 * i), pitch, ulong2(0, 0), true);
-        TQ_UNROLL
-        for (int part = 0; part < parts; ++part) simdgroup_multiply_accumulate(dots, query[part][i], keys, dots);
-      }
-      simdgroup_store(dots, scores + 8 * k, kScorePitch);
-    }
-    simdgroup_barrier(mem_flags::mem_threadgroup);
+/// The scores of a block, times `factor`, to weights for the values.  Lane l keeps the softmax of row l / 4, and takes
+/// keys 8 (l % 4) to 8 (l % 4) + 7.  Returns what the sums so far must be multiplied by.
+template <class Shared, class Rules>
+float softmax_block(thread PrefillSoftmax& softmax, Shared shared, float factor, int block, int last, Row row, Rules rules,
+                  Place place) {
+  const int r = place.lane / 4, column = 8 * (place.lane % 4);
+  auto scores = shared->scores[place.simdgroup] + (r * kScorePitch + column);
+  auto weights = shared->weights[place.simdgroup] + (r * kWeightPitch + column);
+  float s[8];
+  float top = softmax.m, top_v = softmax.mv;
+  TQ_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    const int key = block + column + i;
+    const float dot = scores[i] * (factor * shared->key_scale[column + i]);
+    s[i] = key < last ? masked(dot, row, key, rules) : -INFINITY;
+    top = fmax(top, s[i]);
+    top_v = fmax(top_v, s[i] == -INFINITY ? -INFINITY : s[i] + shared->log2_value_scale[column + i]);
+  }
+  for (ushort step = 1; step < 4; step = ushort(2 * step)) {
+    top = fmax(top, exchange(top, step));
+    top_v = fmax(top_v, exchange(top_v, step));
+  }
+  softmax.sum *= exp2_difference(softmax.m, top);
+  TQ_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    const float with_scale = s[i] == -INFINITY ? -INFINITY : s[i] + shared->log2_value_scale[column + i];
+    softmax.sum += exp2_difference(s[i], top);
+    // NaN and infinity must not enter a fragment, where they would reach other rows: the sum takes them instead.
+    const bool fits = with_scale < INFINITY;
+    if (!fits) softmax.sum = not_a_number();
+    weights[i] = half(fits ? exp2_difference(with_scale, top_v) : 0.0f);
+  }
+  const float old = softmax.mv == top_v ? 1.0f : exp2_difference(softmax.mv, top_v);
+  softmax.m = top;
+  softmax.mv = top_v;
+  return old;
+}
 
-    float s[8];
-    float top = m, top_v = mv;
+/// Multiplies each row of the sums by what its lanes hold: a product with a diagonal matrix.
+template <int D, class Diagonal>
+void rescale(thread simdgroup_float8x8* sums, float old, Diagonal diagonal, ushort lane) {
+  if (lane % 4 == 0) diagonal[9 * (lane / 4)] = old;
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  if (simd_any(old != 1.0f)) {
+    simdgroup_float8x8 factors;
+    simdgroup_load(factors, diagonal, 8);
     TQ_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      const int key = block + column + i;
-      const float dot = scores[r * kScorePitch + column + i] * (factor * shared->key_scale[column + i]);
-      s[i] = key < range.y ? masked(dot, row, key, rules) : -INFINITY;
-      top = fmax(top, s[i]);
-      top_v = fmax(top_v, s[i] == -INFINITY ? -INFINITY : s[i] + shared->log2_value_scale[column + i]);
-    }
-    for (ushort step = 1; step < 4; step = ushort(2 * step)) {
-      top = fmax(top, exchange(top, step));
-      top_v = fmax(top_v, exchange(top_v, step));
-    }
-    sum *= exp2_difference(m, top);
-    TQ_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      const float with_scale = s[i] == -INFINITY ? -INFINITY : s[i] + shared->log2_value_scale[column + i];
-      sum += exp2_difference(s[i], top);
-      // NaN and infinity must not enter a fragment, where they would reach other rows: the sum takes them instead.
-      const bool fits = with_scale < INFINITY;
-      if (!fits) sum = not_a_number();
-      weights[r * kWeightPitch + column + i] = half(fits ? exp2_difference(with_scale, top_v) : 0.0f);
-    }
-    const float old = mv == top_v ? 1.0f : exp2_difference(mv, top_v);
-    m = top;
-    mv = top_v;
-    if (column == 0) diagonal[9 * r] = old;
-    simdgroup_barrier(mem_flags::mem_threadgroup);
-    if (simd_any(old != 1.0f)) {
-      simdgroup_float8x8 rescale;
-      simdgroup_load(rescale, diagonal, 8);
-      TQ_UNROLL
-      for (int i = 0; i < fragments; ++i) {
-        simdgroup_float8x8 rescaled;
-        simdgroup_multiply(rescaled, rescale, sums[i]);
-        sums[i] = rescaled;
-      }
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    unpack_tile<V, D>(shared->value_table + 0, tile, value_codes, block, range.y, thread_index);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    TQ_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      simdgroup_half8x8 part;
-      simdgroup_load(part, weights + 8 * k, kWeightPitch);
-      TQ_UNROLL
-      for (int i = 0; i < fragments; ++i) {
-        simdgroup_half8x8 values;
-        simdgroup_load(values, tile + (8 * k * pitch + 8 * i), pitch);
-        simdgroup_multiply_accumulate(sums[i], part, values, sums[i]);
-      }
+    for (int i = 0; i < D / 8; ++i) {
+      simdgroup_float8x8 rescaled;
+      simdgroup_multiply(rescaled, factors, sums[i]);
+      sums[i] = rescaled;
     }
   }
+}
 
-  for (ushort step = 1; step < 4; step = ushort(2 * step)) sum += exchange(sum, step);
-  // Four rows at a time from fragments to registers, 32 columns after 32 columns.
+/// Adds the tile's 32 values, multiplied by the weights, to the sums.
+template <int D, class Tile, class Weights>
+void accumulate_tile(thread simdgroup_float8x8* sums, Tile tile, Weights weights) {
+  TQ_UNROLL
+  for (int k = 0; k < 4; ++k) {
+    simdgroup_half8x8 part;
+    simdgroup_load(part, weights + 8 * k, kWeightPitch);
+    TQ_UNROLL
+    for (int i = 0; i < D / 8; ++i) {
+      simdgroup_half8x8 values;
+      simdgroup_load(values, tile + (8 * k * tile_pitch(D) + 8 * i), tile_pitch(D));
+      simdgroup_multiply_accumulate(sums[i], part, values, sums[i]);
+    }
+  }
+}
+
+/// The sums of the rows from `its_row` on to results or partial results: four rows at a time from fragments to
+/// registers, 32 columns after 32 columns.
+template <class T, class V, int D, bool FINISH, class Scores, class Rules, class Ending, class Out>
+void end_rows(const thread simdgroup_float8x8* sums, PrefillSoftmax softmax, Scores scores, int its_row, Rules rules,
+              Ending ending, Out out, Place place) {
+  constexpr int registers = D / 32;
+  const auto params = rules.params;
+  const ushort lane = place.lane;
+  const int splits = params[metal_layout::kSplits];
+  const int kv = place.group.y, b = place.group.z / splits, split = place.group.z % splits;
   TQ_UNROLL
   for (int half_tile = 0; half_tile < 2; ++half_tile) {
     float x[4][registers];
@@ -248,16 +253,73 @@ void attend_prefill(Shared shared, Keys keys, Values values, Rules rules, Ending
     TQ_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int index = 4 * half_tile + i;
-      const float row_m = simd_shuffle(m, ushort(4 * index)), row_mv = simd_shuffle(mv, ushort(4 * index));
-      const float row_sum = simd_shuffle(sum, ushort(4 * index));
-      const Row its = find_row(params, rules.starts, its_row + index, kv, b);
-      if (its.query >= queries) continue;
-      const float unit_of_sums = exp2_difference(row_mv, row_m) * level_step(V::kBits, V::kTrellis);
+      const PrefillSoftmax of_row = {simd_shuffle(softmax.m, ushort(4 * index)),
+                                     simd_shuffle(softmax.mv, ushort(4 * index)),
+                                     simd_shuffle(softmax.sum, ushort(4 * index))};
+      const Row row = find_row(params, rules.starts, its_row + index, kv, b);
+      if (row.query >= params[metal_layout::kQueryLen]) continue;
+      const float unit_of_sums = exp2_difference(of_row.mv, of_row.m) * level_step(V::kBits, V::kTrellis);
       TQ_UNROLL
       for (int k = 0; k < registers; ++k) x[i][k] *= unit_of_sums;
-      PrefillEnd<FINISH>::template row<T, D>(row_m, row_sum, x[i], its, split, ending, out, params, lane);
+      PrefillEnd<FINISH>::template row<T, D>(of_row, x[i], row, split, ending, out, params, lane);
     }
   }
+}
+
+/// The kernel.  place.group: (row tile, KV head, batch * splits + split).
+template <class T, class K, class V, int D, bool FINISH, class Shared, class Keys, class Values, class Rules,
+          class Ending, class Out>
+void attend_prefill(Shared shared, Keys keys, Values values, Rules rules, Ending ending, Out out, Place place) {
+  constexpr int fragments = D / 8, parts = query_parts<T>();
+  static_assert(sizeof(PrefillShared<K, V, D>) <= metal_layout::kThreadgroupBytes, "too much threadgroup memory");
+  const auto params = rules.params;
+  const ushort lane = place.lane, simdgroup = place.simdgroup;
+  const int splits = params[metal_layout::kSplits];
+  const int first_row = place.group.x * metal_layout::kTileRows, kv = place.group.y;
+  const int b = place.group.z / splits, split = place.group.z % splits;
+  const ushort thread_index = ushort(32 * simdgroup + lane);
+  const int its_row = first_row + 8 * simdgroup;  // of this SIMD-group
+  auto tile = shared->tile + 0;
+  auto scores = shared->scores[simdgroup] + 0;
+  auto diagonal = shared->diagonal[simdgroup] + 0;
+  fill_prefill_table<K>(shared->key_table + 0, thread_index);
+  fill_prefill_table<V>(shared->value_table + 0, thread_index);
+  diagonal[lane] = 0.0f;
+  diagonal[lane + 32] = 0.0f;
+
+  simdgroup_half8x8 query[parts * fragments];
+  const float factor = load_queries<T, K, D>(query, tile, its_row, rules, ending, place);
+  simdgroup_float8x8 sums[fragments];
+  TQ_UNROLL
+  for (int i = 0; i < fragments; ++i) sums[i] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  const Row row = find_row(params, rules.starts, its_row + lane / 4, kv, b);
+  const int2 range = split_range(params, rules.starts, first_row, first_row + metal_layout::kTileRows, kv, b, split);
+  const auto key_codes = codes_of_head(keys, b, kv), value_codes = codes_of_head(values, b, kv);
+  const auto key_scales = scales_of_head(keys, b, kv), value_scales = scales_of_head(values, b, kv);
+
+  PrefillSoftmax softmax = {-INFINITY, -INFINITY, 0.0f};
+  const int2 tokens = tokens_of_ring(rules, first_row, first_row + metal_layout::kTileRows, kv, b);
+  for (int block = range.x; block < range.y; block += metal_layout::kBlock) {
+    if (!is_read(rules, tokens, block)) continue;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    unpack_tile<K, D>(shared->key_table + 0, tile, key_codes, block, range.y, thread_index);
+    if (thread_index < metal_layout::kBlock) {
+      const int t = min(block + int(thread_index), range.y - 1);
+      const float scale = float(value_scales[t]);
+      shared->key_scale[thread_index] = checked_scale(float(key_scales[t]));
+      shared->log2_value_scale[thread_index] = log2(checked_scale(scale));
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    score_tile<parts, D>(query, tile, scores);
+    rescale<D>(sums, softmax_block(softmax, shared, factor, block, range.y, row, rules, place), diagonal, lane);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    unpack_tile<V, D>(shared->value_table + 0, tile, value_codes, block, range.y, thread_index);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    accumulate_tile<D>(sums, tile, shared->weights[simdgroup] + 0);
+  }
+
+  for (ushort step = 1; step < 4; step = ushort(2 * step)) softmax.sum += exchange(softmax.sum, step);
+  end_rows<T, V, D, FINISH>(sums, softmax, scores, its_row, rules, ending, out, place);
 }
 
 }  // namespace turboquant
