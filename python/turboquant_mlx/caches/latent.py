@@ -163,7 +163,7 @@ class TurboQuantLatentKVCache(_Latent, TurboQuantKVCache):
         self._last_kernel = _core.LastKernel()
 
     @classmethod
-    def merge(cls, caches):
+    def merge(cls, caches: Any) -> Any:
         """A BatchTurboQuantLatentKVCache of these sequences."""
         return BatchTurboQuantLatentKVCache.merge(caches)
 
