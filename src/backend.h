@@ -1,4 +1,4 @@
-// A backend is a table of three functions: encode, decode, attend.  Their parameters have been checked before.
+// A backend is a table of functions: encode, decode, transform, attend.  Their parameters have been checked before.
 #pragma once
 
 #include "turboquant/turboquant.h"

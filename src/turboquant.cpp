@@ -1,6 +1,6 @@
-// The core's public edge: checks every argument of encode, decode and attend, then calls a backend.  The backends check
-// nothing.  (Only force_isa and set_num_threads check their own argument elsewhere, and parallel_for passes on what a
-// task throws.)
+// The core's public edge: checks every argument of encode, decode, transform and attend, then calls a backend.  The
+// backends check nothing.  (Only force_isa and set_num_threads check their own argument elsewhere, and parallel_for
+// passes on what a task throws.)
 #include "turboquant/turboquant.h"
 
 #include <cmath>

@@ -172,7 +172,7 @@ class Attention {
     kernels_.attend(t);
   }
 
-  /// The tokens from `begin` to `end` of which each row sees visible(row).
+  /// The tokens from `begin` to `end`; each row sees those in visible(row).
   template <class Visible>
   static void fill(Range& range, int rows, int begin, int end, const Visible& visible) {
     range.begin = begin, range.end = end;

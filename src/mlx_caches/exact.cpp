@@ -18,7 +18,7 @@ Store transcode(const CacheCoding& coding, const Store& codes, mx::StreamOrDevic
                        decoded_values(coding, codes.values, mx::float32, s), s);
 }
 
-/// A store of two parts along the tokens, of which either may be empty.
+/// Two stores joined along the tokens; either may be empty.
 Store joined(const Store& a, const Store& b, mx::StreamOrDevice s) {
   return a.capacity() == 0 ? b : b.capacity() == 0 ? a : concatenate({a, b}, 2, s);
 }

@@ -143,7 +143,7 @@ inline int round_up(int tokens) { return (tokens + kGrowth - 1) / kGrowth * kGro
 Store copy_with_room(const std::optional<Store>& held, int length, const Store& like, int needed,
                      mx::StreamOrDevice s = {});
 
-/// A store that can hold `needed` tokens, of which `length` are kept: the one held if it can.
+/// A store with room for `needed` tokens: the one held if it can, else a larger one with its first `length` tokens.
 Store grow(const std::optional<Store>& held, int length, const Store& like, int needed, mx::StreamOrDevice s = {});
 
 }  // namespace turboquant::ops

@@ -18,7 +18,7 @@ struct Simd : ByteWeights<64>, Avx512Loads {
   struct Acc {
     __m512i high, low;
   };
-  /// Looks at six bits, the upper two of which make no difference in a table of 16 levels four times over.
+  /// Looks at six bits; the upper two make no difference, because the table holds its 16 levels four times.
   static U8 lookup(Table table, U8 v) { return U8(_mm512_permutexvar_epi8(__m512i(v), table)); }
   static Levels levels(U8 v) { return Levels(v); }
   static Weights load_weights(const uint8_t* p) { return {load<__m512i>(p), load<__m512i>(p + 64)}; }

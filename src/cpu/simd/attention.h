@@ -74,7 +74,7 @@ void score(const Workspace<S>& w, int row, int quad, const typename S::Table* ta
   }
 }
 
-/// Scales and masks the scores of a row and a block, of which [lo, hi) are visible; returns the block's largest.
+/// Scales and masks the scores of a row and a block; tokens [lo, hi) are visible.  Returns the block's largest.
 /// `key_scales` are finite or NaN.
 template <class S>
 inline float finish_scores(const Workspace<S>& w, int row, const float* key_scales, int lo, int hi, const Tile& tile,

@@ -1,4 +1,4 @@
-// Packed rows to planes of levels or of what looks them up, four tokens at a time.
+// Unpacks codes to planes, four tokens at a time.  A plane holds levels, or the indices that look levels up.
 //
 // Codes of 2 to 4 bits become four planes of nibbles per group of 32 coordinates: plane w holds coordinates 8w .. 8w +
 // 7 of the group (format.h), each in a nibble that indexes the levels of plane w (LevelTables).  Codes of 8 bits are

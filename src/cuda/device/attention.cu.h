@@ -87,7 +87,7 @@ __device__ inline int ring_begin(const AttentionArgs& a, int query) {
 /// The same of the last query, the largest.
 __device__ inline int last_ring_begin(const AttentionArgs& a) { return max(a.kv_len - a.recent, 0); }
 
-/// The end of a row's first tokens, of which exact copies are read too.
+/// The end of a row's first tokens that have exact copies.
 __device__ inline int first_end(const AttentionArgs& a, int b) {
   return a.first == 0 ? 0 : (a.starts ? max(a.starts[b], 0) : 0) + a.first;
 }

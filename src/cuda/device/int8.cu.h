@@ -6,7 +6,7 @@
 
 namespace turboquant::cuda {
 
-/// Which nibble words of which groups a thread holds, when `sharers` threads share the groups of a row.
+/// The nibble words that a thread holds, and their groups, when `sharers` threads share the groups of a row.
 template <int D, int SHARERS>
 struct Share {
   static constexpr int groups = D / 32;

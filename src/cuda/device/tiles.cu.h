@@ -100,7 +100,7 @@ struct PackedTile {
   };
 };
 
-/// Starts the copy of TOKENS key scales and as many value scales, of which `tokens` exist, by one warp.
+/// Starts the copy of TOKENS key scales and as many value scales by one warp; only `tokens` of each exist.
 template <int TOKENS = kTile>
 __device__ void copy_scales(__half* to, const __half* keys, const __half* values, int tokens) {
   const int lane = threadIdx.x & 31;

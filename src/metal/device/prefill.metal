@@ -15,7 +15,7 @@ namespace turboquant {
 constexpr int tile_pitch(int dim) { return dim + 8; }
 enum Pitch { kScorePitch = metal_layout::kBlock + 4, kWeightPitch = metal_layout::kBlock + 8 };
 
-/// Tables of pairs of scalar codes; of trellis codes, of which tables of pairs would take 4 KiB a side, of single codes.
+/// Entries of a table: one for each pair of scalar codes, or for each single trellis code, whose pairs would take 4 KiB.
 template <class K>
 constexpr int prefill_table_size() {
   return K::kTrellis ? 64 : table_size<K>();
