@@ -4,22 +4,13 @@
 #include "turboquant/turboquant.h"
 
 #include <cmath>
-#include <sstream>
-#include <stdexcept>
 
 #include "backend.h"
+#include "require.h"
 #include "turboquant/rotation.h"
 
 namespace turboquant {
 namespace {
-
-template <class... Parts>
-void require(bool ok, const Parts&... parts) {
-  if (ok) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
 
 void check_dim(const char* op, const char* name, int dim) {
   require(valid_head_dim(dim), "[", op, "] ", name, " must be a multiple of 32 from 32 to 512; got ", dim);

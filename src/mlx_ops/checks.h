@@ -2,23 +2,13 @@
 #pragma once
 
 #include <algorithm>
-#include <sstream>
-#include <stdexcept>
 
+#include "require.h"
 #include "turboquant/format.h"
 #include "turboquant/mlx/ops.h"
 #include "turboquant/rotation.h"
 
 namespace turboquant::ops {
-
-/// Throws std::invalid_argument made of the parts unless `ok`.
-template <class... Parts>
-void require(bool ok, const Parts&... parts) {
-  if (ok) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
 
 inline bool is_float(mx::Dtype dtype) { return dtype == mx::float16 || dtype == mx::bfloat16 || dtype == mx::float32; }
 
