@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
 
 from .caches import CheckpointedArraysCache, TurboQuantKVCache, TurboQuantLatentKVCache
-from .caches.arguments import whole
+from .caches.arguments import Code, whole
 from .caches.checkpoints import limits_for
 from .caches.latent import latent_settings
 from .caches.maker import CacheMaker, packed_like
@@ -370,7 +370,7 @@ def enable(
     *,
     key_bits: int | None = None,
     value_bits: int | None = None,
-    code: str | None = None,
+    code: Code = None,
     seed: int = 0,
     calibration: Any = None,
     tokenizer: Any = None,
