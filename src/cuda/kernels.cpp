@@ -186,12 +186,12 @@ void share_memory(Kernel& k, const std::vector<EncodeSide>& sides) {
 std::string encode_side(const std::vector<EncodeSide>& sides, int i, int head_dim, uint64_t seed,
                         const std::string& place) {
   const EncodeSide& side = sides[size_t(i)];
-  const std::string n = std::to_string(i);
+  const std::string n = std::to_string(i % 2);  // exact copies follow, of the same vectors
   Text o;
-  o << (i ? "  else {\n" : "  if (blockIdx.y == 0) {\n") << "  turboquant::cuda::EncodeArgs a = {};\n"
-    << "  a.batch = x" << i << "_shape[0], a.heads = x" << i << "_shape[1], a.tokens = x" << i << "_shape[2];\n"
-    << "  a.seed = " << hex(seed) << "ull;\n  a.x = x" << i << ";\n"
-    << "  for (int i = 0; i < 4; ++i) a.x_strides[i] = x" << i << "_strides[i];\n"
+  o << "  if (blockIdx.y == " << i << ") {\n  turboquant::cuda::EncodeArgs a = {};\n"
+    << "  a.batch = x" << n << "_shape[0], a.heads = x" << n << "_shape[1], a.tokens = x" << n << "_shape[2];\n"
+    << "  a.seed = " << hex(seed) << "ull;\n  a.x = x" << n << ";\n"
+    << "  for (int i = 0; i < 4; ++i) a.x_strides[i] = x" << n << "_strides[i];\n"
     << "  a.centre = " << optional(side.centred, "float", "centre" + n) << ";\n"
     << "  a.feedback = " << optional(side.feedback, "__half", "feedback" + n) << ";\n"
     << place << encode_call(head_dim, side, "x" + n, any_trellis(sides)) << "  }\n";
@@ -235,21 +235,38 @@ Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_
   return k;
 }
 
-Kernel append_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t rows, int tokens) {
+std::vector<EncodeSide> append_sides(std::vector<EncodeSide> sides, bool copies) {
+  if (copies) {
+    for (int i : {0, 1}) sides.push_back({8, sides[size_t(i)].centred});
+  }
+  return sides;
+}
+
+Kernel append_kernel(const std::vector<EncodeSide>& of_codes, int head_dim, uint64_t seed, int64_t rows, int tokens,
+                     int first) {
   Kernel k;
   k.name = "tq_append";
   k.header = Source::encode;
   k.outputs = {"written"};
+  const auto sides = append_sides(of_codes, first >= 0);
   share_memory(k, sides);
   for (size_t i = 0; i < sides.size(); ++i) {
     const std::string n = std::to_string(i);
-    k.inputs.insert(k.inputs.end(), {"x" + n, "centre" + n, "feedback" + n, "codes" + n, "scales" + n});
+    if (i < of_codes.size()) k.inputs.insert(k.inputs.end(), {"x" + n, "centre" + n, "feedback" + n});
+    k.inputs.insert(k.inputs.end(), {"codes" + n, "scales" + n});
     k.name += "_" + coding_name(sides[i].bits, sides[i].code) + (sides[i].feedback ? "f" : "");
     Text place;
-    place << "  const long long at = before_shape[0] - 1;\n"
-          << "  a.codes = const_cast<unsigned*>(codes" << i << ") + at * " << words_per_vector(sides[i].bits, head_dim)
-          << ";\n  a.scales = const_cast<__half*>(scales" << i << ") + at;\n"
-          << "  for (int i = 0; i < 2; ++i)\n"
+    if (i < of_codes.size()) {
+      place << "  const long long at = before_shape[0] - 1;\n"
+            << "  a.codes = const_cast<unsigned*>(codes" << i << ") + at * "
+            << words_per_vector(sides[i].bits, head_dim) << ";\n  a.scales = const_cast<__half*>(scales" << i
+            << ") + at;\n";
+    } else {
+      place << "  a.at = before_shape[0] - 1, a.ring = scales" << i << "_shape[2] - " << first << ";\n"
+            << "  a.codes = const_cast<unsigned*>(codes" << i << "), a.scales = const_cast<__half*>(scales" << i
+            << ");\n";
+    }
+    place << "  for (int i = 0; i < 2; ++i)\n"
           << "    a.code_strides[i] = codes" << i << "_strides[i], a.scale_strides[i] = scales" << i
           << "_strides[i];\n";
     k.source += encode_side(sides, int(i), head_dim, seed, place.str());

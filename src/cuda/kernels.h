@@ -51,8 +51,12 @@ struct EncodeSide {
 /// One or two sides of `rows` = batch * heads rows of `tokens` vectors each.
 Extent encode_extent(const std::vector<EncodeSide>& sides, int head_dim, int64_t rows, int tokens);
 Kernel encode_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t rows, int tokens);
-/// The same into the buffers of a cache, in place (plan.h).
-Kernel append_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t rows, int tokens);
+/// The sides of an append: two, and with exact copies the same two at 8 bits.
+std::vector<EncodeSide> append_sides(std::vector<EncodeSide> sides, bool copies);
+/// The same into the buffers of a cache, in place (plan.h).  `first` >= 0: also into the rings of exact copies, behind
+/// which there are `first` slots for first tokens.
+Kernel append_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t rows, int tokens,
+                     int first = -1);
 Extent decode_extent(int head_dim, int64_t vectors);
 Kernel decode_kernel(const EncodeSide& side, int head_dim, uint64_t seed, int64_t vectors);
 

@@ -7,7 +7,9 @@
 //            out codes0 [codes1] (B, H, N, bits D / 32) u32, scales0 [scales1] (B, H, N) f16
 //   append   in  per side x (B, H, N, D), centre, feedback, codes (B, H, capacity, bits D / 32), scales (B, H,
 //   capacity), views
-//                allowed; then before (n + 1) u8, whose size says that token n is the first to write
+//                allowed; with exact copies then their codes and scales of each side, 8 bits, (B, H, ring + first), of
+//                whose ring token t takes row t % ring; then before (n + 1) u8, whose size says that token n is the
+//                first to write
 //            out written (n + N + 1) u8, which nobody writes or reads: it stands for the codes and scales, which this
 //                kernel overwrites in place although they are inputs
 //   decode   in  codes (B, H, N, bits D / 32) u32, scales (B, H, N) f16, rows dense; centre;  out x (B, H, N, D)

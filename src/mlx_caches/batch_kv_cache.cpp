@@ -63,11 +63,7 @@ BatchKVCache BatchKVCache::merge(const std::vector<KVCache>& caches, mx::StreamO
 
 void BatchKVCache::append(const mx::array& keys, const mx::array& values, mx::StreamOrDevice s) {
   require(keys.ndim() == 0 || keys.shape(0) == batch(), "[append] batch must stay ", batch(), "; got ", keys.shape(0));
-  auto next = append_store(coding_, store_, length_, keys, values, s);
-  if (has_copies(coding_)) {
-    copies_ = append_copies(coding_, copies_, length_, left_padding_, ends_, keys, values, s);
-  }
-  store_ = std::move(next);
+  store_ = append_both(coding_, store_, copies_, length_, left_padding_, ends_, keys, values, s);
   length_ += keys.shape(2);
 }
 

@@ -129,8 +129,46 @@ Copies append_copies(const CacheCoding& coding, const std::optional<Copies>& cop
     if (ends.empty()) out.from = std::max(out.from, end - ring);  // or front_pads does, once the pads have moved
   }
   out.held = write_first(coding, out.held, rows, length, starts, s);
+  out.read_from = std::make_shared<int>(end);  // buffers that no view has seen
   if (chunk) out.chunk = joined(*chunk, first_of(coding, out.held, s), s);
   return out;
+}
+
+namespace {
+
+/// Whether the next `added` tokens may be written into the ring in place.  They overwrite tokens a ring's length older.
+/// A view of these buffers was made at `read_from` tokens or later and reads no older ones than the `recent` before it,
+/// so room for `added` must be left between the two; other caches' views are not known, and tokens beyond each row's
+/// end or among its first go elsewhere.
+bool ring_is_free(const CacheCoding& coding, const Copies& copies, int length, const std::vector<int>& starts,
+                  const std::vector<int>& ends, int added) {
+  const int ring = ring_slots(coding), start = starts.empty() ? 0 : *std::max_element(starts.begin(), starts.end());
+  return ring > 0 && ends.empty() && added > 0 && length >= start + coding.sink && copies.read_from.use_count() == 1 &&
+         length + added - *copies.read_from <= ring - coding.recent;
+}
+
+}  // namespace
+
+Store append_both(const CacheCoding& coding, const std::optional<Store>& held, std::optional<Copies>& copies,
+                  int length, const std::vector<int>& starts, const std::vector<int>& ends, const mx::array& keys,
+                  const mx::array& values, mx::StreamOrDevice s) {
+  if (!has_copies(coding)) return append_store(coding, held, length, keys, values, s);
+  if (copies && keys.ndim() == 4 && ring_is_free(coding, *copies, length, starts, ends, keys.shape(2))) {
+    Store ring = copies->held;
+    const int added = keys.shape(2);
+    Store next = append_store(coding, held, length, keys, values, s, &ring);
+    if (ring.written && next.written && ring.written->id() == next.written->id()) {
+      copies->held = std::move(ring);
+      copies->chunk.reset();
+      copies->from = std::max(copies->from, length + added - ring_slots(coding));
+      return next;
+    }
+    copies = append_copies(coding, copies, length, starts, ends, keys, values, s);
+    return next;
+  }
+  Store next = append_store(coding, held, length, keys, values, s);
+  copies = append_copies(coding, copies, length, starts, ends, keys, values, s);
+  return next;
 }
 
 Copies copies_of_codes(const CacheCoding& coding, const Store& codes, int length, const std::vector<int>& starts,
@@ -158,6 +196,7 @@ Copies trim_copies(const CacheCoding& coding, Copies copies, const Store& codes,
     copies.held = write_ring(coding, copies.held, transcode(coding, codes.tokens(needed, end, s), s), needed, s);
   }
   copies.from = std::min(copies.from, needed);
+  if (copies.read_from) *copies.read_from = std::min(*copies.read_from, length);
   return copies;
 }
 

@@ -47,11 +47,7 @@ KVCache::KVCache(CacheCoding coding) : coding_(checked_coding(std::move(coding))
 
 void KVCache::append(const mx::array& keys, const mx::array& values, mx::StreamOrDevice s) {
   const int rows = keys.ndim() == 4 ? keys.shape(0) : 0;
-  auto next = append_store(coding_, store_, length_, keys, values, s);
-  if (has_copies(coding_)) {
-    copies_ = append_copies(coding_, copies_, length_, std::vector<int>(rows), {}, keys, values, s);
-  }
-  store_ = std::move(next);
+  store_ = append_both(coding_, store_, copies_, length_, std::vector<int>(rows), {}, keys, values, s);
   length_ += keys.shape(2);
 }
 

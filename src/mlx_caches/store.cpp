@@ -21,6 +21,9 @@ bool same_array(const std::optional<mx::array>& a, const std::optional<mx::array
   return !a || a->id() == b->id() || mx::array_equal(*a, *b).item<bool>();
 }
 
+/// Whether the same kernel writes last into both: who waits for one waits for the other.
+bool same_write(const Store& a, const Store& b) { return a.written && b.written && a.written->id() == b.written->id(); }
+
 }  // namespace
 
 void check_same_coding(const char* op, const CacheCoding& a, const CacheCoding& b) {
@@ -226,16 +229,16 @@ mx::array View::attend(const mx::array& q, float scale, bool causal, const std::
   if (o.keys.centre && coding.key_map) {
     o.keys.centre = mx::squeeze(mx::matmul(mx::expand_dims(*o.keys.centre, 1, s), *coding.key_map, s), 1, s);
   }
+  const auto stream = mx::to_stream(s);
+  const bool waits = store.written && int(store.written->size()) == length + 1 && can_append_in_place({q}, stream);
   if (copies) {
-    const Store x = copies->evaluated();
+    const Store x = waits && same_write(*copies, store) ? *copies : copies->evaluated();
     o.exact = ExactArrays{x.keys, latent ? x.keys : x.values};
     o.recent = coding.recent;
     o.first = coding.sink;
   }
   o.kernel = last_kernel ? &last_kernel->name : nullptr;
-  const auto stream = mx::to_stream(s);
   const auto asked = coding.query_map ? ops::transform(q, *coding.query_map, std::nullopt, stream) : q;
-  const bool waits = store.written && int(store.written->size()) == length + 1 && can_append_in_place({q}, stream);
   if (waits) o.written = store.written;
   const Store x = waits ? store : store.evaluated();
   const auto out = attention(asked, x.keys, latent ? x.keys : x.values, o, stream);
@@ -309,7 +312,7 @@ bool owns_room(const std::optional<Store>& held, int length, int added) {
 }  // namespace
 
 Store append_store(const CacheCoding& coding, const std::optional<Store>& held, int length, const mx::array& keys,
-                   const mx::array& values, mx::StreamOrDevice s) {
+                   const mx::array& values, mx::StreamOrDevice s, Store* copies) {
   const auto stream = mx::to_stream(s);
   check_sides("encode", keys, values);
   if (held) check_follows(coding, keys.shape(), values.shape(), *held);
@@ -328,8 +331,15 @@ Store append_store(const CacheCoding& coding, const std::optional<Store>& held, 
   if (!next.frontier) next.frontier = std::make_shared<int>(length);
   const bool follows = next.written && int(next.written->size()) == length + 1;
   const auto [mapped, key_coding] = mapped_keys(coding, keys, stream);
-  next.written = append_kv(mapped, values, key_coding, coding.values, next.keys, next.values,
+  AppendBuffers to{next.keys, next.values};
+  if (copies) {
+    if (!follows || !same_write(*copies, next)) *copies = copies->evaluated();
+    to.exact = ExactArrays{copies->keys, copies->values};
+    to.first = coding.sink;
+  }
+  next.written = append_kv(mapped, values, key_coding, coding.values, to,
                            follows ? *next.written : nothing_to_wait_for(length, stream), stream);
+  if (copies) copies->written = next.written;
   *next.frontier = length + added;
   return next;
 }

@@ -87,6 +87,7 @@ struct CodecKey {
   std::vector<cuda::EncodeSide> sides;
   int head_dim;
   uint64_t seed;
+  int first = -1;  // of append_kernel
   auto operator<=>(const CodecKey&) const = default;
 };
 
@@ -176,22 +177,29 @@ std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std:
   return packed;
 }
 
-mx::array append(const std::vector<mx::array>& sides, const std::vector<Coding>& codings,
-                 const std::vector<PackedArrays>& to, const mx::array& before, mx::Stream stream) {
+mx::array append(const std::vector<mx::array>& sides, const std::vector<Coding>& codings, const AppendBuffers& to,
+                 const mx::array& before, mx::Stream stream) {
   const auto settings = sides_of(codings);
   const uint64_t seed = codings[0].seed;
   std::vector<mx::array> inputs;
   const int dim = sides[0].shape(-1);
   for (size_t i = 0; i < sides.size(); ++i) {
+    const PackedArrays& side = i ? to.values : to.keys;
     inputs.insert(inputs.end(), {sides[i], codings[i].centre.value_or(sides[i]), codings[i].feedback.value_or(sides[i]),
-                                 to[i].codes, to[i].scales});
+                                 side.codes, side.scales});
+  }
+  if (to.exact) {
+    for (const auto* side : {&to.exact->keys, &to.exact->values}) {
+      inputs.insert(inputs.end(), {side->codes, side->scales});
+    }
   }
   inputs.push_back(before);
+  const int first = to.exact ? to.first : -1;
   const int tokens = sides[0].shape(2), rows = sides[0].shape(0) * sides[0].shape(1);
-  const auto& run = kernel_for(CodecKey{CodecKey::append, settings, dim, seed},
-                               [&] { return cuda::append_kernel(settings, dim, seed, rows, tokens); });
-  return launch(run, cuda::encode_extent(settings, dim, rows, tokens), inputs, {{int(before.size()) + tokens}},
-                {mx::uint8}, stream)[0];
+  const auto& run = kernel_for(CodecKey{CodecKey::append, settings, dim, seed, first},
+                               [&] { return cuda::append_kernel(settings, dim, seed, rows, tokens, first); });
+  const auto extent = cuda::encode_extent(cuda::append_sides(settings, first >= 0), dim, rows, tokens);
+  return launch(run, extent, inputs, {{int(before.size()) + tokens}}, {mx::uint8}, stream)[0];
 }
 
 mx::array decode(const PackedArrays& packed, const Coding& coding, mx::Dtype dtype, mx::Stream stream) {

@@ -15,8 +15,8 @@ int driver_version();
 std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std::vector<Coding>& codings,
                                  mx::Stream stream);
 
-mx::array append(const std::vector<mx::array>& sides, const std::vector<Coding>& codings,
-                 const std::vector<PackedArrays>& to, const mx::array& before, mx::Stream stream);
+mx::array append(const std::vector<mx::array>& sides, const std::vector<Coding>& codings, const AppendBuffers& to,
+                 const mx::array& before, mx::Stream stream);
 
 mx::array decode(const PackedArrays& packed, const Coding& coding, mx::Dtype dtype, mx::Stream stream);
 

@@ -75,8 +75,8 @@ std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const 
 
 bool appends_in_place_gpu() { return !on_metal() && gpu_supported(); }
 
-mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<Coding>& codings,
-                     const std::vector<PackedArrays>& to, const mx::array& before, mx::Stream stream) {
+mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<Coding>& codings, const AppendBuffers& to,
+                     const mx::array& before, mx::Stream stream) {
   require_gpu("append");
   return cuda_backend::append(sides, codings, to, before, stream);
 }

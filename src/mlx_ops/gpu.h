@@ -20,8 +20,8 @@ std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const 
 /// Whether append_gpu exists for this GPU.  Its two sides must have one head dimension.
 bool appends_in_place_gpu();
 /// As append_kv.
-mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<Coding>& codings,
-                     const std::vector<PackedArrays>& to, const mx::array& before, mx::Stream stream);
+mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<Coding>& codings, const AppendBuffers& to,
+                     const mx::array& before, mx::Stream stream);
 
 mx::array decode_gpu(const PackedArrays& packed, const Coding& coding, mx::Dtype dtype, mx::Stream stream);
 

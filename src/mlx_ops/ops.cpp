@@ -43,9 +43,10 @@ void check_gpu_dim(const char* op, int dim) {
           " with the kernels of this GPU; got ", dim);
 }
 
-/// A side without numbers: vectors of no coordinate.
-PackedArrays encode_nothing(const mx::array& x, mx::Stream stream) {
-  return {mx::zeros(x.shape(), mx::uint32, stream), mx::zeros(without_last(x.shape()), mx::float16, stream)};
+/// A side without numbers: no vectors, or vectors of no coordinate.
+PackedArrays encode_nothing(const mx::array& x, int words, mx::Stream stream) {
+  return {mx::zeros(with_last(x.shape(), words), mx::uint32, stream),
+          mx::zeros(without_last(x.shape()), mx::float16, stream)};
 }
 
 PackedArrays encode_rank4(const mx::array& x, const Coding& coding, mx::Stream stream) {
@@ -83,6 +84,7 @@ PackedArrays encode(const mx::array& x, const Coding& coding, mx::StreamOrDevice
   const auto ready = checked("encode", "", coding, shape[1], shape[3], stream);
   const auto rank4 = x.shape() == shape ? x : mx::reshape(x, shape, stream);
   if (on_gpu(stream)) check_gpu_dim("encode", shape[3]);
+  if (x.size() == 0) return encode_nothing(x, words_per_vector(coding.bits(), x.shape(-1)), stream);
   auto packed = on_gpu(stream) ? encode_gpu({rank4}, {ready}, stream)[0] : encode_rank4(rank4, ready, stream);
   if (x.shape() == shape) return packed;
   return {mx::reshape(packed.codes, with_last(x.shape(), packed.codes.shape(-1)), stream),
@@ -111,12 +113,12 @@ std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx:
                                                 mx::StreamOrDevice s) {
   const auto stream = mx::to_stream(s);
   const auto codings = checked_sides("encode", keys, values, key_coding, value_coding, stream);
-  if (on_gpu(stream) && keys.shape(3) == values.shape(3)) {  // one kernel for both
+  if (on_gpu(stream) && keys.shape(3) == values.shape(3) && keys.size() > 0) {  // one kernel for both
     auto sides = encode_gpu({keys, values}, codings, stream);
     return {sides[0], sides[1]};
   }
   const auto side = [&](const mx::array& x, const Coding& coding) {
-    if (x.shape(3) == 0) return encode_nothing(x, stream);
+    if (x.size() == 0) return encode_nothing(x, words_per_vector(coding.bits(), x.shape(3)), stream);
     return on_gpu(stream) ? encode_gpu({x}, {coding}, stream)[0] : encode_rank4(x, coding, stream);
   };
   return {side(keys, codings[0]), side(values, codings[1])};
@@ -158,20 +160,30 @@ bool can_append_in_place(const std::vector<mx::array>& arrays, mx::Stream stream
 }
 
 mx::array append_kv(const mx::array& keys, const mx::array& values, const Coding& key_coding,
-                    const Coding& value_coding, const PackedArrays& keys_to, const PackedArrays& values_to,
-                    const mx::array& before, mx::StreamOrDevice s) {
+                    const Coding& value_coding, const AppendBuffers& to, const mx::array& before,
+                    mx::StreamOrDevice s) {
   const auto stream = mx::to_stream(s);
   const auto codings = checked_sides("append", keys, values, key_coding, value_coding, stream);
   require(can_append_in_place({keys, values}, stream), "[append] in place needs a CUDA stream and no transformation");
-  for (auto [to, bits, name] :
-       {std::tuple{&keys_to, codings[0].bits(), "keys"}, {&values_to, codings[1].bits(), "values"}}) {
-    check_packed("append", name, *to, bits);
+  for (auto [side, bits, name] :
+       {std::tuple{&to.keys, codings[0].bits(), "keys"}, {&to.values, codings[1].bits(), "values"}}) {
+    check_packed("append", name, *side, bits);
     const mx::Shape room{keys.shape(0), keys.shape(1), int(before.size()) - 1 + keys.shape(2)};
-    require(to->scales.shape(0) == room[0] && to->scales.shape(1) == room[1] && to->scales.shape(2) >= room[2] &&
-                to->codes.shape(3) == words_per_vector(bits, keys.shape(3)),
-            "[append] the ", name, "' buffers must have room for ", room, "; got codes ", to->codes.shape());
+    require(side->scales.shape(0) == room[0] && side->scales.shape(1) == room[1] && side->scales.shape(2) >= room[2] &&
+                side->codes.shape(3) == words_per_vector(bits, keys.shape(3)),
+            "[append] the ", name, "' buffers must have room for ", room, "; got codes ", side->codes.shape());
   }
-  return append_gpu({keys, values}, codings, {keys_to, values_to}, before, stream);
+  if (to.exact) {
+    for (auto [side, name] : {std::pair{&to.exact->keys, "exact keys"}, {&to.exact->values, "exact values"}}) {
+      check_packed("append", name, *side, 8);
+      require(side->scales.shape(0) == keys.shape(0) && side->scales.shape(1) == keys.shape(1) &&
+                  side->scales.shape(2) - to.first >= keys.shape(2) &&
+                  side->codes.shape(3) == words_per_vector(8, keys.shape(3)),
+              "[append] the ", name, " must be a ring of at least ", keys.shape(2), " slots and ", to.first,
+              " more; got codes ", side->codes.shape());
+    }
+  }
+  return append_gpu({keys, values}, codings, to, before, stream);
 }
 
 mx::array nothing_to_wait_for(int n, mx::StreamOrDevice s) {
@@ -192,6 +204,7 @@ mx::array decode(const PackedArrays& packed, const Coding& coding, mx::Dtype dty
   const PackedArrays rank4{mx::reshape(packed.codes, shape, stream),
                            mx::reshape(packed.scales, without_last(shape), stream)};
   const auto out_shape = with_last(packed.codes.shape(), dim);
+  if (packed.scales.size() == 0) return mx::zeros(out_shape, dtype, stream);  // no kernel has nothing to do
   if (on_gpu(stream)) {
     const PackedArrays dense{mx::contiguous(rank4.codes, false, stream), mx::contiguous(rank4.scales, false, stream)};
     return mx::reshape(decode_gpu(dense, ready, dtype, stream), out_shape, stream);

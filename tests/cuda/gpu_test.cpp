@@ -148,49 +148,78 @@ TEST_F(Gpu, EncodeMatchesTheOracle) {
   }
 }
 
-TEST_F(Gpu, AppendWritesWhatEncodeGivesAndNothingElse) {
-  constexpr int kBatch = 2, kHeads = 3, kTokens = 5, kCapacity = 12, kAt = 4;
-  for (int dim : {64, 96, 256}) {
-    SCOPED_TRACE(dim);
-    Vectors k(kBatch, kHeads, kTokens, dim, 3, Dtype::float16, true);
-    Vectors v(kBatch, kHeads, kTokens, dim, 4, Dtype::float16, false);
-    const auto kp = k.params(), vp = v.params();
-    jit::encode_on_gpu(kp, &vp);
-    std::vector<jit::Memory> memory;
-    std::vector<jit::Array> inputs;
-    for (Vectors* side : {&k, &v}) {
-      const int words = words_per_vector(side->packed.view.bits, dim);
-      const std::vector<uint8_t> fill(size_t(kBatch) * kHeads * kCapacity * words * 4, 0xa5);
-      memory.emplace_back(side->x.bytes.data(), side->x.bytes.size());
-      inputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{kBatch, kHeads, kTokens, dim});
-      memory.emplace_back(side->centre.data(), side->centre.size() * 4);
-      inputs.emplace_back(memory.back().get(), "float", std::vector<int32_t>{kHeads, dim});
-      inputs.emplace_back();  // no feedback
-      memory.emplace_back(fill.data(), fill.size());
-      inputs.emplace_back(memory.back().get(), "uint32_t", std::vector<int32_t>{kBatch, kHeads, kCapacity, words});
-      memory.emplace_back(fill.data(), size_t(kBatch) * kHeads * kCapacity * 2);
-      inputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{kBatch, kHeads, kCapacity});
-    }
-    inputs.emplace_back(nullptr, "uint8_t", std::vector<int32_t>{kAt + 1});
-    jit::Launch(cuda::append_kernel({{3, true}, {4, false}}, dim, kp.seed, kBatch * kHeads, kTokens), inputs,
-                {{nullptr, "uint8_t", {kAt + kTokens + 1}}})();
-    jit::check(cudaDeviceSynchronize(), "append");
-    for (int s = 0; s < 2; ++s) {
-      const auto& want = (s ? v : k).packed.view;
-      const int words = words_per_vector(want.bits, dim);
-      std::vector<uint32_t> codes(size_t(kBatch) * kHeads * kCapacity * words);
-      std::vector<uint16_t> scales(size_t(kBatch) * kHeads * kCapacity);
-      memory[4 * s + 2].download(codes.data()), memory[4 * s + 3].download(scales.data());
-      for (int head = 0; head < kBatch * kHeads; ++head) {
-        for (int t = 0; t < kCapacity; ++t) {
-          SCOPED_TRACE(testing::Message() << "side " << s << " head " << head << " token " << t);
-          const int64_t from = int64_t(head) * kTokens + t - kAt, to = int64_t(head) * kCapacity + t;
-          const bool fresh = t >= kAt && t < kAt + kTokens;
-          EXPECT_EQ(scales[to], fresh ? want.scales[from] : 0xa5a5);
-          for (int w = 0; w < words; ++w) {
-            EXPECT_EQ(codes[to * words + w], fresh ? want.codes[from * words + w] : 0xa5a5a5a5u);
-          }
+/// A buffer of an append: codes and scales [batch, heads, rows], filled with a pattern.
+struct AppendBuffer {
+  int heads, rows, words;  // of both
+  jit::Memory codes, scales;
+  AppendBuffer(int heads, int rows, int words)
+      : heads(heads),
+        rows(rows),
+        words(words),
+        codes(std::vector<uint8_t>(size_t(heads) * rows * words * 4, 0xa5).data(), size_t(heads) * rows * words * 4),
+        scales(std::vector<uint8_t>(size_t(heads) * rows * 2, 0xa5).data(), size_t(heads) * rows * 2) {}
+  void add_to(std::vector<jit::Array>& inputs, int batch) const {
+    inputs.emplace_back(codes.get(), "uint32_t", std::vector<int32_t>{batch, heads / batch, rows, words});
+    inputs.emplace_back(scales.get(), "__half", std::vector<int32_t>{batch, heads / batch, rows});
+  }
+  /// Expects token i of `want` [heads, tokens] in row place(i), and the pattern in all others.
+  void expect(const cases::PackedBuffer& want, int tokens, const std::function<int(int)>& place) const {
+    std::vector<uint32_t> got(size_t(heads) * rows * words);
+    std::vector<uint16_t> got_scales(size_t(heads) * rows);
+    codes.download(got.data()), scales.download(got_scales.data());
+    std::vector<int> token_of(size_t(rows), -1);
+    for (int t = 0; t < tokens; ++t) token_of[size_t(place(t))] = t;
+    for (int head = 0; head < heads; ++head) {
+      for (int row = 0; row < rows; ++row) {
+        SCOPED_TRACE(testing::Message() << "head " << head << " row " << row);
+        const int t = token_of[size_t(row)];
+        const int64_t from = int64_t(head) * tokens + t, to = int64_t(head) * rows + row;
+        EXPECT_EQ(got_scales[to], t < 0 ? 0xa5a5 : want.scales[from]);
+        for (int w = 0; w < words; ++w) {
+          EXPECT_EQ(got[to * words + w], t < 0 ? 0xa5a5a5a5u : want.codes[from * words + w]);
         }
+      }
+    }
+  }
+};
+
+// With exact copies too: there token t goes into row t % ring, and nothing into the rows behind.
+TEST_F(Gpu, AppendWritesWhatEncodeGivesAndNothingElse) {
+  constexpr int kBatch = 2, kHeads = 3, kTokens = 5, kCapacity = 74, kAt = 62, kRing = 64, kFirst = 3;
+  for (int dim : {64, 96, 256}) {
+    for (bool copies : {false, true}) {
+      SCOPED_TRACE(testing::Message() << dim << (copies ? " with copies" : ""));
+      std::vector<Vectors> want;
+      for (int bits : {3, 4, 8, 8}) want.emplace_back(kBatch, kHeads, kTokens, dim, bits, Dtype::float16, bits != 4);
+      want[1].x = want[3].x = want[0].x, want[2].x = want[0].x;
+      want[2].centre = want[0].centre, want[3].centre.clear();
+      for (int i : {0, 2}) {
+        const auto keys = want[i].params(), values = want[i + 1].params();
+        jit::encode_on_gpu(keys, &values);
+      }
+      std::vector<jit::Memory> memory;
+      std::vector<AppendBuffer> buffers;
+      std::vector<jit::Array> inputs;
+      for (int i = 0; i < (copies ? 4 : 2); ++i) {
+        const Vectors& side = want[i];
+        if (i < 2) {
+          memory.emplace_back(side.x.bytes.data(), side.x.bytes.size());
+          inputs.emplace_back(memory.back().get(), "__half", std::vector<int32_t>{kBatch, kHeads, kTokens, dim});
+          memory.emplace_back(side.centre.data(), side.centre.size() * 4);
+          inputs.emplace_back(memory.back().get(), "float", std::vector<int32_t>{kHeads, dim});
+          inputs.emplace_back();  // no feedback
+        }
+        buffers.emplace_back(kBatch * kHeads, i < 2 ? kCapacity : kRing + kFirst,
+                             words_per_vector(side.packed.view.bits, dim));
+        buffers.back().add_to(inputs, kBatch);
+      }
+      inputs.emplace_back(nullptr, "uint8_t", std::vector<int32_t>{kAt + 1});
+      jit::Launch(cuda::append_kernel({{3, true}, {4, false}}, dim, 7, kBatch * kHeads, kTokens, copies ? kFirst : -1),
+                  inputs, {{nullptr, "uint8_t", {kAt + kTokens + 1}}})();
+      jit::check(cudaDeviceSynchronize(), "append");
+      for (size_t i = 0; i < buffers.size(); ++i) {
+        SCOPED_TRACE(testing::Message() << "side " << i);
+        buffers[i].expect(want[i].packed, kTokens, [&](int t) { return i < 2 ? kAt + t : (kAt + t) % kRing; });
       }
     }
   }

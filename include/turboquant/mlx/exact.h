@@ -15,6 +15,8 @@ struct Copies {
   Store held;
   int from = 0;                // tokens from here on are in the ring; at most max(0, length - recent)
   std::optional<Store> chunk;  // after many tokens at once: the same in a ring that all of their queries can read
+  /// The length from which on views have read these buffers.  Caches that share the buffers share it.
+  std::shared_ptr<int> read_from = nullptr;
 
   size_t nbytes() const { return held.nbytes() + (chunk ? chunk->nbytes() : 0); }
   /// What attention reads.
@@ -32,6 +34,12 @@ void check_copies(const CacheCoding& coding);
 
 /// Throws std::invalid_argument when a coding asks for copies, which windows do not have.
 void check_no_copies(const CacheCoding& coding);
+
+/// The codes and copies of a cache after keys and values (B, H_kv, N, D): append_store and append_copies, by one kernel
+/// where both can be written in place.  Arguments are theirs; `copies` is changed last, when nothing can throw.
+Store append_both(const CacheCoding& coding, const std::optional<Store>& held, std::optional<Copies>& copies,
+                  int length, const std::vector<int>& starts, const std::vector<int>& ends, const mx::array& keys,
+                  const mx::array& values, mx::StreamOrDevice s = {});
 
 /// The copies after keys and values (B, H_kv, N, D) followed `length` tokens; `starts` has each row's first token.
 /// `ends`, if not empty, has each row's end among the tokens: what is behind it are pads that will move to the front.

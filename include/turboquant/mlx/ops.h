@@ -65,14 +65,27 @@ mx::array transform(const mx::array& x, const mx::array& matrix, const std::opti
 /// needs keys and values of one head_dim.
 bool can_append_in_place(const std::vector<mx::array>& arrays, mx::Stream stream);
 
-/// As encode_kv, into the buffers `keys_to` and `values_to` (B, H, capacity, ...) from a token on, in place: one kernel
+/// Exact copies beside the codes, (B, H_kv, ring + first, ...) of 8 bits: ExactTier in turboquant/turboquant.h.
+struct ExactArrays {
+  PackedArrays keys, values;
+};
+
+/// Where `append_kv` writes: codes (B, H, capacity, ...) and, if given, the ring of exact copies, behind which there
+/// are slots of `first` tokens.
+struct AppendBuffers {
+  PackedArrays keys, values;
+  std::optional<ExactArrays> exact = {};
+  int first = 0;
+};
+
+/// As encode_kv, into buffers from a token on, in place (token t of exact copies goes into slot t % ring): one kernel
 /// instead of five, and no copy of the buffers while something else reads them.  The arrays given stay the ones that
 /// hold the codes; what reads the new tokens must take the array returned, `written` (tokens held + 1,), as an input
 /// too.  `before` is what an earlier call returned, or any uint8 array whose size less one is the first token to write.
 /// The caller makes sure that nobody else counts on the tokens overwritten.
 mx::array append_kv(const mx::array& keys, const mx::array& values, const Coding& key_coding,
-                    const Coding& value_coding, const PackedArrays& keys_to, const PackedArrays& values_to,
-                    const mx::array& before, mx::StreamOrDevice s = {});
+                    const Coding& value_coding, const AppendBuffers& to, const mx::array& before,
+                    mx::StreamOrDevice s = {});
 
 /// An array (n + 1,) for `before` and `written` when there is nothing to wait for.
 mx::array nothing_to_wait_for(int n, mx::StreamOrDevice s = {});
@@ -80,11 +93,6 @@ mx::array nothing_to_wait_for(int n, mx::StreamOrDevice s = {});
 /// Decodes to (..., D) of `dtype`.
 mx::array decode(const PackedArrays& packed, const Coding& coding, mx::Dtype dtype = mx::float32,
                  mx::StreamOrDevice s = {});
-
-/// Exact copies beside the codes, (B, H_kv, ring + first, ...) of 8 bits: ExactTier in turboquant/turboquant.h.
-struct ExactArrays {
-  PackedArrays keys, values;
-};
 
 /// How attention reads its inputs.  See AttendParams in turboquant/turboquant.h for the meaning of each rule.
 struct AttentionOptions {

@@ -102,9 +102,10 @@ Store encode_store(const CacheCoding& coding, const mx::array& keys, const mx::a
                    const std::optional<Store>& held, mx::StreamOrDevice s = {});
 
 /// The first `length` tokens of `held` and then keys and values, encoded: in place where that is possible and nobody
-/// can notice, else by copies as far as MLX needs them.  Throws as encode_store does.
+/// can notice, else by copies as far as MLX needs them.  Throws as encode_store does.  `copies`, if given, may be
+/// written in place: where the codes are, both are, by one kernel, and both then have the same `written`.
 Store append_store(const CacheCoding& coding, const std::optional<Store>& held, int length, const mx::array& keys,
-                   const mx::array& values, mx::StreamOrDevice s = {});
+                   const mx::array& values, mx::StreamOrDevice s = {}, Store* copies = nullptr);
 
 /// The name of the kernel that attention used last; null before it ran.
 struct LastKernel {

@@ -16,6 +16,9 @@ struct EncodeArgs {
   unsigned* codes;                              // [batch, heads, tokens, BITS * D / 32]
   __half* scales;                               // [batch, heads, tokens]
   long long code_strides[2], scale_strides[2];  // of batch and head, in elements; rows are dense
+  int ring, at;                                 // if ring > 0, token t goes into row (at + t) % ring
+
+  __device__ int row_of(int t) const { return ring ? int(unsigned(at + t) % unsigned(ring)) : t; }
 };
 
 /// Vectors that a block of `warps` warps encodes or decodes.
@@ -109,7 +112,8 @@ __device__ unsigned nearest_codes(const Rotated& r, const float (&v)[8]) {
 /// Where a vector's codes go.
 template <int D, int CODING>
 __device__ unsigned* codes_of(const EncodeArgs& a, const Rotated& r) {
-  return a.codes + r.b * a.code_strides[0] + r.h * a.code_strides[1] + (long long)r.t * (bits_of(CODING) * (D / 32));
+  return a.codes + r.b * a.code_strides[0] + r.h * a.code_strides[1] +
+         (long long)a.row_of(r.t) * (bits_of(CODING) * (D / 32));
 }
 
 /// Writes the scale with which levels of some length have the vector's; one lane a vector.
@@ -117,7 +121,7 @@ template <int CODING>
 __device__ void write_scale(const EncodeArgs& a, const Rotated& r, unsigned squares) {
   if (CODING == 8) squares = max(squares, 1u);  // only there a level is 0
   const float scale = sqrtf(r.square) / (sqrtf(float(squares)) * step_of(CODING)) * r.unscale;
-  a.scales[r.b * a.scale_strides[0] + r.h * a.scale_strides[1] + r.t] =
+  a.scales[r.b * a.scale_strides[0] + r.h * a.scale_strides[1] + a.row_of(r.t)] =
       r.finite ? __float2half_rn(fminf(scale, largest_scale())) : __ushort_as_half(0x7e00);
 }
 
