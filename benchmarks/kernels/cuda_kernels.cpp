@@ -4,7 +4,7 @@
 //
 //   cuda_kernels [NAME...]    decode, longest (one line of decode, for profilers), tiers (exact copies), queries,
 //   ragged,
-//                             encode, prefill; all by default
+//                             encode, prefill, wide (heads of 512); all by default
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -255,6 +255,18 @@ void encode() {
   std::printf("copy of 2048 tokens' FP16 data: %.2f us\n", us);
 }
 
+/// Heads of 512 coordinates, eight of them over four and over one KV head, and 128 over one (latent attention).
+void wide() {
+  for (auto [heads, kv_heads] : {std::pair{8, 4}, {8, 1}, {128, 1}}) {
+    for (int n : {32768, 131072}) {
+      for (auto [bits, code] : {std::pair{3, Code::trellis}, {4, Code::scalar}}) {
+        report("wide",
+               {.query_heads = heads, .kv_heads = kv_heads, .kv_len = n, .head_dim = 512, .bits = bits, .code = code});
+      }
+    }
+  }
+}
+
 void prefill() {
   for (auto [bits, code] : {std::pair{3, Code::trellis}, {3, Code::scalar}, {4, Code::scalar}, {8, Code::scalar}}) {
     for (int n : {32768, 2048}) {
@@ -268,7 +280,7 @@ void prefill() {
 int main(int argc, char** argv) {
   const std::pair<const char*, void (*)()> all[] = {{"decode", decode},   {"longest", longest}, {"tiers", tiers},
                                                     {"queries", queries}, {"ragged", ragged},   {"encode", encode},
-                                                    {"prefill", prefill}};
+                                                    {"prefill", prefill}, {"wide", wide}};
   try {
     for (auto [name, run] : all) {
       const bool wanted = std::any_of(argv + 1, argv + argc, [n = name](char* a) { return !std::strcmp(a, n); });

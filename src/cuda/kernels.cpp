@@ -86,7 +86,7 @@ std::string encode_call(int head_dim, const EncodeSide& side, const std::string&
 }
 
 int codec_blocks(int head_dim, int64_t vectors) {
-  const int per_block = kCodecWarps * (32 / (head_dim / 8));
+  const int per_block = kCodecWarps * std::max(1, 32 / (head_dim / 8));
   return int((vectors + per_block - 1) / per_block);
 }
 
@@ -308,9 +308,10 @@ std::string attention_call(const AttentionShape& shape, const AttentionSettings&
                          : plan.method == AttentionPlan::many_rows ? "run_many_rows"
                                                                    : "run_prefill";
   o << "  extern __shared__ __align__(16) unsigned char tq_shared[];\n"
-    << "  turboquant::cuda::" << function << "<" << shape.head_dim << ", " << coding(shape.key_bits, shape.key_code)
-    << ", " << coding(shape.value_bits, shape.value_code) << ", " << mask_name(settings.mask) << ", "
-    << plan.shared_bytes << ", " << truth(shape.copies()) << ", ";
+    << "  turboquant::cuda::" << function << "<" << shape.head_dim << ", ";
+  if (plan.method == AttentionPlan::many_rows) o << shape.value_dim() << ", ";
+  o << coding(shape.key_bits, shape.key_code) << ", " << coding(shape.value_bits, shape.value_code) << ", "
+    << mask_name(settings.mask) << ", " << plan.shared_bytes << ", " << truth(shape.copies()) << ", ";
   if (plan.method == AttentionPlan::few_rows) {
     o << plan.warps << ", " << plan.stages;
   } else if (plan.method == AttentionPlan::many_rows) {
@@ -382,8 +383,8 @@ Kernel merge_kernel(const AttentionShape& shape, const AttentionSettings& settin
     << "  a.partial = const_cast<float*>(partial);\n"
        "  a.out = out;\n"
        "  __shared__ __align__(16) float shared[turboquant::cuda::merge_shared_floats<"
-    << shape.head_dim << ">()];\n  turboquant::cuda::merge_as<" << shape.head_dim << ", " << plan.rows << ", "
-    << (plan.int8() ? 32 : 64) << ", " << truth(plan.half_partials())
+    << shape.value_dim() << ">()];\n  turboquant::cuda::merge_as<" << shape.head_dim << ", " << shape.value_dim()
+    << ", " << plan.rows << ", " << (plan.int8() ? 32 : 64) << ", " << truth(plan.half_partials())
     << ">(a, q, blockIdx.x, partial_shape[0], shared);\n";
   k.source = o.str();
   set_extent(k, merge_extent(shape));

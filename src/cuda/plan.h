@@ -31,6 +31,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #include "turboquant/format.h"
 #include "turboquant/turboquant.h"
@@ -48,7 +50,9 @@ struct AttentionShape {
   bool ragged;  // has `starts`
   Code key_code = Code::scalar, value_code = Code::scalar;
   int recent = 0, first = 0;  // exact copies that are read beside the codes (ExactTier)
+  int values = 0;             // head_dim of the values, if it is another
 
+  int value_dim() const { return values ? values : head_dim; }
   bool copies() const { return recent > 0 || first > 0; }
   int rows() const { return query_heads / kv_heads * query_len; }  // query rows that read one KV head
 };
@@ -116,13 +120,21 @@ inline int few_rows_shared_bytes(const AttentionShape& s, const AttentionPlan& p
   return (bytes + 15) / 16 * 16;
 }
 
+/// ManyRows::kKeySteps.
+inline int key_steps(int head_dim) {
+  const int groups = head_dim / 32;
+  return groups > 2 ? (groups + 3) / 4 * 4 : groups == 2 ? 2 : 1;
+}
+
 /// sizeof(ManyRows::Shared).
 inline int many_rows_shared_bytes(const AttentionShape& s, const AttentionPlan& p) {
-  const int words = 16 * (words_per_vector(s.key_bits, s.head_dim) + words_per_vector(s.value_bits, s.head_dim)) + 16;
-  const int groups = s.head_dim / 32 * (s.value_bits == 8 ? 2 : 1);  // and planes of passed values
-  const int bytes = p.warps * p.stages * words * 4 + 64 * 8 * p.rows + 2 * groups * (p.warps * 64 + 4) * 4 +
-                    2 * p.warps * 32 * p.rows + p.warps * 16 * 16 + 28 * p.rows + 8 * p.warps * p.rows +
-                    level_table_bytes(s) + (p.stages == 1 ? 8 * p.rows : 8);  // ranges of first tokens
+  const int words =
+      16 * (words_per_vector(s.key_bits, s.head_dim) + words_per_vector(s.value_bits, s.value_dim())) + 16;
+  const int groups = s.value_dim() / 32 * (s.value_bits == 8 ? 2 : 1);  // and planes of passed values
+  const int bytes = p.warps * p.stages * words * 4 + 64 * key_steps(s.head_dim) * p.rows +
+                    2 * groups * (p.warps * 64 + 4) * 4 + 2 * (p.warps / 2) * 64 * p.rows + p.warps * 16 * 16 +
+                    28 * p.rows + 8 * p.warps * p.rows + level_table_bytes(s) +
+                    (p.stages == 1 ? 8 * p.rows : 8);  // ranges of first tokens
   return (bytes + 15) / 16 * 16;
 }
 
@@ -195,6 +207,32 @@ inline bool plan_many_rows(const AttentionShape& s, const Device& device, Attent
   return true;
 }
 
+/// Heads of more than 256 coordinates, and values of another dimension than keys: `many_rows` for any number of rows,
+/// a block of them after the other.  A warp that sums more coordinates has registers for the sums of fewer rows.
+inline AttentionPlan plan_wide(const AttentionShape& s, const Device& device) {
+  AttentionPlan p;
+  p.method = AttentionPlan::many_rows;
+  const int wanted = (std::min(s.rows(), 32) + 7) / 8 * 8;
+  bool fits = false;
+  for (auto [warps, stages] : {std::pair{16, 2}, {8, 3}, {8, 2}, {8, 1}, {4, 2}, {4, 1}, {2, 1}}) {
+    const int sums = std::max(1, s.value_dim() / 32 / warps);  // of groups of 32
+    if (warps == 16 && (wanted > 16 || tiles_each(s, device) < 12)) continue;
+    for (p.rows = std::min(wanted, 64 / sums / 8 * 8); p.rows >= 8 && !fits; p.rows -= fits ? 0 : 8) {
+      p.warps = warps, p.stages = stages;
+      p.shared_bytes = with_copies(s, p, many_rows_shared_bytes);
+      fits = p.shared_bytes <= device.shared_bytes;
+    }
+    if (fits) break;
+  }
+  if (!fits) {
+    throw std::invalid_argument("[attention] the GPU's shared memory is too small for head_dim " +
+                                std::to_string(s.head_dim) + " and " + std::to_string(s.value_dim()));
+  }
+  const int64_t segments = int64_t(s.batch) * s.kv_heads * ((s.rows() + p.rows - 1) / p.rows);
+  divide(s, device, segments, (s.kv_len + 31) / 32, 4, 2048, p);
+  return p;
+}
+
 /// Most tiles to a multiprocessor of which up to four rows go through `many_rows`: there, on an H200, both kernels take
 /// as long (32K tokens of four KV heads; 16K of trellis codes of 3 bits, which cost more to unpack, and beside exact
 /// copies, which leave no room for sixteen warps).
@@ -208,6 +246,7 @@ inline int most_tiles_of_many_rows(const AttentionShape& s) {
 /// go through `few_rows`, four at a time; six passes take as long as one over fp16 tiles.  More rows go through fp16
 /// tiles; where shared memory has no room for those (head_dim 256 below 112 KiB), all rows go through `few_rows`.
 inline AttentionPlan plan_attention(const AttentionShape& s, const Device& device) {
+  if (s.head_dim > 256 || s.value_dim() != s.head_dim) return plan_wide(s, device);
   AttentionPlan p;
   const bool many =
       s.rows() <= 32 && s.head_dim > 128 && (s.rows() > 4 || tiles_each(s, device) <= most_tiles_of_many_rows(s));

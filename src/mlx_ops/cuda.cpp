@@ -95,7 +95,7 @@ struct CodecKey {
 struct AttentionKey {
   bool merge, one_row, even;
   cuda::AttentionSettings settings;
-  int query_heads, kv_heads, query_len, head_dim, key_bits, value_bits;
+  int query_heads, kv_heads, query_len, head_dim, value_dim, key_bits, value_bits;
   Code key_code, value_code;
   int recent, first, exact_splits;
   int method, rows, warps, stages, row_warps, token_warps, shared_bytes;
@@ -104,10 +104,11 @@ struct AttentionKey {
 
 AttentionKey key_of(bool merge, const cuda::AttentionShape& s, const cuda::AttentionSettings& settings,
                     const cuda::AttentionPlan& p) {
-  return {merge,          s.batch == 1, p.splits > 0, settings,   s.query_heads, s.kv_heads,  std::min(s.query_len, 9),
-          s.head_dim,     s.key_bits,   s.value_bits, s.key_code, s.value_code,  s.recent,    s.first,
-          p.exact_splits, p.method,     p.rows,       p.warps,    p.stages,      p.row_warps, p.token_warps,
-          p.shared_bytes};
+  return {
+      merge,         s.batch == 1,   p.splits > 0, settings,     s.query_heads, s.kv_heads,   std::min(s.query_len, 9),
+      s.head_dim,    s.value_dim(),  s.key_bits,   s.value_bits, s.key_code,    s.value_code, s.recent,
+      s.first,       p.exact_splits, p.method,     p.rows,       p.warps,       p.stages,     p.row_warps,
+      p.token_warps, p.shared_bytes};
 }
 
 mx::Shape with_last(mx::Shape shape, int last) {
@@ -120,7 +121,8 @@ mx::Shape without_last(mx::Shape shape) {
   return shape;
 }
 
-cuda::AttentionShape shape_of(const mx::array& q, const PackedArrays& keys, const AttentionOptions& o) {
+cuda::AttentionShape shape_of(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,
+                              const AttentionOptions& o) {
   return {q.shape(0),
           q.shape(1),
           keys.codes.shape(1),
@@ -133,7 +135,8 @@ cuda::AttentionShape shape_of(const mx::array& q, const PackedArrays& keys, cons
           o.keys.width.code,
           o.values.width.code,
           o.exact ? o.recent : 0,
-          o.exact ? o.first : 0};
+          o.exact ? o.first : 0,
+          values.codes.shape(3) / o.values.bits() * 32};
 }
 
 std::vector<cuda::EncodeSide> sides_of(const std::vector<Coding>& codings) {
@@ -215,7 +218,7 @@ mx::array decode(const PackedArrays& packed, const Coding& coding, mx::Dtype dty
 
 mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedArrays& values, const AttentionOptions& o,
                     mx::Stream stream) {
-  const auto shape = shape_of(q, keys, o);
+  const auto shape = shape_of(q, keys, values, o);
   const cuda::AttentionSettings settings{.scale = o.scale,
                                          .seed = o.keys.seed,
                                          .causal = o.causal,
@@ -233,6 +236,7 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
              key_centre = o.keys.centre.value_or(dummy), value_centre = o.values.centre.value_or(dummy);
   const auto plan = cuda::plan_attention(shape, device());
   if (o.kernel) *o.kernel = plan.kernel_name();
+  const auto out_shape = with_last(q.shape(), shape.value_dim());
   const bool whole = plan.method == cuda::AttentionPlan::whole;
   std::vector<mx::array> cache{q, keys.codes, keys.scales, values.codes, values.scales, written, starts, mask};
   if (shape.copies()) {
@@ -243,14 +247,15 @@ mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedAr
   });
   if (whole) {
     cache.insert(cache.end(), {sinks, key_centre, value_centre});
-    return launch(scan, cuda::scan_extent(plan), cache, {q.shape()}, {q.dtype()}, stream)[0];
+    return launch(scan, cuda::scan_extent(plan), cache, {out_shape}, {q.dtype()}, stream)[0];
   }
-  const auto partial = launch(scan, cuda::scan_extent(plan), cache,
-                              {{plan.slots, plan.rows, plan.partial_floats(shape.head_dim)}}, {mx::float32}, stream)[0];
+  const auto partial =
+      launch(scan, cuda::scan_extent(plan), cache, {{plan.slots, plan.rows, plan.partial_floats(shape.value_dim())}},
+             {mx::float32}, stream)[0];
   const auto& merge =
       kernel_for(key_of(true, shape, settings, plan), [&] { return cuda::merge_kernel(shape, settings, plan); });
   return launch(merge, cuda::merge_extent(shape), {q, written, partial, starts, sinks, key_centre, value_centre},
-                {q.shape()}, {q.dtype()}, stream)[0];
+                {out_shape}, {q.dtype()}, stream)[0];
 }
 
 }  // namespace turboquant::ops::cuda_backend

@@ -62,9 +62,9 @@ bool gpu_supported(std::string* why) {
   return ok;
 }
 
-int most_head_dim_gpu() { return on_metal() ? 512 : 256; }
+int most_head_dim_gpu() { return 512; }
 
-bool has_value_dims_gpu() { return false; }
+bool has_value_dims_gpu() { return !on_metal(); }
 
 std::vector<PackedArrays> encode_gpu(const std::vector<mx::array>& sides, const std::vector<Coding>& codings,
                                      mx::Stream stream) {

@@ -15,7 +15,7 @@ using cases::Case;
 TEST(Plan, FitsTheDeviceAndCoversTheCache) {
   const std::vector<cuda::Device> devices{{132, 232448}, {108, 166912}, {84, 101376}, {16, 101376}};
   for (const auto& device : devices) {
-    for (int dim : {32, 64, 96, 128, 160, 192, 224, 256}) {
+    for (int dim : {32, 64, 96, 128, 160, 192, 224, 256, 384, 512}) {
       for (int bits : {2, 3, 4, 8}) {
         for (int len : {1, 2, 3, 4, 5, 6, 8, 40, 2048}) {
           for (int batch : {1, 7, 300}) {
@@ -140,6 +140,13 @@ TEST_P(Compile, AttentionOverExactCopies) {
     attention(c);
   }
   attention({.head_dim = 128, .kv_len = 200, .recent = 128, .first = 4, .ring = 384});
+}
+
+TEST_P(Compile, AttentionOfOtherWidths) {
+  Case c{.head_dim = 512, .query_len = 4, .kv_len = 200};
+  c.key_code = c.value_code = Code::trellis;
+  attention(c);
+  attention({.head_dim = 192, .kv_len = 200, .recent = 128, .first = 4, .ring = 384, .value_dim = 128});
 }
 
 TEST_P(Compile, Codec) {

@@ -275,3 +275,32 @@ def test_a_trace_appends_by_value():
 
     x = mx.random.normal((1, 2, 1, 64)).astype(mx.float16)
     assert mx.allclose(mx.compile(step)(x), step(x), atol=1e-3)
+
+
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="Metal's kernels have one width")
+@pytest.mark.parametrize("dim, value_dim", [(192, 128), (64, 96), (128, 0), (512, 512), (320, 64)])
+def test_caches_of_other_widths(dim, value_dim):
+    """Caches of wide heads, and of values of another head_dim than keys: as on the CPU."""
+    x, y = (mx.random.normal((2, 2, 40, d)).astype(mx.float16) for d in (dim, value_dim))
+    q = mx.random.normal((2, 4, 3, dim)).astype(mx.float16)
+    outs = []
+    for device in (mx.gpu, mx.cpu):
+        mx.set_default_device(device)
+        cache = TurboQuantKVCache(key_bits=4, value_bits=8, recent=8, sink=2)
+        for end in (30, 31, 32, 40):
+            view, _ = cache.update_and_fetch(*(z[:, :, cache.offset : end] for z in (x, y)))
+            outs.append(view.attend(q[:, :, : min(3, end)], 0.2, "causal"))
+        mx.eval(outs)
+    mx.set_default_device(mx.cpu)
+    for a, b in zip(outs[:4], outs[4:], strict=True):
+        assert a.shape == b.shape == (2, 4, 3, value_dim)
+        assert value_dim == 0 or relative_error(a, b) < 0.01  # a coordinate at a threshold may take the other level
+
+
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="Metal misses the bound")
+@pytest.mark.parametrize("tokens", [70, 3000])
+def test_latent_attention(tokens):
+    """DeepSeek's shape: 128 heads read one vector of 512 as key and as value; the rotary part's scores are a mask."""
+    latent = on(mx.cpu, encode, mx.random.normal((1, 1, tokens, 512)), 3)
+    mask = mx.random.normal((1, 128, 1, tokens)).astype(mx.float16)
+    check(mx.random.normal((1, 128, 1, 512)).astype(mx.float16), latent, latent, key_bits=3, value_bits=3, mask=mask)

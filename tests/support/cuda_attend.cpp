@@ -1,5 +1,7 @@
 #include "support/cuda_attend.h"
 
+#include <tuple>
+
 namespace turboquant::jit {
 namespace {
 
@@ -10,8 +12,8 @@ std::vector<int64_t> strides_of(int64_t batch, int64_t head, int64_t row) { retu
 void* writable(const void* p) { return const_cast<void*>(p); }
 
 cuda::AttentionShape shape_of(const AttendParams& p) {
-  return {p.batch,       p.query_heads,       p.kv_heads,  p.query_len,   p.kv_len,       p.key_dim,    p.keys.bits,
-          p.values.bits, p.starts != nullptr, p.keys.code, p.values.code, p.exact.recent, p.exact.first};
+  return {p.batch,       p.query_heads,       p.kv_heads,  p.query_len,   p.kv_len,       p.key_dim,     p.keys.bits,
+          p.values.bits, p.starts != nullptr, p.keys.code, p.values.code, p.exact.recent, p.exact.first, p.value_dim};
 }
 
 }  // namespace
@@ -30,8 +32,8 @@ AttentionCall attention_call(const AttendParams& p, const cuda::Device& device, 
                                          p.value_centre != nullptr};
   const Array q(writable(p.q.data), type_name(p.q.dtype), {p.batch, p.query_heads, p.query_len, p.key_dim},
                 {p.q.batch_stride, p.q.head_stride, p.q.token_stride, 1});
-  const auto codes = [&](const Packed& x, int rows) {
-    const int words = words_per_vector(x.bits, p.key_dim);
+  const auto codes = [&](const Packed& x, int rows, int dim) {
+    const int words = words_per_vector(x.bits, dim);
     return Array(writable(x.codes), "uint32_t", {p.batch, p.kv_heads, rows, words},
                  strides_of(x.codes_batch_stride, x.codes_head_stride, words));
   };
@@ -46,20 +48,21 @@ AttentionCall attention_call(const AttendParams& p, const cuda::Device& device, 
                                  {p.batch, p.query_heads, p.query_len, p.kv_len},
                                  {p.mask_strides[0], p.mask_strides[1], p.mask_strides[2], p.mask_strides[3]});
   const Array sinks = p.sinks ? Array(writable(p.sinks), "float", {p.query_heads}) : q;
-  const auto centre = [&](const float* x) { return x ? Array(writable(x), "float", {p.kv_heads, p.key_dim}) : q; };
-  const Array out(p.out.data, type_name(p.q.dtype), {p.batch, p.query_heads, p.query_len, p.key_dim});
+  const auto centre = [&](const float* x, int dim) { return x ? Array(writable(x), "float", {p.kv_heads, dim}) : q; };
+  const Array out(p.out.data, type_name(p.q.dtype), {p.batch, p.query_heads, p.query_len, p.value_dim});
 
   const Array written(nullptr, "uint8_t", {p.kv_len + 1});
 
   AttentionCall call;
   std::vector<Array> cache{q};
   const auto add_packed = [&](const Packed& keys, const Packed& values, int rows) {
-    cache.insert(cache.end(), {codes(keys, rows), scales(keys, rows), codes(values, rows), scales(values, rows)});
+    cache.insert(cache.end(), {codes(keys, rows, p.key_dim), scales(keys, rows), codes(values, rows, p.value_dim),
+                               scales(values, rows)});
   };
   add_packed(p.keys, p.values, p.kv_len);
   cache.insert(cache.end(), {written, starts, mask});
   if (shape.copies()) add_packed(p.exact.keys, p.exact.values, p.exact.ring + p.exact.first);
-  const std::vector<Array> rows{sinks, centre(p.key_centre), centre(p.value_centre)};
+  const std::vector<Array> rows{sinks, centre(p.key_centre, p.key_dim), centre(p.value_centre, p.value_dim)};
   const auto plan = forced ? *forced : cuda::plan_attention(shape, device);
   if (plan.method == cuda::AttentionPlan::whole) {
     call.kernels = {cuda::whole_kernel(shape, settings, plan)};
@@ -68,8 +71,8 @@ AttentionCall attention_call(const AttendParams& p, const cuda::Device& device, 
     call.outputs = {{out}};
     return call;
   }
-  call.workspace.emplace_back(allocate ? size_t(plan.slots) * plan.rows * plan.partial_floats(p.key_dim) * 4 : 0);
-  const Array partial(call.workspace[0].get(), "float", {plan.slots, plan.rows, plan.partial_floats(p.key_dim)});
+  call.workspace.emplace_back(allocate ? size_t(plan.slots) * plan.rows * plan.partial_floats(p.value_dim) * 4 : 0);
+  const Array partial(call.workspace[0].get(), "float", {plan.slots, plan.rows, plan.partial_floats(p.value_dim)});
   call.kernels = {cuda::partial_kernel(shape, settings, plan), cuda::merge_kernel(shape, settings, plan)};
   call.inputs = {cache, {q, written, partial, starts}};
   call.inputs[1].insert(call.inputs[1].end(), rows.begin(), rows.end());
@@ -87,19 +90,20 @@ void attend_on_gpu(const AttendParams& host, Planner planner) {
   };
   const size_t q_bytes = size_t(p.batch) * p.q.batch_stride * size_of(p.q.dtype);
   upload(p.q.data, q_bytes);
-  for (auto [x, tokens] : {std::pair{&p.keys, p.kv_len},
-                           {&p.values, p.kv_len},
-                           {&p.exact.keys, p.exact.ring + p.exact.first},
-                           {&p.exact.values, p.exact.ring + p.exact.first}}) {
+  const int slots = p.exact.ring + p.exact.first;
+  for (auto [x, tokens, dim] : {std::tuple{&p.keys, p.kv_len, p.key_dim},
+                                {&p.values, p.kv_len, p.value_dim},
+                                {&p.exact.keys, slots, p.key_dim},
+                                {&p.exact.values, slots, p.value_dim}}) {
     if (tokens == 0) continue;
     // Not a byte beyond the last row, so that a read there is one out of bounds.
-    const int words = words_per_vector(x->bits, p.key_dim);
+    const int words = words_per_vector(x->bits, dim);
     const int64_t heads = p.kv_heads - 1, rows = p.batch - 1;
     upload(x->codes, 4 * (rows * x->codes_batch_stride + heads * x->codes_head_stride + int64_t(tokens) * words));
     upload(x->scales, 2 * (rows * x->scales_batch_stride + heads * x->scales_head_stride + tokens));
   }
   upload(p.key_centre, size_t(p.kv_heads) * p.key_dim * 4);
-  upload(p.value_centre, size_t(p.kv_heads) * p.key_dim * 4);
+  upload(p.value_centre, size_t(p.kv_heads) * p.value_dim * 4);
   upload(p.starts, size_t(p.batch) * 4);
   upload(p.sinks, size_t(p.query_heads) * 4);
   if (p.mask_kind != MaskKind::none) {
@@ -108,7 +112,7 @@ void attend_on_gpu(const AttendParams& host, Planner planner) {
     for (int i = 0; i < 4; ++i) last += (sizes[i] - 1) * p.mask_strides[i];
     upload(p.mask, (last + 1) * (p.mask_kind == MaskKind::boolean ? 1 : size_of(p.mask_dtype)));
   }
-  const Memory out(size_t(p.batch) * p.query_heads * p.query_len * p.key_dim * size_of(p.q.dtype));
+  const Memory out(size_t(p.batch) * p.query_heads * p.query_len * p.value_dim * size_of(p.q.dtype));
   p.out.data = out.get();
   const cuda::AttentionPlan plan = planner(shape_of(p), current_device());
   const AttentionCall call = attention_call(p, current_device(), true, &plan);

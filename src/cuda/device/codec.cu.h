@@ -1,7 +1,8 @@
 // What the codec's kernels share on CUDA: the rotation over a warp, and loads and stores of its coordinates.
 //
 // Compiled by nvcc (tests, benchmarks) and, inside MLX, by NVRTC: no standard headers.  A vector of D coordinates lies
-// in D/8 neighbouring lanes, eight consecutive coordinates a lane, so that a lane's codes are one nibble word.
+// in D/8 neighbouring lanes, eight consecutive coordinates a lane, so that a lane's codes are one nibble word.  Of more
+// than 256 coordinates lane i has those of the eighths i and i + 32, as two sets.
 #pragma once
 
 #include "cuda/device/ptx.cu.h"
@@ -16,12 +17,15 @@ __device__ inline int warp_index() { return __shfl_sync(~0u, int(threadIdx.x / 3
 /// How vectors of D coordinates lie over the lanes of a warp.
 template <int D>
 struct Lanes {
-  static_assert(D % 32 == 0 && D >= 32 && D <= 256, "head_dim must be a multiple of 32 from 32 to 256");
-  static constexpr int odd = D % 7 == 0 ? 7 : D % 5 == 0 ? 5 : D % 3 == 0 ? 3 : 1;  // D = 2^k odd
-  static constexpr int power = D / odd;
-  static constexpr int vector = D / 8;         // lanes of a vector
-  static constexpr int vectors = 32 / vector;  // vectors of a warp; lanes left over idle
-  static constexpr int block = power / 8;      // lanes of one Walsh-Hadamard block, a power of two
+  static_assert(D % 32 == 0 && D >= 32 && D <= 512, "head_dim must be a multiple of 32 from 32 to 512");
+  static constexpr int power = D & -D;
+  static constexpr int odd = D / power;
+  static constexpr int sets = D > 256 ? 2 : 1;
+  static constexpr int vector = sets == 2 ? 32 : D / 8;  // lanes of a vector
+  static constexpr int vectors = 32 / vector;            // vectors of a warp; lanes left over idle
+  static constexpr int block = power / 8;                // eighths of one Walsh-Hadamard block, a power of two
+  /// Whether there is an eighth: of `vector` lanes all have the first set's.
+  static __device__ bool has(int eighth) { return sets == 1 || eighth < D / 8; }
 };
 
 /// Signs of coordinates 32w .. 32w + 31 as bits: sign_word of rotation.h.
@@ -37,6 +41,13 @@ template <int D, bool Max = false, class Number>
 __device__ Number over_vector(Number x) {
   using L = Lanes<D>;
   const int lane = threadIdx.x & 31;
+  if constexpr (L::sets == 2) {
+    for (int step = 1; step < 32; step *= 2) {
+      const Number other = __shfl_xor_sync(~0u, x, step);
+      x = Max ? (other > x ? other : x) : x + other;
+    }
+    return x;
+  }
   for (int step = 1; step < L::block; step *= 2) {
     const Number other = __shfl_xor_sync(~0u, x, step);
     x = Max ? (other > x ? other : x) : x + other;
@@ -54,9 +65,11 @@ __device__ Number over_vector(Number x) {
 }
 
 /// H without its factor: unscaled_hadamard of rotation.h, for all vectors of a warp at once; of several such sets, too.
+/// Of more than 256 coordinates two sets are a vector, whose coordinates beyond the last must be 0 and become anything.
 template <int D, int SETS>
 __device__ void hadamard(float (&v)[SETS][8]) {
   using L = Lanes<D>;
+  static_assert(SETS % L::sets == 0, "sets of whole vectors");
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int half = 1; half < 8; half *= 2) {
@@ -70,7 +83,7 @@ __device__ void hadamard(float (&v)[SETS][8]) {
     }
   }
 #pragma unroll
-  for (int step = 1; step < L::block; step *= 2) {
+  for (int step = 1; step < L::block && step < 32; step *= 2) {
     const float sign = lane & step ? -1.f : 1.f;
 #pragma unroll
     for (auto& set : v) {
@@ -78,7 +91,20 @@ __device__ void hadamard(float (&v)[SETS][8]) {
       for (float& x : set) x = fmaf(sign, x, __shfl_xor_sync(~0u, x, step));
     }
   }
-  if constexpr (L::odd > 1) {
+  if constexpr (L::sets == 2) {
+#pragma unroll
+    for (int i = 0; i < 4 * SETS; ++i) {
+      float &low = v[i / 8 * 2][i % 8], &high = v[i / 8 * 2 + 1][i % 8];
+      if constexpr (L::block == 64) {
+        const float a = low, b = high;
+        low = a + b, high = a - b;
+      } else if constexpr (L::odd > 1) {
+        float sum = low + high;  // over the blocks, of which 32 lanes have a whole number
+        for (int step = L::block; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        low -= sum * (2.f / L::odd), high -= sum * (2.f / L::odd);
+      }
+    }
+  } else if constexpr (L::odd > 1) {
     const int first = lane / L::vector * L::vector, place = lane - first;
 #pragma unroll
     for (auto& set : v) {

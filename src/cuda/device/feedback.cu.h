@@ -25,7 +25,7 @@ struct TrellisFeedbackMemory : FeedbackMemory<D> {
   alignas(16) unsigned second[8][8][8];  // [group][middle][end]: of second halves
   unsigned found[8];                     // paths of the groups in hand,
   unsigned paths[8][D / 32];             // and all
-  static constexpr int kParts = D / 32 * (D / 32 - 1) / 2;
+  static constexpr int kParts = D > 256 ? 0 : D / 32 * (D / 32 - 1) / 2;
   uint2 parts[kParts > 0 ? kParts : 1][256];  // of each thread, of G
 };
 template <int D>
@@ -71,7 +71,9 @@ __device__ unsigned code_by_path(TrellisFeedbackMemory<D>& memory, int warp, int
 template <int D, int CODING, int TOKENS, class T, class Memory>
 __device__ void encode_with_feedback(const EncodeArgs& a, int block, Memory& memory) {
   constexpr int BITS = bits_of(CODING);
-  constexpr int kWarps = FeedbackMemory<D>::kWarps, kBlocks = D / 32, kParts = kBlocks * (kBlocks - 1) / 2;
+  constexpr int kWarps = FeedbackMemory<D>::kWarps, kBlocks = D / 32;
+  constexpr bool kHeld = D <= 256;  // else G is more than registers or shared memory hold, and read again
+  constexpr int kParts = kHeld ? kBlocks * (kBlocks - 1) / 2 : 0;
   auto& [u, error, sums, codes] = static_cast<FeedbackMemory<D>&>(memory);
   const int lane = threadIdx.x & 31, warp = warp_index();
   const int chunks = (a.tokens + TOKENS - 1) / TOKENS;
@@ -80,7 +82,7 @@ __device__ void encode_with_feedback(const EncodeArgs& a, int block, Memory& mem
 
   // Of the rows 32 i + lane, the columns 4 (warp + 8 k) to + 3, k < i.
   constexpr bool kRolled = is_trellis(CODING);
-  constexpr int kBlocksAtOnce = kRolled ? 1 : kBlocks, kPartsAtOnce = kRolled ? 2 : kBlocks;
+  constexpr int kBlocksAtOnce = kRolled || !kHeld ? 1 : kBlocks, kPartsAtOnce = kRolled || !kHeld ? 2 : kBlocks;
   uint2 parts[kParts > 0 && !kRolled ? kParts : 1];
   const auto part_at = [&](int i, int k) -> uint2& {
     if constexpr (kRolled) {
@@ -106,56 +108,61 @@ __device__ void encode_with_feedback(const EncodeArgs& a, int block, Memory& mem
       for (int k = 0; k < i; ++k) part_at(i, k) = load(g + (32 * i + lane) * D + 4 * (warp + 8 * k));
     }
   };
-  if (kRolled && aligned_to(g, 8)) {
-    copy_parts();
-  } else if (aligned_to(g, 8)) {
-    load_parts([](const __half* from) { return *reinterpret_cast<const uint2*>(from); });
-  } else {
-    load_parts([](const __half* from) {
-      const unsigned short* x = reinterpret_cast<const unsigned short*>(from);
-      return make_uint2(x[0] | unsigned(x[1]) << 16, x[2] | unsigned(x[3]) << 16);
-    });
+  const auto load_anywhere = [](const __half* from) {
+    const unsigned short* x = reinterpret_cast<const unsigned short*>(from);
+    return make_uint2(x[0] | unsigned(x[1]) << 16, x[2] | unsigned(x[3]) << 16);
+  };
+  if constexpr (kHeld) {
+    if (kRolled && aligned_to(g, 8)) {
+      copy_parts();
+    } else if (aligned_to(g, 8)) {
+      load_parts([](const __half* from) { return *reinterpret_cast<const uint2*>(from); });
+    } else {
+      load_parts(load_anywhere);
+    }
   }
 
 #pragma unroll 1
   for (int token = first; token < last; token += kWarps) {
     const int count = min(kWarps, last - token);
     const bool active = warp < count && lane < D / 8;
-    float v[8];
+    Coordinates<D> v;
     const Rotated r = load_rotated<D, T>(a, (long long)row * a.tokens + token + warp, active, lane, v);
     if (lane >= D / 8) {
 #pragma unroll
-      for (float& x : v) x = 0;  // of other vectors, where a warp could hold several
+      for (float& x : v.of[0]) x = 0;  // of other vectors, where a warp could hold several
     }
-    unsigned nibbles = 0;
-    Bytes bytes;
+    Nibbles<D> nibbles;
+    Bytes<D> bytes;
     float to_levels;
     if constexpr (is_trellis(CODING)) {
       to_levels = (D == 32 ? unit_of(CODING) : feedback_unit(BITS)) * rsqrtf(r.mean_square<D>());
     } else if constexpr (BITS == 8) {
       bytes = nearest_bytes<D>(r, v);
-      to_levels = sqrtf(float(bytes.square<D>())) / sqrtf(r.square * Lanes<D>::power);
+      to_levels = sqrtf(float(bytes.square())) / sqrtf(r.square * Lanes<D>::power);
     } else {  // the scale that the nearest codes would have
       nibbles = nearest_codes<D, BITS>(r, v);
       const float length = sqrtf(float(level_square<D, BITS>(nibbles))), norm = sqrtf(r.square * Lanes<D>::power);
       to_levels = length / norm;
     }
-    if (lane < D / 8) {
 #pragma unroll
-      for (float& x : v) x = r.codable() ? x * to_levels : 0.f;
-      store8(&u[warp][8 * lane], v);
+    for (int s = 0; s < Lanes<D>::sets; ++s) {
+      if (lane + 32 * s >= D / 8) continue;
+#pragma unroll
+      for (float& x : v.of[s]) x = r.codable() ? x * to_levels : 0.f;
+      store8(&u[warp][8 * (lane + 32 * s)], v.of[s]);
     }
     __syncwarp();
 #pragma unroll kBlocksAtOnce
     for (int i = 0; i < kBlocks; ++i) {
       if (i > 0) {
-        if (kRolled) wait_copies<0>();
+        if (kRolled && kHeld) wait_copies<0>();
 #pragma unroll 1
         for (int some = 0; some < count; some += 4) {
           float sum[4] = {};
 #pragma unroll kPartsAtOnce
           for (int k = 0; k < i; ++k) {
-            const uint2 part = part_at(i, k);
+            const uint2 part = kHeld ? part_at(i, k) : load_anywhere(g + (32 * i + lane) * D + 4 * (warp + 8 * k));
             const float2 low = __half22float2(reinterpret_cast<const __half2&>(part.x));
             const float2 high = __half22float2(reinterpret_cast<const __half2&>(part.y));
 #pragma unroll
@@ -195,21 +202,26 @@ __device__ void encode_with_feedback(const EncodeArgs& a, int block, Memory& mem
       __syncthreads();
     }
     if (r.codable() && (D > 32 || is_trellis(CODING))) {
-      nibbles = 0, bytes = {};
-      if (lane < D / 8) {
+      nibbles = {}, bytes = {};
+#pragma unroll
+      for (int s = 0; s < Lanes<D>::sets; ++s) {
+        if (lane + 32 * s >= D / 8) continue;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          const unsigned code = codes[warp][8 * lane + j];
+          const unsigned code = codes[warp][8 * (lane + 32 * s) + j];
           if constexpr (BITS == 8) {
-            bytes.word[j / 4] |= code << (8 * (j % 4));
+            bytes.word[s][j / 4] |= code << (8 * (j % 4));
           } else {
-            nibbles |= code << (4 * j);
+            nibbles.of[s] |= code << (4 * j);
           }
         }
       }
     }
     if constexpr (is_trellis(CODING)) {
-      write_trellis<D, BITS>(a, r, active, lane, nibbles, memory.paths[warp][lane / 4 % kBlocks]);
+      unsigned paths[Lanes<D>::sets];
+#pragma unroll
+      for (int s = 0; s < Lanes<D>::sets; ++s) paths[s] = memory.paths[warp][(lane / 4 + 8 * s) % kBlocks];
+      write_trellis<D, BITS>(a, r, active, lane, nibbles, paths);
     } else if constexpr (BITS == 8) {
       write_bytes<D>(a, r, active, lane, bytes);
     } else {

@@ -80,7 +80,7 @@ struct FewRows {
     uint4 parts[1];
     float scale[1];
     int offset[1][2];
-    split_queries<D, KEYS>(a, raw, parts, scale, offset);
+    split_queries<D, KEYS, T, 1>(a, raw, parts, scale, offset);
     if (lane < D / 8) shared.q[row][lane] = parts[0];
     if (lane == 0) {
       shared.q_scale[row] = scale[0];

@@ -35,28 +35,32 @@ struct Share {
   __device__ int coordinate(int i, int w) const { return 32 * (group + i) + 8 * (part * words + w); }
 };
 
-/// Rotates N queries in one warp, eight coordinates a lane, and splits them into 127 * 256 steps: `parts` are the high
-/// and low bytes of four coordinates, then those of the other four.  `scale` makes products with keys' levels scores in
-/// units of log2; `offset` is what the products with keys' unsigned bytes have too much, negated, high and low part.
+/// Rotates N queries in one warp, eight coordinates a lane (of more than 256 each in two sets, one after the other),
+/// and splits them into 127 * 256 steps: `parts` are the high and low bytes of four coordinates, then those of the
+/// other four.  `scale` makes products with keys' levels scores in units of log2; `offset` is what the products with
+/// keys' unsigned bytes have too much, negated, high and low part.
 template <int D, int KEYS, class T, int N>
-__device__ void split_queries(const AttentionArgs& a, const Raw8<T> (&raw)[N], uint4 (&parts)[N], float (&scale)[N],
-                              int (&offset)[N][2]) {
+__device__ void split_queries(const AttentionArgs& a, const Raw8<T> (&raw)[N * Lanes<D>::sets],
+                              uint4 (&parts)[N * Lanes<D>::sets], float (&scale)[N], int (&offset)[N][2]) {
+  constexpr int kSets = Lanes<D>::sets;
   const int lane = threadIdx.x & 31;
   using Table = LevelTable<KEYS>;
-  float v[N][8], largest[N], all = 0;
+  float v[N * kSets][8], largest[N], all = 0;
   bool bad[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
+  for (int i = 0; i < N * kSets; ++i) {
+    const int eighth = lane + 32 * (i % kSets);
     raw[i].to_floats(v[i]);
-    apply_signs(v[i], a.seed, lane < D / 8 ? lane : 0, rsqrtf(float(Lanes<D>::power)));
+    apply_signs(v[i], a.seed, eighth < D / 8 ? eighth : 0, rsqrtf(float(Lanes<D>::power)));
   }
   hadamard<D>(v);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     largest[i] = 0, bad[i] = false;
 #pragma unroll
-    for (float& x : v[i]) {
-      if (lane >= D / 8) x = 0;
+    for (int k = 0; k < 8 * kSets; ++k) {
+      float& x = v[i * kSets + k / 8][k % 8];
+      if (lane + 32 * (k / 8) >= D / 8) x = 0;
       largest[i] = fmaxf(largest[i], fabsf(x));
       bad[i] = bad[i] || x != x;
     }
@@ -74,19 +78,26 @@ __device__ void split_queries(const AttentionArgs& a, const Raw8<T> (&raw)[N], u
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const float factor = __shfl_sync(~0u, all, i);
-    unsigned high[2] = {}, low[2] = {};
+    int sums[2] = {};  // of high and of low parts
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int q = __float2int_rn(v[i][j] * factor), top = (q + 128) >> 8;
-      high[j / 4] |= unsigned(top & 255) << (8 * (j % 4));
-      low[j / 4] |= unsigned((q - 256 * top) & 255) << (8 * (j % 4));
+    for (int s = 0; s < kSets; ++s) {
+      unsigned high[2] = {}, low[2] = {};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int q = __float2int_rn(v[i * kSets + s][j] * factor), top = (q + 128) >> 8;
+        high[j / 4] |= unsigned(top & 255) << (8 * (j % 4));
+        low[j / 4] |= unsigned((q - 256 * top) & 255) << (8 * (j % 4));
+      }
+      parts[i * kSets + s] = make_uint4(high[0], low[0], high[1], low[1]);
+      if constexpr (Table::kBias != 0) {
+        sums[0] = __dp4a(int(high[0]), 0x01010101, __dp4a(int(high[1]), 0x01010101, sums[0]));
+        sums[1] = __dp4a(int(low[0]), 0x01010101, __dp4a(int(low[1]), 0x01010101, sums[1]));
+      }
     }
-    parts[i] = make_uint4(high[0], low[0], high[1], low[1]);
     scale[i] =
         bad[i] ? __uint_as_float(0x7fc00000) : largest[i] * (step_of(KEYS) * Table::kStep * a.scale * kLog2E / limit);
     if constexpr (Table::kBias != 0) {
-      offset[i][0] = __dp4a(int(high[0]), 0x01010101, __dp4a(int(high[1]), 0x01010101, 0));
-      offset[i][1] = __dp4a(int(low[0]), 0x01010101, __dp4a(int(low[1]), 0x01010101, 0));
+      offset[i][0] = sums[0], offset[i][1] = sums[1];
 #pragma unroll
       for (int& x : offset[i]) {
         for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);

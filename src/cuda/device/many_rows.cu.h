@@ -13,28 +13,30 @@
 namespace turboquant::cuda {
 
 /// With EXACT it reads exact copies instead (ExactTiles of schedule.cu.h).
-template <int D, int KEYS, int VALUES, class T, MaskType MASK, class MaskT, int GROUPS, int WARPS, int STAGES,
+template <int D, int DV, int KEYS, int VALUES, class T, MaskType MASK, class MaskT, int GROUPS, int WARPS, int STAGES,
           bool EXACT = false>
 struct ManyRows {
   static constexpr int kRows = 8 * GROUPS, kTokens = 16;
   static constexpr int kSteps = WARPS * kTokens / kTile;  // products of 32 tokens in a round
   using Keys = PackedTile<KEYS, D, false, kTokens>;
-  using Values = PackedTile<VALUES, D, true, kTokens>;
+  using Values = PackedTile<VALUES, DV, true, kTokens>;
   using Copies = typename CopiesOf<Keys, Values, kTokens, STAGES, EXACT>::type;
   using KeyShare = Share<D, 4>;
+  // Of the codes' bits in nibbles; four were not faster.  Threads that take different words of a group need one order.
+  static constexpr int kOrders = KeyShare::parts == 1 ? 2 : 1;
+  using Passed = PassedValues<DV, VALUES, WARPS, kOrders>;
   static constexpr int kKeySteps = KeyShare::per_thread * KeyShare::words;
-  static constexpr int kRoom = (WARPS == 8 ? 12 : 8) / GROUPS;
+  // Where a warp sums more groups, the sums take the queries' registers.
+  static constexpr int kRoom = Passed::kGroups > 1 ? 1 : (WARPS == 8 ? 12 : 8) / GROUPS;
   static constexpr int kHeld = kRoom < kKeySteps ? kRoom : kKeySteps;  // steps whose q stays in registers
   static constexpr int kEach = (kRows + WARPS - 1) / WARPS;            // queries that a warp prepares
-  using Passed = PassedValues<D, VALUES, WARPS>;
-  static constexpr int kOrders = 2;  // of the codes' bits in nibbles; four were not faster
   using Levels = LevelTables<KEYS, VALUES, kOrders>;
   using KeyTable = LevelTable<KEYS, kOrders>;
-  static constexpr bool kBiased = Passed::kBias != 0;  // values' bytes
-  static constexpr int kSets = Passed::kSets;          // of 16 coordinates, that a warp sums
+  static constexpr bool kBiased = Passed::kBias != 0;            // values' bytes
+  static constexpr int kSets = Passed::kSets * Passed::kGroups;  // of 16 coordinates, that a warp sums
+  static constexpr int kQuerySets = Lanes<D>::sets;
   static constexpr int kStageWords = Copies::kWords;
   static constexpr float kWeightOne = 65280;  // 255 * 256: the fixed-point weight of 1
-  static_assert(D > 128, "smaller heads have fewer sets of coordinates than eight warps");
   static_assert(kRows < WARPS || kRows % WARPS == 0, "warps prepare as many queries each");
 
   struct Shared {
@@ -102,11 +104,16 @@ struct ManyRows {
     for (int i = 0; i < kEach; ++i) {
       q_from[i] = a.query_at<T>(b, head_of(WARPS * i + warp), query_of(WARPS * i + warp), 8 * lane);
     }
-    Raw8<T> raw[kEach] = {};  // rows warp, warp + WARPS, ...
+    Raw8<T> raw[kEach * kQuerySets] = {};  // rows warp, warp + WARPS, ...
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int row = WARPS * i + warp;
-      if (row < kRows && first_row + row < a.rows() && lane < D / 8) raw[i].load(q_from[i], a.q_strides[3]);
+#pragma unroll
+      for (int s = 0; s < kQuerySets; ++s) {
+        if (row < kRows && first_row + row < a.rows() && lane + 32 * s < D / 8) {
+          raw[i * kQuerySets + s].load(q_from[i] + 256 * s * a.q_strides[3], a.q_strides[3]);
+        }
+      }
     }
     start_copy(copies, 0, 0);
     prepare_queries(raw);
@@ -158,12 +165,18 @@ struct ManyRows {
       if (i >= 0) {
         float scales[4];
         typename Passed::Words nibbles;
-        load_values(shared.ring[warp][stage] + Keys::size, nibbles);
+        load_values(shared.ring[warp][stage] + Keys::size, g, nibbles);
         load_value_scales(scales);
 #pragma unroll
         for (int r = 0; r < GROUPS; ++r) write_weights(r, i & 1, scales, down[r]);
 #pragma unroll
         for (int k = 0; k < 2; ++k) shared.values[i & 1].store(k, warp, g, t, nibbles);
+#pragma unroll
+        for (int more = 8; more < 8 * Passed::kHalves; more += 8) {
+          load_values(shared.ring[warp][stage] + Keys::size, g + more, nibbles);
+#pragma unroll
+          for (int k = 0; k < 2; ++k) shared.values[i & 1].store(k, warp, g + more, t, nibbles);
+        }
         __syncwarp();
         start_copy(copies, i + STAGES, stage);  // where this round's values have just been read
       }
@@ -182,19 +195,24 @@ struct ManyRows {
   }
 
   /// Rotates rows warp, warp + WARPS, ... and splits them into int8 parts, in the order of the products.
-  __device__ void prepare_queries(const Raw8<T> (&raw)[kEach]) {
+  __device__ void prepare_queries(const Raw8<T> (&raw)[kEach * kQuerySets]) {
     if (warp >= kRows) return;
-    uint4 parts[kEach];
+    uint4 parts[kEach * kQuerySets];
     float scale[kEach];
     int offset[kEach][2];
-    split_queries<D, KEYS>(a, raw, parts, scale, offset);
-    const int group = lane / 4, part = lane % 4 / KeyShare::words;
-    const int step = group % KeyShare::per_thread * KeyShare::words + lane % KeyShare::words;
+    split_queries<D, KEYS, T, kEach>(a, raw, parts, scale, offset);
+    const int part = lane % 4 / KeyShare::words;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int row = WARPS * i + warp;
-      if (lane < 4 * kKeySteps) {
-        shared.q[row / 8][step][4 * (row % 8) + group / KeyShare::per_thread + KeyShare::padded * part] = parts[i];
+#pragma unroll
+      for (int s = 0; s < kQuerySets; ++s) {
+        const int group = lane / 4 + 8 * s;
+        const int step = group % KeyShare::per_thread * KeyShare::words + lane % KeyShare::words;
+        if (lane + 32 * s < 4 * kKeySteps) {
+          shared.q[row / 8][step][4 * (row % 8) + group / KeyShare::per_thread + KeyShare::padded * part] =
+              parts[i * kQuerySets + s];
+        }
       }
       if (lane == 0) {
         shared.q_scale[row] = scale[i];
@@ -380,10 +398,9 @@ struct ManyRows {
     }
   }
 
-  /// The nibble words [word][token] of a group of 32 coordinates of four of this warp's tokens: group g, if there is
-  /// one.
-  __device__ void load_values(const unsigned* values, typename Passed::Words& nibbles) const {
-    const int group = g < D / 32 ? g : 0;
+  /// The nibble words [word][token] of a group of 32 coordinates, if there is one, of four of this warp's tokens.
+  __device__ void load_values(const unsigned* values, int group, typename Passed::Words& nibbles) const {
+    if (group >= DV / 32) group = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       unsigned packed[bits_of(VALUES)];
@@ -399,17 +416,23 @@ struct ManyRows {
 
   /// Adds a round's weighted values to the sums of this warp's coordinates.
   __device__ void multiply_values(int parity) {
-    const auto reader = shared.values[parity].reader(warp, g, t, levels.values());
+    typename Passed::Reader readers[Passed::kGroups];
+#pragma unroll
+    for (int j = 0; j < Passed::kGroups; ++j) readers[j] = shared.values[parity].reader(warp, j, g, t, levels.values());
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      unsigned bytes[2 * kSets][2];
-      reader.load(k, bytes);
 #pragma unroll
-      for (int r = 0; r < GROUPS; ++r) {
-        const uint4 w = shared.weights[parity][k][r][lane];
+      for (int j = 0; j < Passed::kGroups; ++j) {
+        unsigned bytes[2 * Passed::kSets][2];
+        readers[j].load(k, bytes);
 #pragma unroll
-        for (int n = 0; n < 2 * kSets; ++n) {
-          mma_int8<true, kBiased>(acc[r][n], w.x, w.y, w.z, w.w, bytes[n][0], bytes[n][1]);
+        for (int r = 0; r < GROUPS; ++r) {
+          const uint4 w = shared.weights[parity][k][r][lane];
+#pragma unroll
+          for (int n = 0; n < 2 * Passed::kSets; ++n) {
+            auto& into = acc[r][2 * Passed::kSets * j + n];
+            mma_int8<true, kBiased>(into, w.x, w.y, w.z, w.w, bytes[n][0], bytes[n][1]);
+          }
         }
       }
     }
@@ -462,9 +485,10 @@ struct ManyRows {
           x[k] *= factor;
         }
         const float low = __shfl_xor_sync(~0u, odd ? x[0] : x[2], 1), high = __shfl_xor_sync(~0u, odd ? x[1] : x[3], 1);
-        const int set = Passed::first_set(warp) + i, first = 16 * set + 8 * (t / 2) + 4 * odd;
+        const int set = Passed::first_set(warp, i / Passed::kSets) + i % Passed::kSets,
+                  first = 16 * set + 8 * (t / 2) + 4 * odd;
         if (8 * r + g < rows) {
-          auto* to = reinterpret_cast<__half2*>(Partial<D, true>(a, (long long)slot * kRows + 8 * r + g).row);
+          auto* to = reinterpret_cast<__half2*>(Partial<DV, true>(a, (long long)slot * kRows + 8 * r + g).row);
           const __half2 pairs[2] = {odd ? __floats2half2_rn(low, x[2]) : __floats2half2_rn(x[0], low),
                                     odd ? __floats2half2_rn(high, x[3]) : __floats2half2_rn(x[1], high)};
           *reinterpret_cast<uint2*>(to + first / 2) = reinterpret_cast<const uint2&>(pairs);
@@ -475,7 +499,7 @@ struct ManyRows {
     if (threadIdx.x < rows) {
       float all = 0;
       for (int w = 0; w < WARPS; ++w) all += shared.sums[w][threadIdx.x].y;
-      *Partial<D, true>(a, (long long)slot * kRows + threadIdx.x).sums() =
+      *Partial<DV, true>(a, (long long)slot * kRows + threadIdx.x).sums() =
           make_float2(shared.sums[0][threadIdx.x].x - bits, all * power);
     }
     __syncthreads();
@@ -483,10 +507,10 @@ struct ManyRows {
 };
 
 /// Entry for generated code: types from pointers, shared memory as the bytes that were planned.
-template <int D, int KEYS, int VALUES, MaskType MASK, int SHARED_BYTES, bool COPIES, int ROWS, int WARPS, int STAGES,
-          class T, class MaskT>
+template <int D, int DV, int KEYS, int VALUES, MaskType MASK, int SHARED_BYTES, bool COPIES, int ROWS, int WARPS,
+          int STAGES, class T, class MaskT>
 __device__ void run_many_rows(const AttentionArgs& a, const T*, const MaskT*, unsigned char* shared) {
-  using Kernel = ManyRows<D, KEYS, VALUES, T, MASK, MaskT, ROWS / 8, WARPS, STAGES>;
+  using Kernel = ManyRows<D, DV, KEYS, VALUES, T, MASK, MaskT, ROWS / 8, WARPS, STAGES>;
   static_assert(sizeof(typename Kernel::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
   const auto read_codes = [&](int row, int local, int first_tile, int last_tile, int slot) {
     Kernel kernel(a, *reinterpret_cast<typename Kernel::Shared*>(shared));
@@ -494,7 +518,7 @@ __device__ void run_many_rows(const AttentionArgs& a, const T*, const MaskT*, un
   };
   const auto read_copies = [&](int row, int local, int first_tile, int last_tile, int slot) {
     if constexpr (COPIES) {
-      using Exact = ManyRows<D, 8, 8, T, MASK, MaskT, ROWS / 8, WARPS, 1, true>;
+      using Exact = ManyRows<D, DV, 8, 8, T, MASK, MaskT, ROWS / 8, WARPS, 1, true>;
       static_assert(sizeof(typename Exact::Shared) <= SHARED_BYTES, "plan.h counts too little shared memory");
       Exact kernel(a, *reinterpret_cast<typename Exact::Shared*>(shared));
       kernel.segment(row, local, first_tile, last_tile, slot);

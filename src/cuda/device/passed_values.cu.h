@@ -12,12 +12,15 @@ namespace turboquant::cuda {
 /// are the columns of two products, pair 8 s + g being column g of those of set s: its low half of one, its high half
 /// of the other.  Four words between groups, and halves exchanged for every other two of the four threads that share a
 /// group, keep reads and writes free of bank conflicts.
-template <int D, int CODING, int WARPS>
+template <int D, int CODING, int WARPS, int ORDERS>
 struct PassedValues {
-  static constexpr int kSets = 16 / WARPS;  // of 16 coordinates, that a warp sums
+  // A warp sums one set of 16 coordinates, or the two sets of one group of 32 or of several.
+  static constexpr int kSets = D <= 16 * WARPS && WARPS >= 16 ? 1 : 2;
+  static constexpr int kGroups = kSets == 1 ? 1 : (D / 32 + WARPS - 1) / WARPS;
+  static constexpr int kHalves = (D / 32 + 7) / 8;  // a warp stores eight groups at a time
   // Words 0 and 1 of a group are in one set, 2 and 3 in the other: a warp that has both may look up two orders of bits.
-  static constexpr int kOrders = kSets;
-  using Table = LevelTable<CODING, 2>;
+  static constexpr int kOrders = ORDERS == 1 ? 1 : kSets;
+  using Table = LevelTable<CODING, ORDERS>;
   static constexpr int kStep = Table::kStep, kBias = CODING == 4 ? 0 : Table::kBias;  // of `load`
   // At 8 bits a pair of coordinates takes two words, each in its plane.
   static constexpr int kPlanes = CODING == 8 ? 2 : 1;
@@ -32,11 +35,13 @@ struct PassedValues {
 
   /// First of the sets that a warp sums.  Where a head has fewer than the warps could take, some repeat the last ones'
   /// work for nothing.
-  static __device__ int first_set(int warp) { return min(kSets * warp, D / 16 - kSets); }
+  static __device__ int first_set(int warp, int group = 0) {
+    return min(kSets * (kGroups * warp + group), D / 16 - kSets);
+  }
 
-  /// Transposes and stores half of the nibble words [word][token] of group g, four tokens of a warp's sixteen being
+  /// Transposes and stores half of the nibble words [word][token] of a group, four tokens of a warp's sixteen being
   /// thread t's.  Pairs 4 w to 4 w + 3 come from word w.
-  __device__ void store(int half, int warp, int g, int t, const Words& nibbles) {
+  __device__ void store(int half, int warp, int group, int t, const Words& nibbles) {
     unsigned out[kPlanes][2][4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -53,11 +58,11 @@ struct PassedValues {
         transpose_codes<CODING>(nibbles.of[0][word], out[0][i]);
       }
     }
-    if (g >= D / 32) return;
+    if (group >= D / 32) return;
 #pragma unroll
     for (int plane = 0; plane < kPlanes; ++plane) {
       const auto& x = out[plane];
-      uint4* at = reinterpret_cast<uint4*>(&words[plane][g][(4 * warp + t) * 16 + (8 * half ^ exchanged(t))]);
+      uint4* at = reinterpret_cast<uint4*>(&words[plane][group][(4 * warp + t) * 16 + (8 * half ^ exchanged(t))]);
       if constexpr (kSets == 2) {  // words half and half + 2, pair by pair
         at[0] = make_uint4(x[0][0], x[1][0], x[0][1], x[1][1]);
         at[1] = make_uint4(x[0][2], x[1][2], x[0][3], x[1][3]);
@@ -105,8 +110,8 @@ struct PassedValues {
       }
     }
   };
-  __device__ Reader reader(int warp, int g, int t, const Table& levels) const {
-    const int first = first_set(warp);
+  __device__ Reader reader(int warp, int group, int g, int t, const Table& levels) const {
+    const int first = first_set(warp, group);
     return {&words[0][first / 2][t * 16 + (pair_at(first % 2 * 8 + g) ^ exchanged(t))], levels};
   }
 };

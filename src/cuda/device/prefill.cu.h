@@ -80,10 +80,10 @@ struct Prefill {
     gather();
     for (int i = warp; i < kRows && first_row + i < a.rows(); i += kWarps) {
       const int row = first_row + i;
-      float v[8] = {};
-      if (lane < D / 8) load8(&shared.result[i][8 * lane], v);
-      finish_row<D, T>(a, b, kv_head * a.group() + row % a.group(), row / a.group(), v, shared.sums[0][i].y,
-                       shared.sums[0][i].x);
+      float v[1][8] = {};
+      if (lane < D / 8) load8(&shared.result[i][8 * lane], v[0]);
+      finish_row<D, D, T>(a, b, kv_head * a.group() + row % a.group(), row / a.group(), v, shared.sums[0][i].y,
+                          shared.sums[0][i].x);
     }
   }
 

@@ -8,8 +8,9 @@ namespace turboquant::cuda {
 
 constexpr int kTile = 32;  // tokens
 
-/// Packed vectors of a tile in shared memory.  Rows of 32 or 64 words would put every token in the same banks, so their
-/// 16-byte chunks are permuted: by the token for keys (lanes read tokens t and 7 - t), by pairs of chunks for values.
+/// Packed vectors of a tile in shared memory.  Rows of a multiple of 32 words would put every token in the same banks,
+/// so their 16-byte chunks are permuted: by the token for keys (lanes read tokens t and 7 - t), by pairs of chunks for
+/// values.
 template <int CODING, int D, bool VALUES, int TOKENS = kTile>
 struct PackedTile {
   static constexpr int words = bits_of(CODING) * (D / 32), size = TOKENS * words;
@@ -24,7 +25,7 @@ struct PackedTile {
   template <bool ONCE>
   static __device__ void copy_whole(unsigned to, const unsigned* from) {
     const int lane = threadIdx.x & 31, first = permuted ? at(lane * 4 / words, lane * 4 % words) : 4 * lane;
-    if constexpr (words == 64) {
+    if constexpr (permuted && words != 32) {
       copy_wide<0, ONCE>(to, from);
       return;
     }
@@ -32,12 +33,12 @@ struct PackedTile {
     to += 4 * (first - 4 * lane);
     copy_chunks<0, ONCE>(to, permuted && !VALUES ? to + 4 * ((first ^ 16) - first) : to, from);
   }
-  /// Of rows of 64 words, where every chunk lies two tokens beyond the one before.
+  /// Of rows of 64 words and more, where a chunk is permuted otherwise than the one before.
   template <int CHUNK, bool ONCE>
   static __device__ void copy_wide(unsigned to, const unsigned* from) {
     if constexpr (128 * CHUNK < size) {
       const int lane = threadIdx.x & 31, word = 128 * CHUNK + 4 * lane;
-      copy16<512 * CHUNK, ONCE>(to + 4 * (at(word / 64, word % 64) - word), from);
+      copy16<512 * CHUNK, ONCE>(to + 4 * (at(word / words, word % words) - word), from);
       copy_wide<CHUNK + 1, ONCE>(to, from);
     }
   }
