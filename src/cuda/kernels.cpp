@@ -276,6 +276,25 @@ Kernel append_kernel(const std::vector<EncodeSide>& of_codes, int head_dim, uint
   return k;
 }
 
+Extent transform_extent(int head_dim, int matrices) { return {{matrices * (head_dim / 32) * 256, 1, 1}, {256, 1, 1}}; }
+
+Kernel transform_kernel(int head_dim, int matrices, bool centred) {
+  Kernel k;
+  k.name = "tq_transform";
+  k.header = Source::transform;
+  k.inputs = {"x", "matrix", "centre"};
+  k.outputs = {"y"};
+  k.source =
+      "  turboquant::cuda::TransformArgs a = {};\n"
+      "  a.batch = x_shape[0], a.heads = x_shape[1], a.tokens = x_shape[2], a.matrices = matrix_shape[0];\n"
+      "  a.x = x;\n  for (int i = 0; i < 4; ++i) a.x_strides[i] = x_strides[i];\n"
+      "  a.matrix = matrix, a.centre = " +
+      optional(centred, "float", "centre") + ";\n  a.out = y;\n  turboquant::cuda::transform_as<" +
+      std::to_string(head_dim) + ">(a, x, blockIdx.x);\n";
+  set_extent(k, transform_extent(head_dim, matrices));
+  return k;
+}
+
 Kernel decode_kernel(const EncodeSide& side, int head_dim, uint64_t seed, int64_t vectors) {
   Kernel k;
   k.name = "tq_expand_" + coding_name(side.bits, side.code);

@@ -14,7 +14,7 @@
 namespace turboquant::cuda {
 
 /// The device sources that a kernel needs (format.h, codec.cu.h, ...) as one text without includes and comments.
-enum class Source { encode, merge, few_rows, many_rows, prefill };
+enum class Source { encode, transform, merge, few_rows, many_rows, prefill };
 std::string_view source_text(Source source);
 /// The file of that text, without ".cuh", among those that the build leaves in src/cuda/kernels.
 std::string_view source_name(Source source);
@@ -57,6 +57,9 @@ std::vector<EncodeSide> append_sides(std::vector<EncodeSide> sides, bool copies)
 /// which there are `first` slots for first tokens.
 Kernel append_kernel(const std::vector<EncodeSide>& sides, int head_dim, uint64_t seed, int64_t rows, int tokens,
                      int first = -1);
+/// `transform` of few vectors, which one block goes through for each 32 columns of a matrix.
+Extent transform_extent(int head_dim, int matrices);
+Kernel transform_kernel(int head_dim, int matrices, bool centred);
 Extent decode_extent(int head_dim, int64_t vectors);
 Kernel decode_kernel(const EncodeSide& side, int head_dim, uint64_t seed, int64_t vectors);
 

@@ -12,6 +12,8 @@
 //                first to write
 //            out written (n + N + 1) u8, which nobody writes or reads: it stands for the codes and scales, which this
 //                kernel overwrites in place although they are inputs
+//   transform in  x (B, H, N, D) any float, any strides; matrix (M, D, D) f32; centre (M, D) f32 or a dummy
+//            out y (B, H, N, D) f32
 //   decode   in  codes (B, H, N, bits D / 32) u32, scales (B, H, N) f16, rows dense; centre;  out x (B, H, N, D)
 //   attention: `partial` and `merge`, or `whole` alone (see AttentionPlan)
 //     partial  in  q (B, Hq, L, D) any strides; key_codes, value_codes (B, Hkv, >= N, bits D / 32) u32 and key_scales,

@@ -83,11 +83,11 @@ std::vector<mx::array> launch(const Function& run, const cuda::Extent& extent, c
 
 /// What the text of a codec kernel depends on.
 struct CodecKey {
-  enum Kind { encode, append, decode } kind;
+  enum Kind { encode, append, decode, transform } kind;
   std::vector<cuda::EncodeSide> sides;
   int head_dim;
   uint64_t seed;
-  int first = -1;  // of append_kernel
+  int first = -1;  // of append_kernel; of transform_kernel whether there is a centre
   auto operator<=>(const CodecKey&) const = default;
 };
 
@@ -203,6 +203,15 @@ mx::array append(const std::vector<mx::array>& sides, const std::vector<Coding>&
                                [&] { return cuda::append_kernel(settings, dim, seed, rows, tokens, first); });
   const auto extent = cuda::encode_extent(cuda::append_sides(settings, first >= 0), dim, rows, tokens);
   return launch(run, extent, inputs, {{int(before.size()) + tokens}}, {mx::uint8}, stream)[0];
+}
+
+mx::array transform(const mx::array& x, const mx::array& matrix, const std::optional<mx::array>& centre,
+                    mx::Stream stream) {
+  const int dim = x.shape(3), matrices = matrix.shape(0);
+  const auto& run = kernel_for(CodecKey{CodecKey::transform, {}, dim, 0, int(centre.has_value())},
+                               [&] { return cuda::transform_kernel(dim, matrices, centre.has_value()); });
+  return launch(run, cuda::transform_extent(dim, matrices), {x, matrix, centre.value_or(matrix)}, {x.shape()},
+                {mx::float32}, stream)[0];
 }
 
 mx::array decode(const PackedArrays& packed, const Coding& coding, mx::Dtype dtype, mx::Stream stream) {

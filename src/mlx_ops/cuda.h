@@ -18,6 +18,10 @@ std::vector<PackedArrays> encode(const std::vector<mx::array>& sides, const std:
 mx::array append(const std::vector<mx::array>& sides, const std::vector<Coding>& codings, const AppendBuffers& to,
                  const mx::array& before, mx::Stream stream);
 
+/// As `transform`, for few vectors; matrix and centre are dense.
+mx::array transform(const mx::array& x, const mx::array& matrix, const std::optional<mx::array>& centre,
+                    mx::Stream stream);
+
 mx::array decode(const PackedArrays& packed, const Coding& coding, mx::Dtype dtype, mx::Stream stream);
 
 mx::array attention(const mx::array& q, const PackedArrays& keys, const PackedArrays& values,

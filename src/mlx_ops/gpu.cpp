@@ -81,6 +81,13 @@ mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<Codi
   return cuda_backend::append(sides, codings, to, before, stream);
 }
 
+bool transforms_gpu() { return !on_metal() && gpu_supported(); }
+
+mx::array transform_gpu(const mx::array& x, const mx::array& matrix, const std::optional<mx::array>& centre,
+                        mx::Stream stream) {
+  return cuda_backend::transform(x, matrix, centre, stream);
+}
+
 mx::array decode_gpu(const PackedArrays& packed, const Coding& coding, mx::Dtype dtype, mx::Stream stream) {
   require_gpu("decode");
   if (on_metal()) return metal_backend::decode(packed, coding, dtype, stream);

@@ -23,6 +23,12 @@ bool appends_in_place_gpu();
 mx::array append_gpu(const std::vector<mx::array>& sides, const std::vector<Coding>& codings, const AppendBuffers& to,
                      const mx::array& before, mx::Stream stream);
 
+/// Whether transform_gpu exists for this GPU.
+bool transforms_gpu();
+/// As `transform`, for few vectors a matrix.
+mx::array transform_gpu(const mx::array& x, const mx::array& matrix, const std::optional<mx::array>& centre,
+                        mx::Stream stream);
+
 mx::array decode_gpu(const PackedArrays& packed, const Coding& coding, mx::Dtype dtype, mx::Stream stream);
 
 /// Whether attention_gpu reads exact copies (AttentionOptions::exact) on this GPU.

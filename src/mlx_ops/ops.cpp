@@ -126,10 +126,16 @@ std::pair<PackedArrays, PackedArrays> encode_kv(const mx::array& keys, const mx:
 
 namespace {
 
-/// The same as MLX's own operations, for a GPU.
-mx::array transform_gpu(const mx::array& x, const mx::array& matrix, const std::optional<mx::array>& centre,
-                        mx::Stream stream) {
+/// The same as MLX's own operations, for a GPU; of a decoding step's few vectors by one kernel, for there five
+/// operations cost the host more than the products take.
+mx::array transform_on_gpu(const mx::array& x, const mx::array& matrix, const std::optional<mx::array>& centre,
+                           mx::Stream stream) {
   const int heads = x.shape(1), dim = x.shape(3), matrices = matrix.shape(0);
+  constexpr int kFew = 16;  // vectors a matrix
+  const bool few = x.size() > 0 && x.shape(0) * heads / matrices * x.shape(2) <= kFew;
+  if (few && dim % 32 == 0 && dim <= most_head_dim_gpu() && transforms_gpu()) {
+    return transform_gpu(x, matrix, centre, stream);
+  }
   auto rows = mx::reshape(mx::astype(x, mx::float32, stream),
                           {x.shape(0), matrices, heads / matrices * x.shape(2), dim}, stream);
   if (centre) rows = mx::subtract(rows, mx::expand_dims(*centre, 1, stream), stream);
@@ -148,7 +154,7 @@ mx::array transform(const mx::array& x, const mx::array& matrix, const std::opti
   const auto stream = mx::to_stream(s);
   const auto checked = *checked_matrix("transform", "matrix", matrix, matrix.shape(0), x.shape(3), stream);
   const auto shift = checked_centre("transform", "centre", centre, matrix.shape(0), x.shape(3), stream);
-  if (on_gpu(stream)) return transform_gpu(x, checked, shift, stream);
+  if (on_gpu(stream)) return transform_on_gpu(x, checked, shift, stream);
   std::vector<mx::array> inputs{x, checked};
   if (shift) inputs.push_back(*shift);
   return mx::array(x.shape(), mx::float32, std::make_shared<Transform>(stream), std::move(inputs));
