@@ -44,6 +44,7 @@ from .caches import (  # noqa: E402
 from .caches.checkpoints import rewind_and_read, trim_prompt_cache  # noqa: E402
 from .enable import disable, enable  # noqa: E402
 from .ops import attention, decode, encode  # noqa: E402
+from .overlay.lookup import PromptLookup  # noqa: E402
 from .overlay.patch import apply_patch, remove_patch  # noqa: E402
 from .overlay.saving import load_prompt_cache, save_prompt_cache  # noqa: E402
 
@@ -55,6 +56,7 @@ __all__ = [
     "BatchTurboQuantRotatingKVCache",
     "CheckpointedArraysCache",
     "DelayedTurboQuantKVCache",
+    "PromptLookup",
     "TurboQuantKVCache",
     "TurboQuantLatentKVCache",
     "TurboQuantRotatingKVCache",

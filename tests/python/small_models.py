@@ -7,7 +7,7 @@ import mlx.core as mx
 from conftest import MODEL
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.generate import generate_step
-from mlx_lm.models import gemma3_text, gemma3n, gpt_oss, llama, phi, phi3, qwen2, qwen3, qwen3_5
+from mlx_lm.models import gemma3_text, gemma3n, gpt_oss, jamba, llama, phi, phi3, qwen2, qwen3, qwen3_5
 from mlx_lm.models.cache import make_prompt_cache
 
 VOCAB = 128
@@ -103,6 +103,27 @@ def small_hybrid(seed=0, **changes):
     model.update(tree_map_with_path(_spread, model.parameters()))
     mx.eval(model.parameters())
     return model
+
+
+def small_jamba():
+    """A recurrent layer, whose states nobody counts, and one of attention."""
+    return build(
+        jamba,
+        attn_layer_offset=1,
+        attn_layer_period=2,
+        expert_layer_offset=1,
+        expert_layer_period=2,
+        mamba_d_conv=4,
+        mamba_d_state=8,
+        mamba_expand=2,
+        num_experts=2,
+        num_experts_per_tok=1,
+        mamba_dt_rank=8,
+        mamba_proj_bias=False,
+        mamba_conv_bias=True,
+        layers_block_type=["mamba", "attention"],
+        hidden_size=256,
+    )
 
 
 def small_gemma3n():

@@ -9,9 +9,8 @@ import pytest
 from conftest import relative_error
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models import jamba
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
-from small_models import build, greedy, prompt, small_hybrid, small_llama, sure
+from small_models import greedy, prompt, small_hybrid, small_jamba, small_llama, sure
 from turboquant_mlx import (
     CheckpointedArraysCache,
     disable,
@@ -152,23 +151,7 @@ def test_models_without_recurrent_states_have_no_checkpoints():
 
 def test_layers_that_do_not_count_are_refused_or_left():
     """Jamba's layers never call `advance`: where their states stand is unknown."""
-    model = build(
-        jamba,
-        attn_layer_offset=1,
-        attn_layer_period=2,
-        expert_layer_offset=1,
-        expert_layer_period=2,
-        mamba_d_conv=4,
-        mamba_d_state=8,
-        mamba_expand=2,
-        num_experts=2,
-        num_experts_per_tok=1,
-        mamba_dt_rank=8,
-        mamba_proj_bias=False,
-        mamba_conv_bias=True,
-        layers_block_type=["mamba", "attention"],
-        hidden_size=256,
-    )
+    model = small_jamba()
     with pytest.raises(ValueError, match="checkpoints need layers that count the tokens .* layer 0"):
         enable(model, checkpoints=True)
     assert type(make_prompt_cache(model)[0]) is ArraysCache

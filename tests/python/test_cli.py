@@ -251,11 +251,23 @@ def test_a_calibration_beside_the_weights_is_not_an_adapters(run, tmp_path):
     assert ", centred" in err and "[tq] used all the same: [enable] the calibration was made with other weights" in err
 
 
+def test_drafts_from_the_text(run, refused):
+    """--tq-lookup changes no token; windows of --max-kv-size stay windows."""
+    text = f"{FACT} " * 3 + QUESTION
+    for extra in ((), ("--max-kv-size", 64)):
+        plain, looked = (
+            run("generate", *BUNDLED, "--prompt", text, "-m", 24, *extra, *more) for more in ((), ("--tq-lookup", 4))
+        )
+        assert plain.out.split("==========")[1] == looked.out.split("==========")[1] != ""
+    assert "exclude each other" in refused("generate", *BUNDLED, "--tq-lookup", 4, "--draft-model", MODEL)
+    assert "from 1 to 64; got '0'" in refused("chat", *BUNDLED, "--tq-lookup", 0)
+
+
 def test_a_server_with_a_draft_model_reuses_prefixes_rightly(tmp_path):
     """The same question twice gets the same answer, that of the server without a draft model."""
     main, draft = (save_model(qwen3, tmp_path / name, seed=i) for i, name in enumerate(("main", "draft")))
     answers = []
-    for extra in ((), ("--draft-model", str(draft))):
+    for extra in ((), ("--draft-model", str(draft)), ("--tq-lookup", "4")):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "turboquant_mlx", "server", "--model", str(main), "--port", str(port), *extra]
@@ -266,7 +278,7 @@ def test_a_server_with_a_draft_model_reuses_prefixes_rightly(tmp_path):
         finally:
             server.kill()
             server.wait(timeout=30)
-    assert answers[0] and answers == answers[:1] * 4
+    assert answers[0] and answers == answers[:1] * 6
 
 
 def ask(port, body):

@@ -80,6 +80,14 @@ def test_conversations_at_once(served, alone):
         assert read <= 1.3 * new
 
 
+@pytest.mark.parametrize("extra", [("--tq-lookup", "4"), ("--draft-model", str(MODEL))])
+def test_a_conversation_with_drafts(alone, extra):
+    """One request at a time, whose caches, the draft model's too, go back to checkpoints."""
+    with serving(MODEL, "--tq-calibration", "none", "--prefill-step-size", "256", *extra) as served:
+        read, new = talk(served, alone, 90_000, 3)
+    assert read <= 1.3 * new
+
+
 def alone_nothing(*_):
     return ""
 

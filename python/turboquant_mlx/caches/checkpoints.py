@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache
 
 from .packed import leaves
+from .stepped import Arrays, SteppedArraysCache, stepping
 
 LEAST = 4  # checkpoints that a byte budget leaves whatever the context
-Arrays = tuple[Any, ...]  # the arrays of one state, (1, ...) each, None where there is none yet
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class _Row:
         self.position = position
 
 
-class CheckpointedArraysCache(ArraysCache):
+class CheckpointedArraysCache(SteppedArraysCache):
     """An `ArraysCache` that can go back to its checkpoints: of one sequence, or of the rows of a batch.
 
     A checkpoint is kept wherever more than one token was read at once.  The layer must call `advance` after it has set
@@ -127,16 +126,26 @@ class CheckpointedArraysCache(ArraysCache):
         target = max(self.position - n, 0)
         if target == self.position:
             return 0
+        taken = self.position - target
+        if self.take_back(taken):
+            return taken
         state = self._rows[0].checkpoints.get(target)
         if state is None and target:
             raise ValueError(
                 f"[{type(self).__name__}] trim goes to a checkpoint; got {n} tokens before {self.position}, and the "
                 f"checkpoints are at {[0, *self.checkpoints]}: use trim_prompt_cache, which takes all slots to the nearest"
             )
-        taken = self.position - target
+        self.forget_steps()
         self.cache = list(state) if state else [None] * len(self.cache)
         self._rows[0].forget_after(target)
         return taken
+
+    def take_back(self, n: int) -> bool:
+        """Goes back by `n` tokens if that state is kept, and says whether it was."""
+        done = super().take_back(n)
+        if done and n and self.position is not None:
+            self._rows[0].forget_after(self.position - n)
+        return done
 
     def advance(self, N: int) -> None:
         """Counts `N` more tokens of each row, pads included, whose states the layer has set."""
@@ -154,7 +163,7 @@ class CheckpointedArraysCache(ArraysCache):
             if row.position is None or not n:
                 continue
             row.position += n
-            if N > 1:
+            if N > 1 and not stepping():
                 self._keep(i, row)
 
     def _keep(self, i, row):
@@ -218,6 +227,7 @@ class CheckpointedArraysCache(ArraysCache):
     def __deepcopy__(self, memo):
         """A copy that shares the arrays, which nobody writes to."""
         other = copy.copy(self)
+        other.forget_steps()
         other.cache, other._rows = list(self.cache), [row.copy() for row in self._rows]
         for name in ("lengths", "left_padding"):  # mlx-lm subtracts from these in place
             array = getattr(self, name)

@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from . import hub, server, vlm
+from . import hub, program_options, server, vlm
 
 PROGRAMS = {
     "generate": "mlx_lm.generate",
@@ -70,7 +70,7 @@ def tq_options():
         type=_checkpoints,
         metavar="auto|none|N",
         help="let recurrent states go back: auto keeps copies within the bytes of the packed caches, N at most so many "
-        "(default: auto in a server without a draft model, else none)",
+        "(default: auto in a server, else none)",
     )
     group.add_argument("--tq-strict", action="store_true", help="refuse a model with a KV cache that cannot be packed")
     group.add_argument("--tq-seed", type=int, default=0, help="of the rotation's signs (default: 0)")
@@ -239,11 +239,17 @@ def _run_program(command, argv):
     """mlx-lm's own main(), whose models come prepared and whose saved caches are checked."""
     options = tq_options()
     options.prog = f"python -m turboquant_mlx {command}"
+    more = program_options.options(command)
     args, rest = options.parse_known_args(argv)
+    args, rest = more.parse_known_args(rest, args)
     if {"-h", "--help"} & set(rest):
-        print(options.format_help().split("\n\n", 1)[1])
+        print(*(parser.format_help().split("\n\n", 1)[1] for parser in (options, more) if parser._actions), sep="\n")
     seen = _peek(command, rest)
-    if command == "server" and args.tq_checkpoints is None and not seen.draft_model:  # drafts take no checkpoints
+    try:
+        program_options.check(args, seen)
+    except ValueError as error:
+        _fail(command, error)
+    if command == "server" and args.tq_checkpoints is None:
         args.tq_checkpoints = "auto"
     if command == "cache-prompt" and seen.prompt_cache_file:  # before the work, which may take long
         folder = Path(seen.prompt_cache_file).parent
@@ -294,6 +300,7 @@ def _run_program(command, argv):
         failed = server.watched(module, seen, replaced) if serving else []
     except OSError as error:
         _fail("server", error)
+    program_options.install(module, command, args, replaced)
     argv, sys.argv = sys.argv, [f"python -m turboquant_mlx {command}", *rest]
     try:
         module.main()

@@ -66,7 +66,7 @@ def watched(module, seen, replaced):
         load_default = load_own
 
         def load(self, model_path, adapter_path=None, draft_model_path=None):
-            # A request names these.  Whether states have checkpoints was settled when the server began.
+            # A request names these.
             if draft_model_path not in (None, "default_model", seen.draft_model):
                 raise ValueError(
                     f"draft_model must be the server's own --draft-model ({seen.draft_model or 'it has none'}); got "

@@ -138,6 +138,7 @@ _REPLACED = {  # name: (mlx-lm's, ours)
     "load_prompt_cache": (other_slots.load_original, other_slots.load_prompt_cache),
     "trim_prompt_cache": (mlx_lm_cache.trim_prompt_cache, trim_prompt_cache),
     "speculative_generate_step": (drafts.original, drafts.speculative_generate_step),
+    "gated_delta_update": (drafts.original_gated_delta, drafts.gated_delta_update),
 }
 undo_also: list[Callable[[], None]] = []  # what remove_patch calls beside: vlm.py's
 _own_code: list = []  # globals of models' own code that were changed, for remove_patch
