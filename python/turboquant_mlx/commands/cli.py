@@ -300,13 +300,20 @@ def _run_program(command, argv):
         failed = server.watched(module, seen, replaced) if serving else []
     except OSError as error:
         _fail("server", error)
-    program_options.install(module, command, args, replaced)
+    closing = []
+    if not {"-h", "--help"} & set(rest):
+        try:
+            closing = program_options.install(module, command, args, replaced)
+        except OSError as error:
+            _fail(command, error)
     argv, sys.argv = sys.argv, [f"python -m turboquant_mlx {command}", *rest]
     try:
         module.main()
     except (ValueError, OSError) as error:
         _fail(command, error)
     finally:
+        for close in closing:
+            close()
         sys.argv = argv
         for name, original in replaced.items():
             setattr(module, name, original)

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import re
 
 
 def options(command):
@@ -16,7 +17,31 @@ def options(command):
             help="draft up to N tokens a step from what followed earlier in the text (prompt lookup; a server then answers "
             "one request at a time)",
         )
+    if command == "server":
+        group = parser.add_argument_group("TurboQuant prefixes on disk")
+        group.add_argument(
+            "--tq-prefix-dir", metavar="DIR", help="keep the caches of finished requests there, for after a restart"
+        )
+        group.add_argument(
+            "--tq-prefix-bytes",
+            type=size,
+            metavar="SIZE",
+            default=20 * 10**9,
+            help="of that directory at most, the least recently used first out (default: 20GB)",
+        )
     return parser
+
+
+def size(text):
+    """Reads a number of bytes: 12GB, 512MB, 3GiB or plain digits."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kKMGT])(i)?)?[bB]?\s*", text)
+    value = 0
+    if found:
+        number, unit, binary = found.groups()
+        value = int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper()) if unit else 0))
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of bytes such as 12GB or 512MB; got {text!r}")
+    return value
 
 
 def _drafts(text):
@@ -35,17 +60,25 @@ def check(args, seen):
 
 
 def install(module, command, args, replaced):
-    """Lets mlx-lm's program heed the options; `replaced` gets {name: what was there}, so that the caller puts it back."""
-    lookup = getattr(args, "tq_lookup", None)
-    if lookup is None:
-        return
+    """Lets mlx-lm's program heed the options; `replaced` gets {name: what was there}, so that the caller puts it back.
+    Returns what is to be called when the program ends.  OSError when the prefixes' directory cannot be written to."""
+    lookup, closing = getattr(args, "tq_lookup", None), []
     if command == "server":
+        store = None
+        if args.tq_prefix_dir is not None:
+            from ..overlay import disk
+
+            store = disk.PrefixStore(args.tq_prefix_dir, args.tq_prefix_bytes)
+            closing.append(store.close)
+            replaced["LRUPromptCache"] = module.LRUPromptCache
+            module.LRUPromptCache = disk.stored(module.LRUPromptCache, store)
         replaced.setdefault("ModelProvider", module.ModelProvider)
-        module.ModelProvider = _drafting(module.ModelProvider, lookup)
-        return
-    name = "stream_generate" if command == "chat" else "generate"
-    replaced[name] = getattr(module, name)
-    setattr(module, name, _looking_up(replaced[name], lookup))
+        module.ModelProvider = _provider(module.ModelProvider, lookup, store)
+    elif lookup is not None:
+        name = "stream_generate" if command == "chat" else "generate"
+        replaced[name] = getattr(module, name)
+        setattr(module, name, _looking_up(replaced[name], lookup))
+    return closing
 
 
 def _looking_up(generate, lookup):
@@ -62,12 +95,15 @@ def _looking_up(generate, lookup):
     return looking_up
 
 
-def _drafting(provider, lookup):
-    """mlx-lm's ModelProvider, whose models come with these drafts."""
+def _provider(provider, lookup, store):
+    """mlx-lm's ModelProvider, whose models come with these drafts and know this store of prefixes; either may be None."""
 
-    class Drafting(provider):
+    class Provider(provider):
         def _load(self, *positional, **named):
             super()._load(*positional, **named)
-            self.draft_model, self.is_batchable = lookup, False
+            if store is not None:
+                store.use([model for model in (self.model, self.draft_model) if model is not None])
+            if lookup is not None:
+                self.draft_model, self.is_batchable = lookup, False
 
-    return Drafting
+    return Provider

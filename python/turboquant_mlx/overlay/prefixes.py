@@ -53,13 +53,19 @@ def fetch_nearest_cache(self: LRUPromptCache, model: Any, tokens: list[int]) -> 
     return caches, tokens[best:]
 
 
+def held_tokens(tokens: list[int], caches: list[Any]) -> list[int]:
+    """Those of `tokens` that every slot has read."""
+    held = [n for _, c in leaves(caches) if (n := tokens_held(c)) is not None]
+    return tokens[: min(held)] if held else tokens
+
+
 def insert_cache(
     self: LRUPromptCache, model: Any, tokens: list[int], prompt_cache: list[Any], *, cache_type: str = "assistant"
 ) -> None:
     """Files caches under the tokens that they have read, which need not be all of `tokens`.  Prefixes to which they can
     go back are dropped from the file, and only those."""
+    tokens = held_tokens(tokens, prompt_cache)
     held = [n for _, c in leaves(prompt_cache) if (n := tokens_held(c)) is not None]
-    tokens = tokens[: min(held)] if held else tokens
     if held and max(held) > len(tokens):
         if nearest_checkpoint(prompt_cache, len(tokens)) != len(tokens):
             return  # no request could use it

@@ -19,8 +19,8 @@ from .patch import apply_patch
 __all__ = ["check_fits", "load_prompt_cache", "save_prompt_cache"]
 
 
-def _check_complete(file_name):
-    """A safetensors file is a length, a JSON header and the bytes that the header promises."""
+def check_complete(file_name):
+    """The header of a safetensors file, which is a length, a JSON header and the bytes that this promises; else ValueError."""
     size = Path(file_name).stat().st_size
     with open(file_name, "rb") as file:
         head = file.read(8)
@@ -35,6 +35,7 @@ def _check_complete(file_name):
         raise ValueError(f"[load_prompt_cache] {file_name} is truncated: it has {size} of {end} bytes")
     if size > end:
         raise ValueError(f"[load_prompt_cache] {file_name} was altered: it has {size} bytes and describes {end}")
+    return header
 
 
 def _kind(cache):
@@ -101,7 +102,7 @@ def load_prompt_cache(file_name: Any, model: Any = None, return_metadata: bool =
         ValueError: the file is truncated or altered, or does not fit the model; the message says what differs.
     """
     apply_patch()
-    _check_complete(file_name)
+    check_complete(file_name)
     caches, metadata = mlx_lm_cache.load_prompt_cache(file_name, return_metadata=True)
     if model is not None:
         check_fits(caches, model, str(file_name))

@@ -107,7 +107,7 @@ def continued(stream_generate: Any) -> Any:
     @functools.wraps(stream_generate)
     def generate(model, tokenizer, prompt, max_tokens=256, draft_model=None, **settings):
         if settings.get("input_embeddings") is None and settings.get("prompt_cache") is not None:
-            models = [m for m in (model, draft_model) if m is not None]
+            models = [m for m in (model, draft_model) if m is not None and m.layers]  # the text itself may draft
             step = settings.get("prefill_step_size", 2048)
             prompt = read_to_cuts(models, settings["prompt_cache"], list(prompt), step)
         return stream_generate(model, tokenizer, prompt, max_tokens, draft_model, **settings)
