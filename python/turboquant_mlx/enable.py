@@ -33,6 +33,7 @@ from .calibration import (
     load_beside,
     policies,
 )
+from .memory import Unnamed
 from .overlay import hosts, sharding
 from .overlay.gated_delta import enable_chunked_recurrence
 from .overlay.patch import apply_patch, reach_own_code, record_reads
@@ -245,10 +246,12 @@ def packing(
     sink=None,
     checkpoints=False,
     strict=False,
+    named=True,
 ):
     """What `enable` installs, after all its checks, while the model stays as it is.
 
-    Arguments and errors are those of `enable`; the patch is applied.
+    Arguments and errors are those of `enable`; the patch is applied.  Without `named` the weights are not read, and the caches
+    do not know whose they are.
 
     Returns:
         (make_cache, slots): a function that makes the model's caches, packed ones in their places, whose `kept` says why
@@ -313,6 +316,8 @@ def packing(
             extras[slot] = extras.get(slot, {}) | known
     maker = CacheMaker(model, settings, extras, start, kept)
     maker.layers, maker.latent = len(model.layers), latent
+    if not named:
+        maker.names = Unnamed()
     if extras:
         problems, _ = _probe(model, maker.unfilled)
         if problems:

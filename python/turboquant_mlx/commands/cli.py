@@ -19,13 +19,13 @@ PROGRAMS = {
     "evaluate": "mlx_lm.evaluate",
     "benchmark": "mlx_lm.benchmark",
 }
-MODULES = {"doctor": ".commands.doctor", "calibrate": ".calibration.command", "eval": ".eval"}
+MODULES = {"doctor": ".commands.doctor", "calibrate": ".calibration.command", "eval": ".eval", "plan": ".commands.plan"}
 COMMANDS = (*PROGRAMS, *vlm.PROGRAMS, "batch", "inspect", *MODULES)
 USAGE = f"""usage: python -m turboquant_mlx {{{",".join(COMMANDS)}}} [options]
 
 generate, chat, server, cache-prompt, evaluate and benchmark are mlx-lm's programs and take its options, vlm-generate,
 vlm-chat and vlm-server are mlx-vlm's; batch answers many prompts at once, inspect shows what each layer's cache holds, doctor
-checks this installation, calibrate makes a model's centres and feedback, eval measures quality.  All that run a model take the --tq options; `<command> --help` lists them."""
+checks this installation, calibrate makes a model's centres and feedback, eval measures quality, plan says what caches take.  All that run a model take the --tq options; `<command> --help` lists them."""
 
 
 def tq_options():

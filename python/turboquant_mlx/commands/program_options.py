@@ -44,6 +44,15 @@ def size(text):
     return value
 
 
+def tokens(text):
+    """Reads a number of tokens, 1 or more; 16k is 16,384."""
+    found = re.fullmatch(r"([0-9]+)(k)?", text.strip().lower())
+    value = int(found[1]) * (1024 if found[2] else 1) if found else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of tokens, 1 or more; got {text!r}")
+    return value
+
+
 def _drafts(text):
     from ..overlay.lookup import PromptLookup
 
