@@ -62,10 +62,10 @@ class CacheSizes:
         model(mx.zeros((1, 2), mx.int32), cache=caches)  # shapes; nobody evaluates it
         self._slots = [_slot(c) for _, c in leaves(caches)]
         self._layer = _widest_layer(model)
-        state = max((c for _, c in leaves(caches) if isinstance(c, ArraysCache)), key=_state_bytes, default=None)
+        state: Any = max((c for _, c in leaves(caches) if isinstance(c, ArraysCache)), key=_state_bytes, default=None)
         self._recurrent = 0.0
         if state is not None and uses_recurrence(model) and not mx.metal.is_available():
-            arrays = [a for a in state.cache if a is not None and a.ndim == 4]
+            arrays: list[Any] = [a for a in state.cache if a is not None and a.ndim == 4]
             if arrays:
                 _, heads, value_dim, key_dim = arrays[0].shape
                 each = 10 * CHUNK + 8 * (value_dim + key_dim) + 2 * value_dim * key_dim / CHUNK

@@ -25,6 +25,7 @@ _stepping: ContextVar[int] = ContextVar("_stepping", default=0)  # tokens of thi
 class SteppedArraysCache(ArraysCache):
     """An `ArraysCache` of one sequence that goes back by any of the latest tokens, those read in `keeping_steps`."""
 
+    lengths: Any
     _steps: tuple[Arrays, ...] = ()  # states after each of the latest tokens, the last one's excluded, oldest first
 
     def _begin_step(self, tokens: int) -> None:
@@ -38,7 +39,7 @@ class SteppedArraysCache(ArraysCache):
         if tokens == 1:
             return True
         self.lengths = None
-        slots = []
+        slots: list[Any] = []
         for held in self.cache:
             if isinstance(held, mx.array) and held.shape[0] == tokens:
                 held = tuple(partial(_row, held, i) for i in range(tokens))

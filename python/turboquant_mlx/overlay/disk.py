@@ -62,7 +62,8 @@ def identity_of(models: list[Any]) -> str:
     """A name for what these models' caches are: weights, kinds, widths, calibration, and the versions that wrote them."""
     found = [_core.FORMAT_VERSION, mlx_lm.__version__]
     for model in models:
-        floats = [str(x.dtype) for _, x in tree_flatten(model.parameters()) if mx.issubdtype(x.dtype, mx.floating)]
+        parameters: list[Any] = tree_flatten(model.parameters())  # type: ignore[assignment]
+        floats = [str(x.dtype) for _, x in parameters if mx.issubdtype(x.dtype, mx.floating)]
         found.append([fingerprint(model), floats[:1]])
         for path, c in leaves(mlx_lm_cache.make_prompt_cache(model)):
             slot = [path, type(c).__name__, getattr(c, "max_size", None), getattr(c, "keep", None)]

@@ -9,7 +9,9 @@ there, as plain decoding reads the tokens before from floats.
 """
 
 import inspect
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import speculative_generate_step as original
@@ -27,8 +29,8 @@ _SIGNATURE = inspect.signature(original)
 _PLAIN_STEP = 2048  # tokens that plain generation reads of a prompt at a time
 _FAR = 1 << 30
 _OPERATION = "[speculative_generate_step]"
-original_gated_delta = gated_delta.gated_delta_update
-gated_delta_update = stepwise(original_gated_delta)
+original_gated_delta: Callable[..., Any] = gated_delta.gated_delta_update
+gated_delta_update: Callable[..., Any] = stepwise(original_gated_delta)
 
 
 @contextmanager

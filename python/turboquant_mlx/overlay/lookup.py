@@ -60,16 +60,16 @@ class LookupDrafter:
 
     def propose(self, n: int) -> mx.array:
         """At most `n` drafts (uint32)."""
-        tokens, drafts = self._tokens, []
+        tokens, drafts = self._tokens, list[int]()
         for at in range(max(self._noted, min(self.SIZES)), len(tokens)):
             for size in self.SIZES:
                 if at >= size:
                     self._after[tuple(tokens[at - size : at])] = at
         self._noted = len(tokens)
         for size in self.SIZES:
-            at = self._after.get(tuple(tokens[-size:]))
-            if n and at is not None:
-                for i in range(at, at + n):  # what repeats itself goes on from the drafts
+            found = self._after.get(tuple(tokens[-size:]))
+            if n and found is not None:
+                for i in range(found, found + n):  # what repeats itself goes on from the drafts
                     drafts.append(tokens[i] if i < len(tokens) else drafts[i - len(tokens)])
                 break
         return mx.array(drafts, mx.uint32)
