@@ -40,7 +40,7 @@ void check_exact(const AttendParams& p) {
   check_size("attend", "exact.recent", e.recent, 0);
   check_size("attend", "exact.first", e.first, 0);
   if (e.recent == 0 && e.first == 0) return;
-  check_size("attend", "exact.ring", e.ring, e.recent);
+  check_size("attend", "exact.ring", e.ring, std::min(e.recent, p.kv_len));
   require(e.ring % 32 == 0, "[attend] exact.ring must be a multiple of 32; got ", e.ring);
   check_codes("attend", e.keys.bits, e.keys.code);
   check_codes("attend", e.values.bits, e.values.code);

@@ -113,7 +113,7 @@ enum class MaskKind : uint8_t {
 struct ExactTier {
   Packed keys, values;  // [batch, kv_heads, ring + first]; of any bits; centres and seed are those of the codes
   int ring = 0;         // slots of the ring, a multiple of 32, the first of the buffer: token t is in slot t % ring
-  int recent = 0;       // <= ring
+  int recent = 0;       // at most `ring`, or any number while the ring holds all tokens
   int first = 0;        // token start + i is in slot ring + i
 };
 

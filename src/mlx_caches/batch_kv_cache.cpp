@@ -49,7 +49,7 @@ BatchKVCache BatchKVCache::merge(const std::vector<KVCache>& caches, mx::StreamO
     if (longest == 0) continue;
     const auto held = c.offset() ? c.store() : std::nullopt;
     copies.emplace_back();
-    if (held && c.copies()) copies.back() = move_copies(c.coding(), *c.copies(), {padding.back()}, s);
+    if (held && c.copies()) copies.back() = move_copies(c.coding(), *c.copies(), {padding.back()}, longest, s);
     rows.push_back(justified(held, *filled->store(), 1, c.offset(), padding.back(), round_up(longest) - longest, s));
   }
   BatchKVCache out(std::move(padding), caches[0].coding());
@@ -144,7 +144,8 @@ void BatchKVCache::filter(const std::vector<int>& rows, mx::StreamOrDevice s) {
     const mx::array index(rows.data(), {int(rows.size())}, mx::int32);
     store_ = store_->tokens(shared, store_->capacity(), s).take(index, s);
     if (copies_) {
-      copies_ = take_copies(move_copies(coding_, *copies_, std::vector<int>(batch(), -shared), s), index, s);
+      const std::vector<int> by(batch(), -shared);
+      copies_ = take_copies(move_copies(coding_, *copies_, by, length_ - shared, s), index, s);
     }
   }
   length_ -= shared;
@@ -165,7 +166,8 @@ void BatchKVCache::extend(const BatchKVCache& other, mx::StreamOrDevice s) {
     for (const auto* part : {static_cast<const BatchKVCache*>(this), &other}) {
       parts.emplace_back();
       if (!part->copies_) continue;
-      parts.back() = move_copies(coding_, *part->copies_, std::vector<int>(part->batch(), longest - part->length_), s);
+      const std::vector<int> by(part->batch(), longest - part->length_);
+      parts.back() = move_copies(coding_, *part->copies_, by, longest, s);
     }
     copies = join_copies(parts, {batch(), other.batch()}, s);
   }
@@ -197,7 +199,7 @@ KVCache BatchKVCache::extract(int row, mx::StreamOrDevice s) const {
   // Evaluated at once: a lazy row would hold the whole batch's buffers for as long as nobody reads it.
   std::vector<mx::array> read{held.keys.codes, held.keys.scales, held.values.codes, held.values.scales};
   if (copies_) {
-    copies = move_copies(coding_, take_copies(*copies_, rows, s), {-from}, s);
+    copies = move_copies(coding_, take_copies(*copies_, rows, s), {-from}, length_ - from, s);
     const Store& x = copies->held;
     read.insert(read.end(), {x.keys.codes, x.keys.scales, x.values.codes, x.values.scales});
   }

@@ -23,16 +23,28 @@ Store joined(const Store& a, const Store& b, mx::StreamOrDevice s) {
   return a.capacity() == 0 ? b : b.capacity() == 0 ? a : concatenate({a, b}, 2, s);
 }
 
+/// Slots of the ring of a store of copies.
+int ring_slots(const CacheCoding& coding, const Store& held) { return held.capacity() - coding.sink; }
 Store ring_of(const CacheCoding& coding, const Store& held, mx::StreamOrDevice s) {
-  return held.tokens(0, ring_slots(coding), s);
+  return held.tokens(0, ring_slots(coding, held), s);
 }
 Store first_of(const CacheCoding& coding, const Store& held, mx::StreamOrDevice s) {
-  return held.tokens(ring_slots(coding), held.capacity(), s);
+  return held.tokens(ring_slots(coding, held), held.capacity(), s);
+}
+
+/// `held` with a ring of so many slots.  All tokens must be in the smaller ring of the two: then their slots stay.
+Store with_ring(const CacheCoding& coding, const Store& held, int slots, mx::StreamOrDevice s) {
+  const int ring = ring_slots(coding, held);
+  if (slots == ring) return held;
+  const Store kept = slots < ring
+                         ? held.tokens(0, slots, s)
+                         : joined(ring_of(coding, held, s), zeros_like(held, held.batch(), slots - ring, s), s);
+  return joined(kept, first_of(coding, held, s), s);
 }
 
 /// `held` with `rows`, the tokens from `at` on, in their slots; of more than the ring has slots the last.
 Store write_ring(const CacheCoding& coding, Store held, const Store& rows, int at, mx::StreamOrDevice s) {
-  const int ring = ring_slots(coding), end = at + rows.capacity();
+  const int ring = ring_slots(coding, held), end = at + rows.capacity();
   for (int t = std::max(at, end - ring); t < end;) {
     const int slot = t % ring, n = std::min(end - t, ring - slot);
     held = held.write(rows.tokens(t - at, t - at + n, s), slot, s);
@@ -44,7 +56,7 @@ Store write_ring(const CacheCoding& coding, Store held, const Store& rows, int a
 /// The same for rows that end at `ends`: each row's ring gets the last tokens before its own end.
 Store write_ragged(const CacheCoding& coding, const Store& held, const Store& rows, int at,
                    const std::vector<int>& ends, mx::StreamOrDevice s) {
-  const int ring = ring_slots(coding), batch = held.batch();
+  const int ring = ring_slots(coding, held), batch = held.batch();
   std::vector<int> index;
   for (int end : ends) {
     end = std::min(end, at + rows.capacity());
@@ -60,7 +72,7 @@ Store write_ragged(const CacheCoding& coding, const Store& held, const Store& ro
 /// `held` with those of `rows`, the tokens from `at` on, that are among the first of their row.
 Store write_first(const CacheCoding& coding, const Store& held, const Store& rows, int at,
                   const std::vector<int>& starts, mx::StreamOrDevice s) {
-  const int ring = ring_slots(coding), sink = coding.sink, batch = held.batch(), end = at + rows.capacity();
+  const int ring = ring_slots(coding, held), sink = coding.sink, batch = held.batch(), end = at + rows.capacity();
   const auto [least, most] = std::minmax_element(starts.begin(), starts.end());
   if (sink == 0 || starts.empty() || at >= *most + sink) return held;
   if (*least == *most) {
@@ -80,7 +92,7 @@ Store write_first(const CacheCoding& coding, const Store& held, const Store& row
 
 /// A ring with room for the `recent` tokens before `at` and for `rows`, the tokens from there on.
 Store ring_for_chunk(const CacheCoding& coding, const Store& held, const Store& rows, int at, mx::StreamOrDevice s) {
-  const int ring = ring_slots(coding), before = std::min(at, coding.recent), begin = at - before;
+  const int ring = ring_slots(coding, held), before = std::min(at, coding.recent), begin = at - before;
   std::vector<Store> parts;
   for (int t = begin; t < at;) {
     const int slot = t % ring, n = std::min(at - t, ring - slot);
@@ -102,6 +114,14 @@ Store ring_for_chunk(const CacheCoding& coding, const Store& held, const Store& 
 
 }  // namespace
 
+int ring_for(const CacheCoding& coding, int tokens) {
+  const int full = full_ring(coding);
+  for (int slots = 32; slots < full; slots *= 2) {
+    if (tokens <= slots) return slots;
+  }
+  return full;
+}
+
 void check_copies(const CacheCoding& coding) {
   for (auto [name, n] : {std::pair{"recent", coding.recent}, {"sink", coding.sink}}) {
     require(n >= 0 && n <= 1 << 20, "[cache] ", name, " must be from 0 to 1048576; got ", n);
@@ -117,13 +137,15 @@ Copies append_copies(const CacheCoding& coding, const std::optional<Copies>& cop
                      const std::vector<int>& starts, const std::vector<int>& ends, const mx::array& keys,
                      const mx::array& values, mx::StreamOrDevice s) {
   const Store rows = encode_copies(coding, keys, values, s);
-  const int ring = ring_slots(coding), added = rows.capacity(), end = length + added;
-  Copies out = copies ? *copies : Copies{zeros_like(rows, rows.batch(), ring + coding.sink, s), 0, std::nullopt};
+  const int added = rows.capacity(), end = length + added, asked = ring_for(coding, end);
+  Copies out = copies ? *copies : Copies{zeros_like(rows, rows.batch(), asked + coding.sink, s), 0, std::nullopt};
   out.chunk.reset();
   if (added == 0) return out;
+  const int ring = std::max(asked, out.ring(coding));
+  out.held = with_ring(coding, out.held, ring, s);
   std::optional<Store> chunk;
   if (ring > 0) {
-    if (added > ring - coding.recent) chunk = ring_for_chunk(coding, out.held, rows, length, s);
+    if (end > ring && added > ring - coding.recent) chunk = ring_for_chunk(coding, out.held, rows, length, s);
     out.held = ends.empty() ? write_ring(coding, out.held, rows, length, s)
                             : write_ragged(coding, out.held, rows, length, ends, s);
     if (ends.empty()) out.from = std::max(out.from, end - ring);  // or front_pads does, once the pads have moved
@@ -173,7 +195,7 @@ Store append_both(const CacheCoding& coding, const std::optional<Store>& held, s
 
 Copies copies_of_codes(const CacheCoding& coding, const Store& codes, int length, const std::vector<int>& starts,
                        mx::StreamOrDevice s) {
-  const int ring = ring_slots(coding);
+  const int ring = ring_for(coding, length);
   const int batch = codes.batch(), heads = codes.heads();
   const Store empty = zeros(coding_of_copies(coding), {batch, heads, 0, codes.head_dim(coding)},
                             {batch, heads, 0, codes.value_dim(coding)}, ring + coding.sink, s);
@@ -192,7 +214,7 @@ Copies copies_of_codes(const CacheCoding& coding, const Store& codes, int length
 Copies trim_copies(const CacheCoding& coding, Copies copies, const Store& codes, int length, mx::StreamOrDevice s) {
   copies.chunk.reset();
   const int needed = std::max(0, length - coding.recent), end = std::min(copies.from, length);
-  if (ring_slots(coding) > 0 && needed < end) {
+  if (copies.ring(coding) > 0 && needed < end) {
     copies.held = write_ring(coding, copies.held, transcode(coding, codes.tokens(needed, end, s), s), needed, s);
   }
   copies.from = std::min(copies.from, needed);
@@ -200,21 +222,25 @@ Copies trim_copies(const CacheCoding& coding, Copies copies, const Store& codes,
   return copies;
 }
 
-Copies move_copies(const CacheCoding& coding, const Copies& copies, const std::vector<int>& by, mx::StreamOrDevice s) {
+Copies move_copies(const CacheCoding& coding, const Copies& copies, const std::vector<int>& by, int length,
+                   mx::StreamOrDevice s) {
   Copies out{copies.held, copies.from, std::nullopt};
-  const int ring = ring_slots(coding);
-  if (std::all_of(by.begin(), by.end(), [](int n) { return n == 0; })) return out;
-  if (out.from > 0) out.from = std::max(0, out.from + *std::max_element(by.begin(), by.end()));
-  if (ring == 0) return out;
-  const auto rolled = ring_of(coding, copies.held, s).roll(mx::array(by.data(), {int(by.size())}, mx::int32), s);
-  out.held = joined(rolled, first_of(coding, copies.held, s), s);
+  if (copies.ring(coding) == 0) return out;
+  const int asked = ring_for(coding, length);
+  out.held = with_ring(coding, out.held, std::max(asked, copies.ring(coding)), s);
+  if (std::any_of(by.begin(), by.end(), [](int n) { return n != 0; })) {
+    if (out.from > 0) out.from = std::max(0, out.from + *std::max_element(by.begin(), by.end()));
+    const auto rolled = ring_of(coding, out.held, s).roll(mx::array(by.data(), {int(by.size())}, mx::int32), s);
+    out.held = joined(rolled, first_of(coding, out.held, s), s);
+  }
+  out.held = with_ring(coding, out.held, asked, s);
   return out;
 }
 
 Copies front_pads(const CacheCoding& coding, const Copies& copies, const std::vector<int>& pads, int length,
                   mx::StreamOrDevice s) {
-  Copies out = move_copies(coding, copies, pads, s);
-  out.from = std::max(out.from, length - ring_slots(coding));
+  Copies out = move_copies(coding, copies, pads, length, s);
+  out.from = std::max(out.from, length - out.ring(coding));
   return out;
 }
 
@@ -238,7 +264,11 @@ Copies join_copies(const std::vector<std::optional<Copies>>& parts, const std::v
 void check_restored(const char* op, const CacheCoding& coding, const Copies& copies, const Store& store, int length) {
   const auto eight = coding_of_copies(coding);
   check_store(op, eight, copies.held, 0);
-  const mx::Shape want{store.batch(), store.heads(), ring_slots(coding) + coding.sink};
+  const int ring = copies.held.capacity() - coding.sink, least = ring_for(coding, length), full = full_ring(coding);
+  require(ring >= least && ring <= full && ring % 32 == 0, "[", op, "] the exact copies of ", length,
+          " tokens must be a multiple of 32 from ", least, " to ", full, " slots and ", coding.sink, " more; got ",
+          copies.held.capacity());
+  const mx::Shape want{store.batch(), store.heads(), ring + coding.sink};
   require(copies.held.keys.scales.shape() == want && copies.held.head_dim(eight) == store.head_dim(coding) &&
               copies.held.value_dim(eight) == store.value_dim(coding),
           "[", op, "] the exact copies must have shape ", want, " and the codes' head_dim; got ",

@@ -295,7 +295,7 @@ AttentionOptions checked_options(const mx::array& q, const PackedArrays& keys, c
             "[attention] exact keys and values must agree in slots; got ", o.exact->keys.scales.shape(), " and ",
             o.exact->values.scales.shape());
     const int ring = o.exact->keys.scales.shape(2) - o.first;
-    require(o.recent >= 0 && o.first >= 0 && ring >= o.recent && ring % 32 == 0,
+    require(o.recent >= 0 && o.first >= 0 && ring >= std::min(o.recent, kv_len) && ring % 32 == 0,
             "[attention] the exact copies must be a ring of a multiple of 32 slots, at least recent = ", o.recent,
             ", and first = ", o.first, " more; got ", o.exact->keys.scales.shape(2), " slots");
   }

@@ -371,7 +371,12 @@ TEST(Arguments, ErrorsNameOperationRuleAndValue) {
   };
   EXPECT_EQ(exact_with(32, -1, 0), "[attend] exact.recent must be at least 0; got -1");
   EXPECT_EQ(exact_with(32, 1, -2), "[attend] exact.first must be at least 0; got -2");
-  EXPECT_EQ(exact_with(32, 33, 0), "[attend] exact.ring must be at least 33; got 32");
+  EXPECT_EQ(exact_with(0, 33, 0), "[attend] exact.ring must be at least 9; got 0");
+  EXPECT_EQ(attend_with([](P& p) {
+              p.kv_len = 40;
+              p.exact = {p.keys, p.values, 32, 33, 0};
+            }),
+            "[attend] exact.ring must be at least 33; got 32");
   EXPECT_EQ(exact_with(33, 1, 0), "[attend] exact.ring must be a multiple of 32; got 33");
   EXPECT_EQ(attend_with([](P& p) {
               p.exact = {{}, {}, 32, 1, 0};

@@ -116,8 +116,9 @@ def test_a_saved_prompt_is_used_and_checked(run, refused, tmp_path):
 
     out = run("inspect", "--prompt-cache-file", file).out
     line = next(line for line in out.splitlines() if "TurboQuantKVCache" in line)
-    tokens = int(line.split()[4])  # 98 bytes a vector, and 388 exact copies of 258
-    assert "K3 V3" in line and f"{2 * 2 * (tokens * 98 + 388 * 258):,}" in line
+    tokens = int(line.split()[4])
+    # 98 bytes a vector, and 36 exact copies of 258: as yet the ring holds all
+    assert tokens <= 32 and "K3 V3" in line and f"{2 * 2 * (tokens * 98 + 36 * 258):,}" in line
 
     subprocess.run(
         [sys.executable, "-m", "mlx_lm", "cache_prompt", *BUNDLED, "--prompt", "hi", "--prompt-cache-file", plain],

@@ -76,8 +76,8 @@ def test_writes_rows_pictures_and_table(run, curve, monkeypatch, tmp_path):
     assert [r["mode"] for r in rows if r["scale"] == "1.00x"] == ["fp16", "tq3", "tq3", "fp16"]
     by_mode = {r["mode"]: r for r in rows if r["scale"] == "2.00x"}
     assert all(float(r[c]) > 0 for r in rows for c in ("prompt_tps", "decode_tps", "first_token_s", "peak_bytes"))
-    # Two layers, two heads, keys and values: 256 rows of 26 bytes and 388 exact copies of 66.
-    assert int(by_mode["tq3"]["attention_bytes"]) == 2 * 2 * 2 * (26 * 256 + 66 * 388)
+    # Two layers, two heads, keys and values: 256 rows of 26 bytes and 132 exact copies of 66.
+    assert int(by_mode["tq3"]["attention_bytes"]) == 2 * 2 * 2 * (26 * 256 + 66 * 132)
     assert int(by_mode["fp16"]["fp16_equivalent_bytes"]) == (80 + DECODED) * 2 * 2 * 2 * 128
     assert by_mode["tq3"]["kernel"].startswith("cpu") and {r["linear_bytes"] for r in rows} == {"0"}
     # On a CPU the model's caches are float32, and twice as large as float16.

@@ -149,26 +149,24 @@ def test_copies_share_no_later_write():
 
 
 LENGTHS = [700, 3, 420, 131]
+SHORT = [20, 3, 40, 29]  # their rings hold 32 and 64 tokens, and grow
 
 
-def rows():
-    return [vectors(n + 150, seed) for seed, n in enumerate(LENGTHS)], [
-        queries(n + 150, seed) for seed, n in enumerate(LENGTHS)
-    ]
+def rows(of=LENGTHS):
+    return [vectors(n + 150, seed) for seed, n in enumerate(of)], [queries(n + 150, seed) for seed, n in enumerate(of)]
 
 
-def alone(kv, q, **coding):
+def alone(kv, q, of=LENGTHS, **coding):
     return [
-        run(TurboQuantKVCache(3, **EXACT, **coding), x, row, [n, n + 150])
-        for x, row, n in zip(q, kv, LENGTHS, strict=True)
+        run(TurboQuantKVCache(3, **EXACT, **coding), x, row, [n, n + 150]) for x, row, n in zip(q, kv, of, strict=True)
     ]
 
 
-def decode_batch(batch, kv, q, which, done, steps):
+def decode_batch(batch, kv, q, which, done, steps, of=LENGTHS):
     """`steps` more tokens of the rows `which`, of which `done` were decoded so far."""
     parts = []
     for step in range(done, done + steps):
-        at = [LENGTHS[r] + step for r in which]
+        at = [of[r] + step for r in which]
         k, v = (mx.concatenate([kv[r][i][:, :, t : t + 1] for r, t in zip(which, at, strict=True)]) for i in (0, 1))
         parts.append(
             attend(batch, mx.concatenate([q[r][:, :, t : t + 1] for r, t in zip(which, at, strict=True)]), k, v, None)
@@ -176,34 +174,34 @@ def decode_batch(batch, kv, q, which, done, steps):
     return np.concatenate(parts, 2)
 
 
-def check_batch(batch, which, done, steps, tolerance=5e-4):
-    kv, q = rows()
-    got, want = decode_batch(batch, kv, q, which, done, steps), alone(kv, q)
+def check_batch(batch, which, done, steps, of=LENGTHS, tolerance=5e-4):
+    kv, q = rows(of)
+    got, want = decode_batch(batch, kv, q, which, done, steps, of), alone(kv, q, of)
     for i, r in enumerate(which):
-        close(got[i], want[r][0, :, LENGTHS[r] + done : LENGTHS[r] + done + steps], tolerance)
+        close(got[i], want[r][0, :, of[r] + done : of[r] + done + steps], tolerance)
 
 
-def merged():
-    kv, q = rows()
-    singles = [TurboQuantKVCache(3, **EXACT) for _ in LENGTHS]
-    for cache, row, x, n in zip(singles, kv, q, LENGTHS, strict=True):
+def merged(of=LENGTHS):
+    kv, q = rows(of)
+    singles = [TurboQuantKVCache(3, **EXACT) for _ in of]
+    for cache, row, x, n in zip(singles, kv, q, of, strict=True):
         run(cache, x, row, [n])
     return TurboQuantKVCache.merge(singles)
 
 
-def padded(side, cuts, lengths=True, **coding):
+def padded(side, cuts, lengths=True, of=LENGTHS, **coding):
     """A batch whose prompts were padded on one side and read in pieces."""
-    kv, q = rows()
-    longest = max(LENGTHS)
-    batch = BatchTurboQuantKVCache([0] * len(LENGTHS), 3, **EXACT, **coding)
-    pads = [longest - n for n in LENGTHS]
+    kv, q = rows(of)
+    longest = max(of)
+    batch = BatchTurboQuantKVCache([0] * len(of), 3, **EXACT, **coding)
+    pads = [longest - n for n in of]
     left = [p if side == "left" else 0 for p in pads]
     width = [(0, 0), (0, 0)]
     k, v, x = (
         mx.concatenate(
             [
                 mx.pad(row[:, :, :n], [*width, (p, 0) if side == "left" else (0, p), (0, 0)])
-                for row, n, p in zip(every, LENGTHS, pads, strict=True)
+                for row, n, p in zip(every, of, pads, strict=True)
             ]
         )
         for every in ([r[0] for r in kv], [r[1] for r in kv], q)
@@ -211,11 +209,11 @@ def padded(side, cuts, lengths=True, **coding):
     if side == "left":
         batch.prepare(left_padding=left)
     else:
-        batch.prepare(lengths=LENGTHS if lengths else None, right_padding=pads)
+        batch.prepare(lengths=of if lengths else None, right_padding=pads)
     out = run(batch, x, (k, v), cuts)
     batch.finalize()
-    want = alone(kv, q, **coding)
-    for r, n in enumerate(LENGTHS):
+    want = alone(kv, q, of, **coding)
+    for r, n in enumerate(of):
         close(out[r][:, left[r] : left[r] + n], want[r][0, :, :n], 5e-4)
     return batch
 
@@ -243,6 +241,38 @@ def test_a_batch_reads_as_its_rows_alone(make):
     check_batch(batch, [2, 1, 3], 43, 10)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: merged(SHORT),
+        lambda: padded("left", [40], of=SHORT),
+        lambda: padded("right", [40], of=SHORT),
+        lambda: padded("right", [10, 25, 40], of=SHORT),
+    ],
+)
+def test_rings_of_short_rows_grow_and_shrink_with_them(make):
+    batch = make()
+    assert slots(batch) == 64 + 4
+    check_batch(batch, [0, 1, 2, 3], 0, 30, SHORT)  # 70 tokens
+    assert slots(batch) == 128 + 4
+    one = batch.extract(1)
+    assert (one.size(), slots(one)) == (33, 64 + 4)
+    batch.filter([3, 1])  # drops the longest and 11 pads
+    check_batch(batch, [3, 1], 30, 80, SHORT)  # 139 tokens
+    assert slots(batch) == 256 + 4
+    assert batch.trim(82) == 82  # back to where row 1 was taken out, less two
+    batch.extend(BatchTurboQuantKVCache.merge([one]))
+    other = batch.extract(2)
+    other.trim(2)
+    batch.filter([0, 1])
+    batch.extend(BatchTurboQuantKVCache.merge([other]))
+    check_batch(batch, [3, 1, 1], 28, 100, SHORT)
+
+
+def slots(cache):
+    return cache._core.copies[0][1].shape[2]
+
+
 def test_right_padding_of_unknown_lengths_leaves_the_codes():
     batch = padded("right", [700], lengths=False, code="scalar")  # the bound is that of scalar codes
     kv, q = rows()
@@ -253,7 +283,7 @@ def test_right_padding_of_unknown_lengths_leaves_the_codes():
         close(got[r][:, 130:], want[0, :, LENGTHS[r] + 130 : LENGTHS[r] + 140], 0.06)
 
 
-@pytest.mark.parametrize("cut", [2, 600])
+@pytest.mark.parametrize("cut", [2, 30, 600])
 def test_a_saved_cache_goes_on_with_the_same_numbers(tmp_path, cut):
     apply_patch()
     kv, q = vectors(700), queries(700)
@@ -263,9 +293,24 @@ def test_a_saved_cache_goes_on_with_the_same_numbers(tmp_path, cut):
     loaded = load_prompt_cache(str(tmp_path / "c.safetensors"))[0]
     assert (loaded.recent, loaded.sink, loaded.nbytes) == (128, 4, loaded.inspect()["resident_bytes"])
     np.testing.assert_array_equal(run(loaded, q, kv, [700], cut), run(cache, q, kv, [700], cut))
-    batch = merged()
-    save_prompt_cache(str(tmp_path / "b.safetensors"), [batch])
-    check_batch(load_prompt_cache(str(tmp_path / "b.safetensors"))[0], [0, 1, 2, 3], 0, 5)
+    for of in (LENGTHS, SHORT):
+        save_prompt_cache(str(tmp_path / "b.safetensors"), [merged(of)])
+        check_batch(load_prompt_cache(str(tmp_path / "b.safetensors"))[0], [0, 1, 2, 3], 0, 5, of)
+
+
+def test_copies_that_do_not_fit_are_refused():
+    cache = TurboQuantKVCache(3, **EXACT)
+    run(cache, queries(200), vectors(200), [200])
+    arrays, begin = cache._core.copies
+    for slots in (36, 132, 150):
+        with pytest.raises(
+            ValueError, match=r"copies of 200 tokens must be a multiple of 32 from 256 to 384 slots and 4"
+        ):
+            cache._core.restore(cache._core.view().arrays, 200, ([x[:, :, :slots] for x in arrays], begin))
+    want = [mx.concatenate([x[:, :, :200], mx.zeros_like(x[:, :, :184]), x[:, :, -4:]], 2) for x in arrays]
+    cache._core.restore(cache._core.view().arrays, 200, (want, begin))  # the full ring, as earlier versions saved it
+    kv, q = [mx.concatenate([a, b], 2) for a, b in zip(vectors(200), vectors(300, 1), strict=True)], queries(500)
+    close(run(cache, q, kv, [201, 430, 500], 200), expected(q, kv)[:, :, 200:], 5e-4)
 
 
 def test_a_cache_without_copies_gets_them_from_its_codes():
@@ -285,19 +330,32 @@ def test_a_cache_without_copies_gets_them_from_its_codes():
     )
 
 
-def test_bytes_are_counted_and_do_not_grow_with_the_context():
+def test_bytes_are_counted_and_end_to_grow_with_the_context():
     kv, q = vectors(3000), queries(3000)
     cache = TurboQuantKVCache(3, **EXACT)
     sizes = []
-    for n in (1, 1000, 3000):
+    for n in (1, 100, 1000, 3000):
         run(cache, q, kv, [n], cache.size())
         cache.state  # noqa: B018  what mlx-lm evaluates after a chunk
         note = cache.inspect()
         codes = sum(x.nbytes for x in cache._core.arrays)
         assert note["resident_bytes"] == cache.nbytes == codes + note["exact_bytes"]
         sizes.append(note["exact_bytes"])
-    assert sizes[0] == sizes[1] == sizes[2] == 2 * H_KV * (384 + 4) * (D + 2)
-    assert sizes[0] <= 2 * H_KV * (D + 2) * (128 + 4 + SPARE)
+    assert sizes == [2 * H_KV * (ring + 4) * (D + 2) for ring in (32, 128, 384, 384)]
+    assert sizes[-1] <= 2 * H_KV * (D + 2) * (128 + 4 + SPARE)
+    cache.trim(2990)
+    run(cache, q, kv, [20], 10)
+    assert cache.inspect()["exact_bytes"] == sizes[-1]  # a ring that has grown stays
+
+
+def test_a_short_cache_takes_less_than_floats():
+    """Whose buffers grow by 256 tokens, too."""
+    for n in (1, 20, 60, 120, 250):
+        kv = [mx.random.normal((1, H_KV, n, 256)) for _ in range(2)]
+        cache, floats = TurboQuantKVCache(3), KVCache()
+        cache.update_and_fetch(*kv)
+        floats.update_and_fetch(*[x.astype(mx.float16) for x in kv])
+        assert cache.nbytes < floats.keys.nbytes + floats.values.nbytes
 
 
 def test_floats_come_from_the_copies_where_there_are_any():

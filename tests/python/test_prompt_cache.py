@@ -167,7 +167,7 @@ def test_the_servers_cache_serves_prefixes_and_counts_packed_bytes(model):
     store = LRUPromptCache(max_size=3)
     store.insert_cache("m", text, filled(model, text))
     # Layers, heads, keys and values; tokens in steps of 256 and exact copies; bytes of a vector.
-    assert store.nbytes == 2 * 2 * 2 * (256 * 26 + 388 * 66)
+    assert store.nbytes == 2 * 2 * 2 * (256 * 26 + (64 + 4) * 66)
 
     cache, rest = store.fetch_nearest_cache("m", text + question)  # a shorter entry is a prefix
     assert rest == question and greedy(model, rest, 12, cache) == want
@@ -182,7 +182,7 @@ def test_the_servers_cache_serves_prefixes_and_counts_packed_bytes(model):
     cache, rest = store.fetch_nearest_cache("m", longer)
     assert rest == longer[-1:] and cache[0].offset == 89  # a token is left to read
 
-    each = store.nbytes
+    each = 2 * 2 * 2 * (256 * 26 + (32 + 4) * 66)
     for seed in range(20, 25):
         store.insert_cache("m", prompt(30, seed=seed), filled(model, prompt(30, seed=seed)))
     assert len(store) == 3 and store.nbytes == 3 * each

@@ -1,6 +1,7 @@
 // The shared table: the cases of attention that every backend is held against.
 #pragma once
 
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -414,6 +415,22 @@ inline std::vector<Case> table_exact() {
                       .recent = 20,
                       .first = 3,
                       .ring = 64});
+    }
+  }
+  // A short cache, whose ring holds all tokens and is smaller than `recent`.
+  for (auto [n, len, ring] :
+       {std::tuple{1, 1, 32}, {20, 1, 32}, {32, 1, 32}, {33, 1, 64}, {20, 20, 32}, {100, 70, 128}}) {
+    for (bool ragged : {false, true}) {
+      rows.push_back({.batch = ragged ? 3 : 1,
+                      .query_heads = 8,
+                      .kv_heads = 2,
+                      .query_len = len,
+                      .kv_len = n,
+                      .causal = true,
+                      .ragged = ragged,
+                      .recent = 128,
+                      .first = 4,
+                      .ring = ring});
     }
   }
   // A chunk of a prompt, in a ring that holds it.

@@ -9,8 +9,9 @@
 
 namespace turboquant::ops {
 
-/// Copies of `ring_slots` tokens and of the first `sink` of each row, in one store of 8 bits: (B, H_kv, ring + sink,
-/// ...). Token t of the codes is in slot t % ring for every row, first token i of a row in slot ring + i.
+/// Copies of the newest tokens, in a ring, and of the first `sink` of each row, in one store of 8 bits:
+/// (B, H_kv, ring + sink, ...). Token t of the codes is in slot t % ring for every row, first token i of a row in slot
+/// ring + i. While the ring holds all tokens it grows with them (ring_for).
 struct Copies {
   Store held;
   int from = 0;                // tokens from here on are in the ring; at most max(0, length - recent)
@@ -18,15 +19,20 @@ struct Copies {
   /// The length from which on views have read these buffers.  Caches that share the buffers share it.
   std::shared_ptr<int> read_from = nullptr;
 
+  int ring(const CacheCoding& coding) const { return held.capacity() - coding.sink; }
   size_t nbytes() const { return held.nbytes() + (chunk ? chunk->nbytes() : 0); }
   /// What attention reads.
   const Store& readable() const { return chunk ? *chunk : held; }
 };
 
-/// Slots of the ring of a coding: its `recent` tokens and room for those of a few calls, a multiple of 128.
-inline int ring_slots(const CacheCoding& coding) {
+/// Slots of the ring of a long cache: its `recent` tokens and room for those of a few calls, a multiple of 128.
+inline int full_ring(const CacheCoding& coding) {
   return coding.recent > 0 ? (coding.recent + kGrowth) / 128 * 128 : 0;
 }
+/// Slots of the ring that `tokens` tokens ask for: the full one, or the first of 32, 64, 128, ... that holds all of
+/// them.
+int ring_for(const CacheCoding& coding, int tokens);
+
 inline bool has_copies(const CacheCoding& coding) { return coding.recent > 0 || coding.sink > 0; }
 
 /// Throws std::invalid_argument unless recent and sink are at least 0 and of a size that rings have.
@@ -54,8 +60,9 @@ Copies copies_of_codes(const CacheCoding& coding, const Store& codes, int length
 /// The copies after tokens behind `length` were forgotten; what the ring lost before is made from the codes.
 Copies trim_copies(const CacheCoding& coding, Copies copies, const Store& codes, int length, mx::StreamOrDevice s = {});
 
-/// The copies after each row's tokens moved by its own amount; tokens below 0 are forgotten.
-Copies move_copies(const CacheCoding& coding, const Copies& copies, const std::vector<int>& by,
+/// The copies after each row's tokens moved by its own amount, in the ring that `length` tokens ask for, which is how
+/// many there are then; tokens below 0 are forgotten.
+Copies move_copies(const CacheCoding& coding, const Copies& copies, const std::vector<int>& by, int length,
                    mx::StreamOrDevice s = {});
 
 /// The copies of `length` tokens, once the pads behind each row have moved to its front: the end of append_copies with
@@ -66,7 +73,7 @@ Copies front_pads(const CacheCoding& coding, const Copies& copies, const std::ve
 /// Rows of the batch, in the order given.
 Copies take_copies(const Copies& copies, const mx::array& rows, mx::StreamOrDevice s = {});
 
-/// Batches joined: for each its copies, or none where its rows hold no token.
+/// Batches joined: for each its copies, all moved to the same length, or none where its rows hold no token.
 Copies join_copies(const std::vector<std::optional<Copies>>& parts, const std::vector<int>& batches,
                    mx::StreamOrDevice s = {});
 
