@@ -164,7 +164,8 @@ namespace {
 /// end or among its first go elsewhere.
 bool ring_is_free(const CacheCoding& coding, const Copies& copies, int length, const std::vector<int>& starts,
                   const std::vector<int>& ends, int added) {
-  const int ring = ring_slots(coding), start = starts.empty() ? 0 : *std::max_element(starts.begin(), starts.end());
+  const int ring = copies.ring(coding), start = starts.empty() ? 0 : *std::max_element(starts.begin(), starts.end());
+  if (ring_for(coding, length + added) > ring) return false;  // it grows
   return ring > 0 && ends.empty() && added > 0 && length >= start + coding.sink && copies.read_from.use_count() == 1 &&
          length + added - *copies.read_from <= ring - coding.recent;
 }
@@ -182,7 +183,7 @@ Store append_both(const CacheCoding& coding, const std::optional<Store>& held, s
     if (ring.written && next.written && ring.written->id() == next.written->id()) {
       copies->held = std::move(ring);
       copies->chunk.reset();
-      copies->from = std::max(copies->from, length + added - ring_slots(coding));
+      copies->from = std::max(copies->from, length + added - copies->ring(coding));
       return next;
     }
     copies = append_copies(coding, copies, length, starts, ends, keys, values, s);
