@@ -158,16 +158,17 @@ Copies append_copies(const CacheCoding& coding, const std::optional<Copies>& cop
 
 namespace {
 
-/// Whether the next `added` tokens may be written into the ring in place.  They overwrite tokens a ring's length older.
-/// A view of these buffers was made at `read_from` tokens or later and reads no older ones than the `recent` before it,
-/// so room for `added` must be left between the two; other caches' views are not known, and tokens beyond each row's
-/// end or among its first go elsewhere.
+/// Whether the next `added` tokens may be written into the ring in place.  While the ring holds all tokens, none is
+/// overwritten; a ring that must grow for them is a new one.  In a full ring they overwrite tokens a ring's length
+/// older. A view of these buffers was made at `read_from` tokens or later and reads no older ones than the `recent`
+/// before it, so room for `added` must be left between the two; other caches' views are not known, and tokens beyond
+/// each row's end or among its first go elsewhere.
 bool ring_is_free(const CacheCoding& coding, const Copies& copies, int length, const std::vector<int>& starts,
                   const std::vector<int>& ends, int added) {
-  const int ring = copies.ring(coding), start = starts.empty() ? 0 : *std::max_element(starts.begin(), starts.end());
-  if (ring_for(coding, length + added) > ring) return false;  // it grows
-  return ring > 0 && ends.empty() && added > 0 && length >= start + coding.sink && copies.read_from.use_count() == 1 &&
-         length + added - *copies.read_from <= ring - coding.recent;
+  const int ring = copies.ring(coding), end = length + added;
+  const int start = starts.empty() ? 0 : *std::max_element(starts.begin(), starts.end());
+  if (added == 0 || !ends.empty() || ring < ring_for(coding, end) || length < start + coding.sink) return false;
+  return copies.read_from.use_count() == 1 && (end <= ring || end - *copies.read_from <= ring - coding.recent);
 }
 
 }  // namespace
@@ -219,7 +220,7 @@ Copies trim_copies(const CacheCoding& coding, Copies copies, const Store& codes,
     copies.held = write_ring(coding, copies.held, transcode(coding, codes.tokens(needed, end, s), s), needed, s);
   }
   copies.from = std::min(copies.from, needed);
-  if (copies.read_from) *copies.read_from = std::min(*copies.read_from, length);
+  copies.read_from = nullptr;  // views from before read tokens that the next ones overwrite: those get new buffers
   return copies;
 }
 
