@@ -34,16 +34,28 @@ class Unnamed:
 @dataclass(frozen=True)
 class _Slot:
     token: float  # bytes of each token that the buffers have room for
-    fixed: int  # bytes whatever the context: exact copies, a recurrent state
+    fixed: int  # bytes whatever the context: a recurrent state
     window: int | None = None  # tokens held at most
     checkpoints: Callable[[int], int] | None = None  # how many more of `fixed` a sequence of so many tokens keeps
-    copied: float = 0.0  # bytes of exact copies of a token of a prompt's chunk, while that is read
+    copied: float = 0.0  # bytes of the exact copies of a token
+    recent: int = 0  # newest and first tokens that have some
+    sink: int = 0
 
     def at(self, context: int) -> int:
         room = -(-context // GROWTH) * GROWTH
         room = room if self.window is None else min(room, self.window)
         states = 1 + (self.checkpoints(context) if self.checkpoints else 0)
-        return int(self.token * room) + states * self.fixed
+        copies = int(self.copied) * (_ring(self.recent, context) + self.sink)
+        return int(self.token * room) + states * self.fixed + copies
+
+
+def _ring(recent, context):
+    """Slots of the ring of exact copies of so many tokens, as ring_for in turboquant/mlx/exact.h says."""
+    full = (recent + GROWTH) // 128 * 128 if recent else 0
+    slots = 32
+    while slots < min(full, context):
+        slots *= 2
+    return min(slots, full)
 
 
 class CacheSizes:
@@ -103,9 +115,9 @@ def _slot(c):
     if isinstance(c, PackedCache) and getattr(c, "packed", True):
         arrays = [a for a in c._core.arrays if a is not None]
         token = sum(a.nbytes for a in arrays) / arrays[0].shape[2]
-        copies, vectors = getattr(c._core, "copies_nbytes", 0), 2 * arrays[0].shape[1]
-        copied = vectors * (32 * arrays[0].shape[3] // c.key_bits + 2) if copies else 0
-        return _Slot(token, copies, getattr(c, "max_size", None), copied=copied)
+        copies = getattr(c._core, "copies_nbytes", 0)
+        copied = copies / (_ring(c.recent, 2) + c.sink) if copies else 0  # two tokens were read
+        return _Slot(token, 0, getattr(c, "max_size", None), copied=copied, recent=c.recent, sink=c.sink)
     tokens = getattr(c, "keys", None)
     room = tokens.shape[2] if isinstance(tokens, mx.array) else GROWTH
     return _Slot(c.nbytes / room, 0, getattr(c, "max_size", None))

@@ -40,7 +40,7 @@ def test_sizes_are_those_of_filled_caches(name, settings):
         settings = {key: value for key, value in settings.items() if key != "checkpoints"}
     enable(model, **settings)
     sizes = CacheSizes(model, lambda: make_prompt_cache(model))
-    for count in (1030, 2000):
+    for count in (1030, 2000) if "checkpoints" in settings else (100, 1030, 2000):  # 100 tokens make two of four
         assert resident(model, count) == sizes.at(count)
     assert sizes.longest(sizes.at(1536), 10**6) == 1536 or name in ("windows", "gemma3n")
     assert sizes.longest(0, 100) == 0
