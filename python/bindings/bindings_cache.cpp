@@ -75,7 +75,9 @@ void bind_copies(nb::class_<Cache>& cache) {
   cache
       .def_prop_ro("copies",
                    [](const Cache& c) {
-                     return c.copies() ? PythonCopies({arrays(c.copies()->held), c.copies()->from}) : std::nullopt;
+                     if (!c.copies()) return PythonCopies();
+                     c.copies()->note_readers();  // whoever gets the arrays
+                     return PythonCopies({arrays(c.copies()->held), c.copies()->from});
                    })
       .def_prop_ro("copies_nbytes", [](const Cache& c) { return c.copies() ? c.copies()->nbytes() : 0; })
       .def("end_chunk", &Cache::end_chunk);

@@ -217,6 +217,7 @@ void BatchKVCache::restore(const Store& store, int length, std::vector<int> left
   copies_.reset();
   if (has_copies(coding_)) copies_ = copies ? *copies : copies_of_codes(coding_, store, length, left_padding);
   set_padding(std::move(left_padding));
+  if (copies_) copies_->read_from = nullptr;  // others may hold the arrays
   store_ = store;
   length_ = length;
   right_padding_.clear();

@@ -151,27 +151,23 @@ Copies append_copies(const CacheCoding& coding, const std::optional<Copies>& cop
     if (ends.empty()) out.from = std::max(out.from, end - ring);  // or front_pads does, once the pads have moved
   }
   out.held = write_first(coding, out.held, rows, length, starts, s);
-  out.read_from = std::make_shared<int>(end);  // buffers that no view has seen
+  // These buffers are new.  The first of these tokens' queries reads the `recent` before it, unless the chunk serves
+  // it.
+  out.read_from = std::make_shared<int>((chunk ? end : length) - coding.recent);
   if (chunk) out.chunk = joined(*chunk, first_of(coding, out.held, s), s);
   return out;
 }
 
-namespace {
-
-/// Whether the next `added` tokens may be written into the ring in place.  While the ring holds all tokens, none is
-/// overwritten; a ring that must grow for them is a new one.  In a full ring they overwrite tokens a ring's length
-/// older. A view of these buffers was made at `read_from` tokens or later and reads no older ones than the `recent`
-/// before it, so room for `added` must be left between the two; other caches' views are not known, and tokens beyond
-/// each row's end or among its first go elsewhere.
+// While the ring holds all tokens, none is overwritten; a ring that must grow for them is a new one.  In a full ring
+// they overwrite tokens a ring's length older, which must lie before all that is read.  Other caches' readers are not
+// known, and tokens beyond each row's end or among its first go elsewhere.
 bool ring_is_free(const CacheCoding& coding, const Copies& copies, int length, const std::vector<int>& starts,
                   const std::vector<int>& ends, int added) {
   const int ring = copies.ring(coding), end = length + added;
   const int start = starts.empty() ? 0 : *std::max_element(starts.begin(), starts.end());
   if (added == 0 || !ends.empty() || ring < ring_for(coding, end) || length < start + coding.sink) return false;
-  return copies.read_from.use_count() == 1 && (end <= ring || end - *copies.read_from <= ring - coding.recent);
+  return copies.read_from.use_count() == 1 && (end <= ring || end - ring <= *copies.read_from);
 }
-
-}  // namespace
 
 Store append_both(const CacheCoding& coding, const std::optional<Store>& held, std::optional<Copies>& copies,
                   int length, const std::vector<int>& starts, const std::vector<int>& ends, const mx::array& keys,
@@ -226,6 +222,7 @@ Copies trim_copies(const CacheCoding& coding, Copies copies, const Store& codes,
 
 Copies move_copies(const CacheCoding& coding, const Copies& copies, const std::vector<int>& by, int length,
                    mx::StreamOrDevice s) {
+  copies.note_readers();  // lazy ones
   Copies out{copies.held, copies.from, std::nullopt};
   if (copies.ring(coding) == 0) return out;
   const int asked = ring_for(coding, length);
@@ -247,6 +244,7 @@ Copies front_pads(const CacheCoding& coding, const Copies& copies, const std::ve
 }
 
 Copies take_copies(const Copies& copies, const mx::array& rows, mx::StreamOrDevice s) {
+  copies.note_readers();  // a lazy one
   return {copies.held.take(rows, s), copies.from, std::nullopt};
 }
 

@@ -76,6 +76,7 @@ void KVCache::restore(const Store& store, int length, const std::optional<Copies
   if (has_copies(coding_)) {
     copies_ = copies ? *copies : copies_of_codes(coding_, store, length, std::vector<int>(store.batch()));
   }
+  if (copies_) copies_->read_from = nullptr;  // others may hold the arrays
   store_ = store;
   length_ = length;
 }

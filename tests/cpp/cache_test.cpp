@@ -1,6 +1,7 @@
 // The cache over MLX arrays as a C++ program uses it.
 #include <gtest/gtest.h>
 
+#include "turboquant/mlx/batch_kv_cache.h"
 #include "turboquant/mlx/kv_cache.h"
 #include "turboquant/turboquant.h"
 
@@ -51,6 +52,39 @@ TEST_F(Cache, IsAValue) {
   b.append(random(4), random(4));
   EXPECT_EQ(a.offset(), 10);
   EXPECT_FALSE(mx::array_equal(a.view().store.keys.codes, b.view().store.keys.codes).item<bool>());
+}
+
+// Only CUDA writes in place, but the rule is checked everywhere.
+TEST_F(Cache, ARingIsWrittenInPlaceOnlyWhereNobodyReads) {
+  KVCache cache({.keys = {4, 5}, .values = {3, 5}, .recent = 128, .sink = 4});  // a ring of 384
+  const auto is_free = [](const KVCache& c, int added) {
+    return ring_is_free(c.coding(), *c.copies(), c.offset(), {0}, {}, added);
+  };
+  cache.append(random(200), random(200));
+  EXPECT_TRUE(is_free(cache, 56));
+  EXPECT_FALSE(is_free(cache, 57));  // the ring of 256 grows
+  cache.append(random(200), random(200));
+  // The first of the last 200 queries, which may still be lazy, reads from token 200 - 128 = 72 on.
+  EXPECT_TRUE(is_free(cache, 384 + 72 - 400));
+  EXPECT_FALSE(is_free(cache, 384 + 72 - 400 + 1));
+  {
+    const KVCache copy = cache;
+    EXPECT_FALSE(is_free(cache, 1));
+  }
+  EXPECT_TRUE(is_free(cache, 1));
+  KVCache restored(cache.coding());
+  restored.restore(*cache.store(), 400, cache.copies());
+  EXPECT_FALSE(is_free(restored, 1));
+  EXPECT_TRUE(is_free(cache, 1));
+  const auto merged = BatchKVCache::merge({cache});  // lazily: it reads the whole ring, from token 16 on
+  EXPECT_FALSE(is_free(cache, 1));
+  cache.append(random(1), random(1));
+  EXPECT_TRUE(is_free(cache, 1));
+  cache.append(random(1000), random(1000));  // whose queries read a chunk of their own
+  EXPECT_TRUE(is_free(cache, 256));
+  EXPECT_FALSE(is_free(cache, 257));
+  cache.trim(1);
+  EXPECT_FALSE(is_free(cache, 1));
 }
 
 TEST_F(Cache, AFailedAppendChangesNothing) {

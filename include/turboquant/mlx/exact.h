@@ -2,6 +2,7 @@
 // turboquant/turboquant.h), which always hold every token that a query may ask them for.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -16,13 +17,18 @@ struct Copies {
   Store held;
   int from = 0;                // tokens from here on are in the ring; at most max(0, length - recent)
   std::optional<Store> chunk;  // after many tokens at once: the same in a ring that all of their queries can read
-  /// The length from which on views have read these buffers.  Caches that share the buffers share it.
+  /// Who may read the ring's buffers, now or later, reads no token before this one; null when that is not known. Caches
+  /// that share the buffers share it.
   std::shared_ptr<int> read_from = nullptr;
 
   int ring(const CacheCoding& coding) const { return held.capacity() - coding.sink; }
   size_t nbytes() const { return held.nbytes() + (chunk ? chunk->nbytes() : 0); }
   /// What attention reads.
   const Store& readable() const { return chunk ? *chunk : held; }
+  /// Notes that all tokens of the ring may be read.
+  void note_readers() const {
+    if (read_from) *read_from = std::min(*read_from, from);
+  }
 };
 
 /// Slots of the ring of a long cache: its `recent` tokens and room for those of a few calls, a multiple of 128.
@@ -46,6 +52,11 @@ void check_no_copies(const CacheCoding& coding);
 Store append_both(const CacheCoding& coding, const std::optional<Store>& held, std::optional<Copies>& copies,
                   int length, const std::vector<int>& starts, const std::vector<int>& ends, const mx::array& keys,
                   const mx::array& values, mx::StreamOrDevice s = {});
+
+/// Whether the next `added` tokens may be written into the ring in place: nobody can notice.  Arguments are those of
+/// append_copies.
+bool ring_is_free(const CacheCoding& coding, const Copies& copies, int length, const std::vector<int>& starts,
+                  const std::vector<int>& ends, int added);
 
 /// The copies after keys and values (B, H_kv, N, D) followed `length` tokens; `starts` has each row's first token.
 /// `ends`, if not empty, has each row's end among the tokens: what is behind it are pads that will move to the front.
