@@ -21,10 +21,9 @@ bool same_array(const std::optional<mx::array>& a, const std::optional<mx::array
   return !a || a->id() == b->id() || mx::array_equal(*a, *b).item<bool>();
 }
 
-/// Whether the same kernel writes last into both: who waits for one waits for the other.
-bool same_write(const Store& a, const Store& b) { return a.written && b.written && a.written->id() == b.written->id(); }
-
 }  // namespace
+
+bool same_write(const Store& a, const Store& b) { return a.written && b.written && a.written->id() == b.written->id(); }
 
 void check_same_coding(const char* op, const CacheCoding& a, const CacheCoding& b) {
   require(a.keys.bits() == b.keys.bits() && a.values.bits() == b.values.bits(), "[", op,
@@ -321,7 +320,7 @@ Store append_store(const CacheCoding& coding, const std::optional<Store>& held, 
   if (held) arrays.insert(arrays.end(), {held->keys.codes, held->values.codes});
   const bool possible = keys.shape(3) == values.shape(3) && can_append_in_place(arrays, stream);
   arrays.clear();  // or they would count as holders
-  if (!possible || added == 0) {
+  if (!possible || keys.size() == 0) {
     const auto rows = encode_store(coding, keys, values, held, stream);
     return grow(held, length, rows, length + added, stream).write(rows, length, stream);
   }

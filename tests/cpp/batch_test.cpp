@@ -70,6 +70,17 @@ TEST_F(Batch, AnnouncedPadsMoveToTheFront) {
   EXPECT_TRUE(same(held(batch.extract(0)), held(first)));
 }
 
+TEST_F(Batch, ABatchWithoutRowsGoesOn) {
+  BatchKVCache batch({1, 0}, {.recent = 128, .sink = 4});
+  batch.append(random(5, 2), random(5, 2));
+  batch.filter({});
+  batch.append(random(1, 0), random(1, 0));
+  EXPECT_EQ(batch.length(), 6);
+  const auto out = batch.view().attend(random(1, 0), 0.125f, true);
+  EXPECT_EQ(out.shape(), (mx::Shape{0, 2, 1, 64}));
+  mx::eval(out);
+}
+
 TEST_F(Batch, AFailedCallChangesNothing) {
   BatchKVCache batch({1, 0});
   batch.append(random(5, 2), random(5, 2));
