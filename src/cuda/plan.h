@@ -5,11 +5,10 @@
 //   encode   in  per side x (B, H, N, D) any float, any strides; centre (H, D) f32 or a dummy; feedback (H, D, D) f16,
 //                dense, or a dummy
 //            out codes0 [codes1] (B, H, N, bits D / 32) u32, scales0 [scales1] (B, H, N) f16
-//   append   in  per side x (B, H, N, D), centre, feedback, codes (B, H, capacity, bits D / 32), scales (B, H,
-//   capacity), views
-//                allowed; with exact copies then their codes and scales of each side, 8 bits, (B, H, ring + first), of
-//                whose ring token t takes row t % ring; then before (n + 1) u8, whose size says that token n is the
-//                first to write
+//   append   in  per side x (B, H, N, D), centre, feedback, codes (B, H, capacity, bits D / 32) and scales (B, H,
+//                capacity), views allowed; with exact copies then their codes and scales of each side, 8 bits, (B, H,
+//                ring + first), of whose ring token t takes row t % ring; then before (n + 1) u8, whose size says that
+//                token n is the first to write
 //            out written (n + N + 1) u8, which nobody writes or reads: it stands for the codes and scales, which this
 //                kernel overwrites in place although they are inputs
 //   transform in  x (B, H, N, D) any float, any strides; matrix (M, D, D) f32; centre (M, D) f32 or a dummy
@@ -20,12 +19,10 @@
 //                  value_scales (B, Hkv, >= N) f16 with dense rows, views allowed; written (N + 1) u8, of which
 //                  only the size is read; starts (B) i32 or a dummy; mask (B, Hq, L, N) bool or float, any strides, or
 //                  a dummy
-//              with exact copies also exact_key_codes, exact_key_scales, exact_value_codes, exact_value_scales: as
-//              those
-//                  of the cache, 8 bits, (B, Hkv, ring + first)
+//                  with exact copies also exact_key_codes, exact_key_scales, exact_value_codes, exact_value_scales: as
+//                  those of the cache, 8 bits, (B, Hkv, ring + first)
 //              out partial (slots, rows, partial_floats) f32
-//     merge    in  q, written, partial, starts, sinks (Hq) f32, key_centre and value_centre (Hkv, D)
-//     f32
+//     merge    in  q, written, partial, starts, sinks (Hq) f32, key_centre and value_centre (Hkv, D) f32
 //              out out (B, Hq, L, D) of q's type
 //     whole    in  those of `partial`, then sinks, key_centre, value_centre;  out  out (B, Hq, L, D) of q's type
 // A dummy is any array: the generated source never reads it.
@@ -244,9 +241,9 @@ inline int most_tiles_of_many_rows(const AttentionShape& s) {
 }
 
 /// Heads of more than 128 coordinates (measured with 256): `many_rows` for up to 32 rows, but up to four rows over long
-/// contexts go through `few_rows` (most_tiles_of_many_rows).  Smaller heads: up to twenty rows
-/// go through `few_rows`, four at a time; six passes take as long as one over fp16 tiles.  More rows go through fp16
-/// tiles; where shared memory has no room for those (head_dim 256 below 112 KiB), all rows go through `few_rows`.
+/// contexts go through `few_rows` (most_tiles_of_many_rows).  Smaller heads: up to twenty rows go through `few_rows`,
+/// four at a time; six passes take as long as one over fp16 tiles.  More rows go through fp16 tiles; where shared
+/// memory has no room for those (head_dim 256 below 112 KiB), all rows go through `few_rows`.
 inline AttentionPlan plan_attention(const AttentionShape& s, const Device& device) {
   if (s.head_dim > 256 || s.value_dim() != s.head_dim) return plan_wide(s, device);
   AttentionPlan p;
