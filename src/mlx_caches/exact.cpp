@@ -177,7 +177,7 @@ Store append_both(const CacheCoding& coding, const std::optional<Store>& held, s
     Store ring = copies->held;
     const int added = keys.shape(2);
     Store next = append_store(coding, held, length, keys, values, s, &ring);
-    if (ring.written && next.written && ring.written->id() == next.written->id()) {
+    if (same_write(ring, next)) {
       copies->held = std::move(ring);
       copies->chunk.reset();
       copies->from = std::max(copies->from, length + added - copies->ring(coding));
@@ -189,6 +189,13 @@ Store append_both(const CacheCoding& coding, const std::optional<Store>& held, s
   Store next = append_store(coding, held, length, keys, values, s);
   copies = append_copies(coding, copies, length, starts, ends, keys, values, s);
   return next;
+}
+
+void tie_both(std::optional<Store>& held, std::optional<Copies>& copies, const mx::array& to) {
+  if (!held) return;
+  const bool same = copies && same_write(copies->held, *held);
+  held = held->tied(to);
+  if (same) copies->held.written = held->written;
 }
 
 Copies copies_of_codes(const CacheCoding& coding, const Store& codes, int length, const std::vector<int>& starts,

@@ -87,6 +87,21 @@ TEST_F(Cache, ARingIsWrittenInPlaceOnlyWhereNobodyReads) {
   EXPECT_FALSE(is_free(cache, 1));
 }
 
+TEST_F(Cache, CodesAndCopiesWaitForTheSameWriteWhenTied) {
+  KVCache cache({.recent = 128, .sink = 4});
+  cache.append(random(20), random(20));
+  std::optional<Store> store = cache.store();
+  std::optional<Copies> copies = cache.copies();
+  tie_both(store, copies, mx::array(1.f));
+  EXPECT_FALSE(copies->held.written);  // neither was written in place
+  store->written = copies->held.written = nothing_to_wait_for(20);
+  tie_both(store, copies, mx::array(1.f));
+  EXPECT_TRUE(same_write(*store, copies->held));
+  copies->held.written = nothing_to_wait_for(20);  // by another kernel
+  tie_both(store, copies, mx::array(1.f));
+  EXPECT_FALSE(same_write(*store, copies->held));
+}
+
 TEST_F(Cache, AFailedAppendChangesNothing) {
   KVCache cache;
   cache.append(random(10), random(10));

@@ -58,9 +58,7 @@ class BatchKVCache {
   std::vector<int> offsets() const;
   /// Makes whatever reads the history wait for `to`: a model under pipeline parallelism ties what it sends to its
   /// cache.
-  void tie(const mx::array& to) {
-    if (store_) store_ = store_->tied(to);
-  }
+  void tie(const mx::array& to) { tie_both(store_, copies_, to); }
   bool empty() const { return !store_; }
   size_t nbytes() const { return (store_ ? store_->nbytes() : 0) + (copies_ ? copies_->nbytes() : 0); }
   const CacheCoding& coding() const { return coding_; }

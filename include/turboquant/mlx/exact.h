@@ -53,6 +53,9 @@ Store append_both(const CacheCoding& coding, const std::optional<Store>& held, s
                   int length, const std::vector<int>& starts, const std::vector<int>& ends, const mx::array& keys,
                   const mx::array& values, mx::StreamOrDevice s = {});
 
+/// Store::tied of a cache's codes.  Copies that the same kernel wrote stay so: who waits for the codes waits for both.
+void tie_both(std::optional<Store>& held, std::optional<Copies>& copies, const mx::array& to);
+
 /// Whether the next `added` tokens may be written into the ring in place: nobody can notice.  Arguments are those of
 /// append_copies.
 bool ring_is_free(const CacheCoding& coding, const Copies& copies, int length, const std::vector<int>& starts,

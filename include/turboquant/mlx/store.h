@@ -79,6 +79,9 @@ struct Store {
   Store gather(const mx::array& index, mx::StreamOrDevice s = {}) const;
 };
 
+/// Whether the same kernel wrote last into both: who waits for one waits for the other.
+bool same_write(const Store& a, const Store& b);
+
 /// Zero tokens of the same kind: (batch, H_kv, tokens, ...).
 Store zeros_like(const Store& like, int batch, int tokens, mx::StreamOrDevice s = {});
 
