@@ -6,7 +6,7 @@ chunk.  The workspace is an estimate, from above, of what MLX holds at once; the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ class CacheSizes:
             if isinstance(c, PackedCache):
                 c._names = None
         model(mx.zeros((1, 2), mx.int32), cache=caches)  # shapes; nobody evaluates it
-        self._slots = [_slot(c) for _, c in leaves(caches)]
+        self._slots = {path: _slot(c) for path, c in leaves(caches)}
         self._layer = _widest_layer(model)
         state: Any = max((c for _, c in leaves(caches) if isinstance(c, ArraysCache)), key=_state_bytes, default=None)
         self._recurrent = 0.0
@@ -83,14 +83,14 @@ class CacheSizes:
                 each = 10 * CHUNK + 8 * (value_dim + key_dim) + 2 * value_dim * key_dim / CHUNK
                 self._recurrent = 4.0 * heads * each
 
-    def at(self, context: int) -> int:
-        """Bytes of the caches of one sequence of `context` tokens."""
-        return sum(slot.at(context) for slot in self._slots)
+    def at(self, context: int, without: Collection[tuple[int, ...]] = ()) -> int:
+        """Bytes of the caches of one sequence of `context` tokens, those at the paths `without` left out."""
+        return sum(slot.at(context) for path, slot in self._slots.items() if path not in without)
 
     def workspace(self, step: int) -> int:
         """Bytes beside the caches while a chunk of `step` tokens is read: an estimate from above."""
         copied = sum(
-            slot.copied + (slot.token if slot.window else 0) for slot in self._slots
+            slot.copied + (slot.token if slot.window else 0) for slot in self._slots.values()
         )  # windows hold a chunk beside
         return int(step * (self._layer + copied) + min(step, MAX_TOKENS) * self._recurrent)
 

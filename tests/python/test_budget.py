@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import MODEL
+from latent_models import deepseek
 from mlx_lm import load
 from mlx_lm.models import llama
 from small_models import build, save_model, small_gemma3n, small_gpt_oss, small_hybrid, small_llama
@@ -253,6 +254,32 @@ def test_models_with_windows_shared_caches_and_recurrent_states(make, slots):
     caches = model.make_cache()
     assert [(caches[slot].key_bits, caches[slot].value_bits) for slot in slots] == [(3, 2)] * 2
     disable(model)
+
+
+def test_memory_counts_the_caches_that_stay():
+    """What is chosen for packed slots leaves room for recurrent states."""
+    model = small_hybrid()
+    windows = np.random.default_rng(0).integers(0, 100, (2, 64)).astype(np.int32)
+    found = calibration.calibrate(model, windows, positions=0)
+    loose = choice.choose(model, found, Budget(memory=10**9, context=2000), windows, windows[:1])
+    caches = model.make_cache()
+    model(mx.zeros((1, 2), mx.int32), cache=caches)
+    others = sum(c.nbytes for i, c in enumerate(caches) if i not in loose.widths)
+    assert loose.measured["other_bytes"] == others > 0
+    assert f"caches that are not packed take {others:,} bytes beside" in choice.described(loose)
+    least = policies.total_bytes(choice.slots_of(model), policies.everywhere(loose.widths, 2), 2000, 0, 0)
+    with pytest.raises(ValueError, match=f"the caches take {least + others:,} bytes at 2,000 tokens"):
+        choice.choose(model, found, Budget(memory=least + others - 1, context=2000), windows, windows[:1])
+    smallest = choice.choose(model, found, Budget(memory=least + others, context=2000), windows, windows[:1])
+    assert set(smallest.widths.values()) == {(2, 2)}
+
+
+def test_latent_attention_is_refused():
+    """One set of codes is key and value, so that bits of each cannot be chosen."""
+    with pytest.raises(
+        ValueError, match=r"\[choose\] .* latent attention has one set of codes for both, in layers 0, 1"
+    ):
+        choice.slots_of(deepseek())
 
 
 def test_layers_before_the_changed_one_are_not_computed_again(monkeypatch):

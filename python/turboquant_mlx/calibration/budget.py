@@ -15,7 +15,7 @@ class Budget(NamedTuple):
 
     kld: mean Kullback-Leibler divergence from float16 caches, nats; the choice then takes the fewest bytes.
     token_bytes: bytes that one more token of a context takes in all layers.
-    memory: bytes of all caches at `context` tokens, copies of exact tokens included."""
+    memory: bytes of all caches at `context` tokens: copies of exact tokens, recurrent states and floats that stay included."""
 
     kld: float | None = None
     token_bytes: float | None = None

@@ -19,6 +19,7 @@ from ..enable import packing
 from ..eval import divergence
 from ..eval.modes import parse_mode
 from ..eval.reconstruction import theoretical
+from ..memory import CacheSizes
 from ..overlay.products import fast_attention
 from .budget import Budget, parse_budget
 from .default import beginning
@@ -140,8 +141,14 @@ def losses(
 
 
 def slots_of(model) -> dict[int, Slot]:
-    """{slot: its shape} of the slots that are packed; ValueError for models whose slots are no flat list."""
-    caches, (_, packed) = parse_mode("fp16").make_caches(model), packing(model)
+    """{slot: its shape} of the slots that are packed; ValueError for models whose slots are no flat list, or are of latent
+    attention, whose keys and values are the same codes."""
+    caches, (maker, packed) = parse_mode("fp16").make_caches(model), packing(model)
+    if maker.latent:
+        raise ValueError(
+            "[choose] bits are chosen for keys and for values; latent attention has one set of codes for both, in layers "
+            f"{', '.join(str(path[0]) for path in sorted(maker.latent))}"
+        )
     held = {path: c for path, c in leaves(caches) if path in packed}
     if any(len(path) > 1 for path in held):
         raise ValueError(
@@ -175,9 +182,15 @@ def _room(budget, context):
     return budget.memory if budget.memory is not None else budget.token_bytes * context
 
 
-def _check_room(slots, budget, context):
+def other_bytes(model, slots, context) -> int:
+    """Bytes that the caches beside the packed `slots` take at `context` tokens: recurrent states, and floats that stay."""
+    return CacheSizes(model, lambda: own_caches(model)).at(context, without={(slot,) for slot in slots})
+
+
+def _check_room(slots, budget, context, others):
     """ValueError when the fewest bytes that there are do not keep to the budget."""
     least = total_bytes(slots, everywhere(slots, WIDTHS[0]), context, 0, 0)
+    least += others if budget.memory is not None else 0
     if budget.kld is None and least > _room(budget, context):
         raise ValueError(
             f"[choose] {budget} cannot be met: with 2 bits everywhere the caches take {least:,} bytes at {context:,} tokens, "
@@ -265,11 +278,13 @@ def choose(
         progress: called with the number of tokens just read.
 
     Raises:
-        ValueError: the budget cannot be met, or slots are no flat list.
+        ValueError: the budget cannot be met, or slots are no flat list or of latent attention.
     """
     slots = slots_of(model)
     context = budget.context or context_of(model)
-    _check_room(slots, budget, context)
+    others = other_bytes(model, slots, context)
+    _check_room(slots, budget, context, others)
+    packed = budget if budget.memory is None else budget._replace(memory=budget.memory - others)
     half = windows.shape[1] // 2
     found = losses(model, calibration, windows[:2, :half], seed=seed, progress=progress)
 
@@ -278,7 +293,7 @@ def choose(
         records = measure(model, calibration, policies, windows, seed=seed, progress=progress)
         return {at: float(records[str(at)].kld.mean(dtype=np.float64)) for at in tried}
 
-    search = _Search(slots, found, budget, context, measured)
+    search = _Search(slots, found, packed, context, measured)
     place, tier = search.fewest_bytes() if budget.kld is not None else search.least_divergence()
     policy = Policy(search.way[place], tier[0], tier[1], str(budget), {})
     records = measure(model, calibration, {"chosen": policy}, held_out, seed=seed, progress=progress)
@@ -290,6 +305,7 @@ def choose(
             "context": context,
             "token_bytes": token_bytes(slots, policy.widths),
             "bytes": total_bytes(slots, policy.widths, context, *tier),
+            "other_bytes": others,
         }
     )
 
@@ -304,6 +320,8 @@ def described(policy: Policy) -> str:
     exact = f"the newest {policy.recent} and the first {policy.sink} tokens exact"
     m = policy.measured
     lines.append(f"  {exact}; {m['token_bytes']:,} bytes a token, {m['bytes']:,} bytes at {m['context']:,} tokens")
+    if m.get("other_bytes"):
+        lines.append(f"  caches that are not packed take {m['other_bytes']:,} bytes beside")
     error = "" if math.isnan(m["mean_kld_stderr"]) else f" +- {m['mean_kld_stderr']:.5f}"
     lines.append(
         f"measured on {m['positions']:,} positions held out from the choice: KLD {m['mean_kld']:.5f}{error}, perplexity "
