@@ -6,9 +6,12 @@ import shutil
 import mlx.core as mx
 import pytest
 from conftest import MODEL
+from latent_models import deepseek, indexed
 from mlx_lm.models.cache import make_prompt_cache
 from small_models import FAMILIES, prompt, small_hybrid
-from turboquant_mlx import enable
+from turboquant_mlx import calibration, enable
+from turboquant_mlx.calibration.files import write_calibration
+from turboquant_mlx.calibration.policies import Policy
 from turboquant_mlx.commands import cli
 from turboquant_mlx.memory import CacheSizes
 
@@ -17,6 +20,8 @@ MODELS = {
     "llama": FAMILIES["llama, head_dim 64"],
     "windows": FAMILIES["gemma3, head_dim 256"],
     "gemma3n": FAMILIES["gemma3n, shared keys and values"],
+    "latent": deepseek,
+    "latent, some kept": indexed,
 }
 
 
@@ -63,6 +68,28 @@ def test_plan_prints_what_caches_take(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["plan", "--model", str(tmp_path / "nothing")])
     assert end.value.code == 1 and "there is no" in capsys.readouterr().err
+
+
+def test_plan_heeds_the_options_of_the_caches(tmp_path, capsys):
+    """--tq-bits is the width, auto the chosen ones; what cannot be counted is refused."""
+    shutil.copy(MODEL / "config.json", tmp_path)
+
+    def rows(*options):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["plan", "--model", str(tmp_path), "--context", "1k", "--batch", "1", "--json", *options])
+        told = capsys.readouterr()
+        if end.value.code:
+            return told.err
+        return {row["caches"]: row["sequence_bytes"] for row in map(json.loads, told.out.splitlines())}
+
+    all_widths = rows()
+    assert rows("--tq-bits", "2") == {name: all_widths[name] for name in ("float", "2 bits")}
+    chosen = calibration.Calibrations({3: calibration.Calibration(key_centre=mx.zeros((2, 256)))})
+    chosen.policy = Policy({3: (4, 4), 7: (4, 4)}, 128, 4, "kld=1", {})
+    write_calibration(chosen, tmp_path / calibration.FILE_NAME)
+    assert rows("--tq-bits", "auto")["auto bits"] == all_widths["4 bits"]
+    assert "--tq-start 5 is not counted" in rows("--tq-start", "5")
+    assert "exclude each other; got [3] and 2" in rows("--width", "3", "--tq-bits", "2")
 
 
 def test_the_workspace_is_an_upper_estimate(bundled, tokens):

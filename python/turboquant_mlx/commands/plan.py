@@ -18,10 +18,13 @@ def main(argv=None):
         parents=[tq_options()],
         allow_abbrev=False,
     )
+    parser.set_defaults(tq_bits=None)
     parser.add_argument("--model", required=True, help="a local model directory")
     parser.add_argument("--context", type=tokens, nargs="+", default=[4096, 16384, 32768, 131072], metavar="N")
     parser.add_argument("--batch", type=tokens, nargs="+", default=[1, 8], metavar="N")
-    parser.add_argument("--width", type=int, nargs="+", choices=(2, 3, 4, 8), help="bits (default: 2 3 4 8)")
+    parser.add_argument(
+        "--width", type=int, nargs="+", choices=(2, 3, 4, 8), help="bits (default: --tq-bits, else 2 3 4 8)"
+    )
     parser.add_argument("--prefill-step-size", type=tokens, default=2048)
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
     args = parser.parse_args(argv)
@@ -60,14 +63,28 @@ def unread_model(directory):
     return load_model(directory, lazy=True, strict=held)[0]
 
 
+def _chosen(args):
+    """The bits that stand in the calibration file; of the rest of it bytes of a sequence do not depend."""
+    from ..calibration import Calibrations, load_calibration
+
+    where = args.model if args.tq_calibration in ("auto", "none") else args.tq_calibration
+    found = Calibrations()
+    found.policy = load_calibration(where, directory=False).policy
+    return found
+
+
 def table(args):
     """Rows of the plan, as dicts: caches, context, batch, sequence_bytes, cache_bytes, workspace_bytes."""
     from ..caches.slots import own_caches
     from ..enable import packing
     from ..memory import CacheSizes
 
+    if args.tq_start:
+        raise ValueError(f"--tq-start {args.tq_start} is not counted: caches are those that are packed; leave it out")
+    if args.width and args.tq_bits:
+        raise ValueError(f"--width and --tq-bits exclude each other; got {args.width} and {args.tq_bits}")
     model = unread_model(args.model)
-    widths = args.width or (2, 3, 4, 8)
+    widths = args.width or ([args.tq_bits] if args.tq_bits else (2, 3, 4, 8))
     kinds = [("float", lambda: own_caches(model))]
     for bits in widths:
         maker, _ = packing(
@@ -77,10 +94,11 @@ def table(args):
             value_bits=args.tq_value_bits,
             code=args.tq_code,
             seed=args.tq_seed,
-            calibration={},
+            calibration=_chosen(args) if bits == "auto" else {},
             recent=args.tq_recent,
             sink=args.tq_sink,
             checkpoints=False if args.tq_checkpoints is False else args.tq_checkpoints or "auto",
+            strict=args.tq_strict,
             named=False,
         )
         kinds.append((f"{bits} bits", maker))
