@@ -150,6 +150,14 @@ def test_centres_of_latents_are_their_means():
     assert not mx.allclose(near[0].key_centre[:, 64:], far[0].key_centre[:, 64:], atol=1e-6)
 
 
+def test_a_bound_on_tokens_is_refused():
+    """Windows would drop tokens, which latent caches cannot: max_kv_size must not be forgotten."""
+    model = deepseek()
+    enable(model, calibration={})
+    with pytest.raises(ValueError, match=r"\[make_cache\] max_kv_size = 64 needs caches that drop tokens"):
+        make_prompt_cache(model, 64)
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match=r"\[TurboQuantLatentKVCache\] latent caches take no recent; got 16"):
         TurboQuantLatentKVCache(recent=16)

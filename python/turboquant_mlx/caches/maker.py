@@ -115,6 +115,10 @@ class CacheMaker:
     def _windows(self, max_kv_size):
         if self.start:
             raise ValueError(f"[enable] start = {self.start} and max_kv_size = {max_kv_size} exclude each other")
+        if self.latent:
+            raise ValueError(
+                f"[make_cache] max_kv_size = {max_kv_size} needs caches that drop tokens, and latent attention's cannot"
+            )
         window = default_kinds(self.model)[1]
         return self._packed([window(max_size=max_kv_size, keep=4) for _ in self.model.layers])
 
