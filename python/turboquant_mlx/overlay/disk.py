@@ -66,7 +66,7 @@ def identity_of(models: list[Any]) -> str:
         floats = [str(x.dtype) for _, x in parameters if mx.issubdtype(x.dtype, mx.floating)]
         found.append([fingerprint(model), floats[:1]])
         for path, c in leaves(mlx_lm_cache.make_prompt_cache(model)):
-            slot = [path, type(c).__name__, getattr(c, "max_size", None), getattr(c, "keep", None)]
+            slot = [path, type(c).__name__, *(getattr(c, name, None) for name in ("max_size", "keep", "start"))]
             if isinstance(c, PackedCache):
                 coding = c._core.coding
                 arrays = [x for s in (coding.keys, coding.values) for x in (s.centre, s.feedback)] + [coding.key_map]
@@ -242,7 +242,8 @@ class PrefixStore:
         if path.exists():
             os.utime(path)
             return
-        if sum(c.nbytes for c in caches) > self.most_bytes:
+        if (taken := sum(c.nbytes for c in caches)) > self.most_bytes:
+            self._warn("(a new prefix)", f"it takes {taken:,} bytes, more than the {self.most_bytes:,} of all prefixes")
             return
         places = places_of(caches, len(tokens))
         fields = {"identity": identity, "tokens": tokens, "places": places}
