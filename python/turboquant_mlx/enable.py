@@ -4,7 +4,7 @@ packed codes."""
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
@@ -176,7 +176,8 @@ def _add_checkpoints(model, maker, checkpoints):
     if maker.limits is None or not any(type(c) is ArraysCache for _, c in leaves(own_caches(model))):
         return
     caches = maker()
-    model(mx.zeros((1, 2), mx.int32), cache=caches)  # the graph's shapes; nothing is computed
+    with hosts.undisturbed(model):
+        model(mx.zeros((1, 2), mx.int32), cache=caches)  # the graph's shapes; nothing is computed
     states = {path: c for path, c in leaves(caches) if isinstance(c, CheckpointedArraysCache)}
     maker.uncounted = frozenset(path for path, c in states.items() if c.position != 2)
     if maker.uncounted and checkpoints != "auto":
@@ -212,7 +213,7 @@ def _calibrated_now(model, tokenizer, seed):
 
 def enable(
     model: Any,
-    bits: int = 3,
+    bits: int | Literal["auto"] = 3,
     *,
     key_bits: int | None = None,
     value_bits: int | None = None,

@@ -36,7 +36,7 @@ def tq_options():
     widths = {"type": int, "choices": (2, 3, 4, 8)}
     group.add_argument(
         "--tq-bits",
-        type=lambda text: text if text == "auto" else int(text),
+        type=_bits,
         choices=(2, 3, 4, 8, "auto"),
         default=3,
         help="bits of keys and values (default: 3); auto: what `calibrate --budget` chose for each layer",
@@ -82,6 +82,11 @@ def tq_options():
         help="of the weights; auto: float32 on a CPU, where MLX's half-precision products are slow, else as stored",
     )
     return parser
+
+
+def _bits(text):
+    """Reads --tq-bits."""
+    return int(text) if text.isdecimal() else text  # argparse names the choices
 
 
 def _tokens(least):
