@@ -168,6 +168,25 @@ def test_other_models_and_settings_are_foreign(open_store, capfd):
     assert open_store(model).find([*tokens, 1], 0) is not None
 
 
+def test_caches_of_another_start_are_foreign():
+    """A cache that packs itself at another token answers otherwise."""
+    model, names = small_llama(), set()
+    for start in (None, 64, 128):
+        enable(model, start=start)
+        names.add(disk.identity_of([model]))
+    assert len(names) == 3
+
+
+def test_a_prefix_that_has_no_room_is_said(open_store, capfd):
+    model, tokens = small_llama(), prompt(40)
+    enable(model)
+    store = open_store(model, 1000)
+    for _ in range(2):
+        store.put(tokens, filled(model, tokens))
+        assert store.flush() and not files(store)
+    assert capfd.readouterr().err.count("more than the 1,000 of all prefixes") == 1
+
+
 def test_two_stores_of_one_directory(open_store):
     """Each sees what the other wrote, and neither minds what the other has deleted."""
     model = small_llama()
