@@ -177,14 +177,29 @@ def test_models_that_cannot_be_served_are_refused(run, refused, tmp_path):
     assert "--max-kv-size has no effect" in err
 
 
-def test_a_draft_model_changes_no_token(run, refused, tmp_path):
+def test_a_draft_model_changes_no_token(run, tmp_path):
     main, draft = (save_model(qwen3, tmp_path / name, seed=i) for i, name in enumerate(("main", "draft")))
     arguments = ["generate", "--model", main, "--prompt", "hello there", "-m", 20, "--verbose", "F"]
     plain = run(*arguments)
     assert run(*arguments, "--draft-model", draft, "--num-draft-tokens", 4).out == plain.out
     assert "TurboQuantRotatingKVCache" in run(*arguments, "--max-kv-size", 16).err
-    message = refused("generate", *BUNDLED, "--prompt", "hello", "--draft-model", MODEL)
-    assert "requires a trimmable prompt cache" in message and "ArraysCache" in message
+    hybrid = [
+        "generate",
+        *BUNDLED,
+        "--prompt",
+        "hello",
+        "-m",
+        12,
+        "--verbose",
+        "F",
+    ]  # its recurrent states go back, too
+    assert run(*hybrid, "--draft-model", MODEL).out == run(*hybrid).out
+
+
+def test_wrong_widths_are_named(refused):
+    assert "invalid choice: '3.5' (choose from" in refused(
+        "generate", *BUNDLED, "--prompt", "hello", "--tq-bits", "3.5"
+    )
 
 
 def test_a_start_and_a_window_exclude_each_other(run, refused, tmp_path):
