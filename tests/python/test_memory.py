@@ -88,6 +88,7 @@ def test_plan_heeds_the_options_of_the_caches(tmp_path, capsys):
     chosen.policy = Policy({3: (4, 4), 7: (4, 4)}, 128, 4, "kld=1", {})
     write_calibration(chosen, tmp_path / calibration.FILE_NAME)
     assert rows("--tq-bits", "auto")["auto bits"] == all_widths["4 bits"]
+    assert rows("--context", "1M", "--width", "3") == rows("--context", str(2**20), "--width", "3")
     assert "--tq-start 5 is not counted" in rows("--tq-start", "5")
     assert "exclude each other; got [3] and 2" in rows("--width", "3", "--tq-bits", "2")
 

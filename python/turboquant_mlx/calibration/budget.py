@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import NamedTuple
 
-_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+from ..sizes import read_bytes, read_tokens
+
 _FORMS = "kld=0.01, bytes=400 or context=128k,memory=8GB"
 
 
@@ -69,16 +69,14 @@ def _kld(text):
 
 
 def _bytes(name, text):
-    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\+?\d+)?)\s*([kmgt]i?)?b?", text.lower())
-    found = float(match[1]) * _SIZES[match[2] or ""] if match else 0.0
+    found = read_bytes(text)
     if not 0 < found < math.inf:
         raise ValueError(f"[budget] {name} must be a number of bytes, as 400, 8GB or 8GiB; got {text!r}")
     return found
 
 
 def _tokens(text):
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(k|m)?", text.lower())
-    found = float(match[1]) * {None: 1, "k": 1 << 10, "m": 1 << 20}[match[2]] if match else 0.0
-    if not 1 <= found < 2**31 or found != int(found):
+    found = read_tokens(text)
+    if not found:
         raise ValueError(f"[budget] context must be a number of tokens, as 8192 or 128k; got {text!r}")
-    return int(found)
+    return found

@@ -2,7 +2,9 @@
 
 import argparse
 import functools
-import re
+import math
+
+from ..sizes import read_bytes, read_tokens
 
 
 def options(command):
@@ -34,23 +36,18 @@ def options(command):
 
 def size(text):
     """Reads a number of bytes: 12GB, 512MB, 3GiB or plain digits."""
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([kKMGT])(i)?)?[bB]?\s*", text)
-    value = 0
-    if found:
-        number, unit, binary = found.groups()
-        value = int(float(number) * (1024 if binary else 1000) ** (" KMGT".index(unit.upper()) if unit else 0))
-    if value < 1:
+    found = read_bytes(text)
+    if not 1 <= found < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number of bytes such as 12GB or 512MB; got {text!r}")
-    return value
+    return int(found)
 
 
 def tokens(text):
     """Reads a number of tokens, 1 or more; 16k is 16,384."""
-    found = re.fullmatch(r"([0-9]+)(k)?", text.strip().lower())
-    value = int(found[1]) * (1024 if found[2] else 1) if found else 0
-    if value < 1:
+    found = read_tokens(text)
+    if not found:
         raise argparse.ArgumentTypeError(f"must be a number of tokens, 1 or more; got {text!r}")
-    return value
+    return found
 
 
 def _drafts(text):

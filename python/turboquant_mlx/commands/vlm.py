@@ -52,7 +52,7 @@ def _load_prepared(args, seen):
     """mlx-vlm's load(), whose models come with packed caches."""
     from mlx_vlm import utils
 
-    from .cli import prepare
+    from .prepare import prepare
 
     original = utils.load
 
