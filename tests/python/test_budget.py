@@ -22,7 +22,8 @@ from turboquant_mlx.calibration.budget import Budget, parse_budget
 from turboquant_mlx.calibration.command import IN_PART
 from turboquant_mlx.calibration.command import main as command
 from turboquant_mlx.commands import cli
-from turboquant_mlx.eval import parse_mode
+from turboquant_mlx.eval import command as eval_command
+from turboquant_mlx.eval import options, parse_mode
 
 
 @pytest.fixture(autouse=True)
@@ -211,6 +212,8 @@ def test_command_with_the_bundled_model(tmp_path, capsys):
     model, _ = load(str(MODEL))  # whose own file has no choice
     cli.prepare(model, cli.tq_options().parse_args(["--tq-bits", "auto"]), MODEL)
     assert "bits and calibration" in capsys.readouterr().err
+    args = options.parse(["--model", str(MODEL), "--parts", "tasks", "--modes", "auto"])
+    assert eval_command._calibration(args, model, None)[0].policy.widths == policy.widths
     before = out.read_bytes()
     for changes, why in (
         (

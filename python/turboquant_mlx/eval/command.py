@@ -205,11 +205,21 @@ def _calibration(args, model, tokenizer):
         text = read_tokens(tokenizer, args.calibrate_text)
         return calibrate(model, spread_windows(text, min(2048, len(text)), 8)), args.calibrate_text.name
     if args.calibration or any(mode.centred for mode in args.modes):
+        chosen = any(mode.kind == "auto" for mode in args.modes) and not args.calibration
         try:
-            return load_calibration(args.calibration or args.model, directory=args.model), "file"
+            found = load_calibration(args.calibration or args.model, directory=args.model)
+            if not chosen or found.policy is not None:
+                return found, "file"
         except FileNotFoundError:
-            if args.calibration or not automatic.wanted(model):
+            if not chosen and (args.calibration or not automatic.wanted(model)):
                 raise
+        if chosen:  # as `enable` does: beside the weights there is no choice of bits, but one may be kept elsewhere
+            if (kept := automatic.chosen(model)) is None:
+                raise ValueError(
+                    "[eval] the mode auto needs bits that were chosen for this model, and there are none: run "
+                    "python -m turboquant_mlx calibrate --model FOLDER --budget kld=0.01 once"
+                )
+            return kept, "what calibrate --budget kept"
         return automatic.calibrated(model, tokenizer), "the package's text"
     return None, None
 
