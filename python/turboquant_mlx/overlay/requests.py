@@ -1,7 +1,7 @@
-"""Checks of a server's requests.  mlx-lm's one generating thread serves every client, and what it meets in a request
-after queueing it, outside of its own checks, ends that thread or the process: a list for a prompt, an empty prompt, stop
-words that are no strings, top_k beyond the vocabulary, a logit_bias of a token that does not exist (an index that MLX
-does not check).  Here each is an error of that request alone."""
+"""Checks of a server's requests that need the model; bodies.py has the others.  mlx-lm's one generating thread serves every
+client, and what it meets in a request outside of its own checks ends that thread or the process: an empty prompt, top_k
+beyond the vocabulary, a logit_bias of a token that does not exist (an index that MLX does not check).  Here each is an
+error of that request alone."""
 
 import mlx.core as mx
 
@@ -13,17 +13,6 @@ def checked(module):
     message, the others their answers."""
 
     class Checked(module.ResponseGenerator):
-        def generate(self, request, generation_args, progress_callback=None):
-            if request.request_type == "text" and not isinstance(request.prompt, str):
-                raise ValueError(f"prompt must be one string; got {type(request.prompt).__name__}")
-            words = generation_args.stop_words
-            if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-                raise ValueError(f"stop must be a string or a list of strings; got {words!r}")
-            seed = generation_args.seed
-            if seed is not None and not 0 <= seed < 2**64:
-                raise ValueError(f"seed must be from 0 to 2^64 - 1; got {seed}")
-            return super().generate(request, generation_args, progress_callback)
-
         def _tokenize(self, tokenizer, request, args):
             """Runs in the generating thread, with the request's model loaded, where mlx-lm catches what it raises."""
             prompt, segments, kinds, state, vision = super()._tokenize(tokenizer, request, args)
