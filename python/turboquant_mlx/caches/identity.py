@@ -51,7 +51,7 @@ def read(identity, arrays, kind):
             fields = json.loads(identity)
             saved = fields.pop("checksum")
             version = fields["format"]
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"[load] this is not the state of a {kind}: it carries no readable identity") from error
         if version not in READABLE:
             raise ValueError(
@@ -64,8 +64,8 @@ def read(identity, arrays, kind):
                 "or truncated; make it again"
             )
     for key, want in (("kind", kind), ("codebook", CODEBOOK)):
-        if fields[key] != want:
-            raise ValueError(f"[load] the {key} of the saved cache is {fields[key]}; expected {want}")
+        if fields.get(key) != want:
+            raise ValueError(f"[load] the {key} of the saved cache is {fields.get(key)}; expected {want}")
     return fields
 
 

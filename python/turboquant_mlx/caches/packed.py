@@ -280,17 +280,27 @@ class PackedCache(_BaseCache):
 
     @state.setter
     def state(self, state: Any) -> None:
+        kind = type(self).__name__
         try:
             *arrays, identity = state
         except (TypeError, ValueError) as error:
-            raise ValueError(f"[load] this is not the state of a {type(self).__name__}") from error
-        fields = read(identity, arrays, type(self).__name__)
+            raise ValueError(f"[load] this is not the state of a {kind}") from error
+        fields = read(identity, arrays, kind)
+        try:
+            self._take(fields, arrays)
+        except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:  # not as we write it
+            raise ValueError(f"[load] this is not the state of a {kind} ({type(error).__name__}: {error})") from error
+
+    def _take(self, fields, arrays):
+        """Becomes what `fields` and `arrays` of a state describe."""
+        kind = type(self).__name__
         key_map = arrays.pop() if fields.get("mapped") and arrays else None
         exact = fields.get("exact")
-        if len(arrays) not in ((8, 12) if exact else (8,)):
-            raise ValueError(f"[load] a {type(self).__name__} has eight arrays and four of copies; got {len(arrays)}")
-        codes = code_names(type(self).__name__, fields.get("code", "scalar"))  # version 1 had scalar codes alone
-        maps = query_maps(type(self).__name__, key_map)
+        filled = bool(arrays) and arrays[0] is not None
+        if len(arrays) not in ((8, 12) if exact and filled else (8,)):  # floats that are not packed yet have no copies
+            raise ValueError(f"[load] a {kind} has eight arrays and four of copies; got {len(arrays)}")
+        codes = code_names(kind, fields.get("code", "scalar"))  # version 1 had scalar codes alone
+        maps = query_maps(kind, key_map)
         coding = _core.CacheCoding(
             _core.Coding(fields["key_bits"], code=codes[0], seed=fields["seed"], centre=arrays[4], feedback=arrays[6]),
             _core.Coding(
@@ -300,12 +310,15 @@ class PackedCache(_BaseCache):
             query_map=maps[1],
             **({"recent": exact["recent"], "sink": exact["sink"]} if exact else {}),
         )
-        held = [fields["position"], None if arrays[0] is None else arrays[:4]]
+        model = fields["model"]
+        if not isinstance(model, str):
+            raise ValueError(f"[load] the name of the model of a {kind} must be text; got {model!r}")
+        held = [fields["position"], arrays[:4] if filled else None]
         if exact:
             held.append((arrays[8:], exact["from"]) if len(arrays) == 12 else None)
         self._restore(coding, *held)
         self._last_kernel = _core.LastKernel()
-        self.fingerprint = fields["model"]
+        self.fingerprint = model
 
     @classmethod
     def from_state(cls, state: Any, meta_state: Any = "") -> PackedCache:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from .._safetensors import LARGEST_HEADER, read_header
 from ..caches.identity import weight_names
 from ..overlay import hosts, sharding
 from .policies import Policy
@@ -110,9 +111,13 @@ def content(directory: str | os.PathLike[str]) -> str:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             try:
+                if length > LARGEST_HEADER:
+                    raise ValueError(f"its header takes {length} bytes")
                 tensors = json.loads(file.read(length))
                 spans = sorted(x["data_offsets"] for name, x in tensors.items() if name != "__metadata__")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if not all(0 <= start <= end <= path.stat().st_size for start, end in spans):
+                    raise ValueError("its tensors lie outside of it")
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(f"[calibration] {path} is no safetensors file") from error
             for start, end in spans:
                 for at in (start, (start + end) // 2):
@@ -162,9 +167,11 @@ def write_calibration(calibration, path, **metadata):
         metadata["weights"] = " ".join(sorted(names))
     if (policy := getattr(calibration, "policy", None)) is not None:
         metadata["policy"] = policy.to_json()
+    metadata |= {"format": FORMAT, "seed": str(seeds[0] if seeds else 0)}
+    # Under another name first: the file is whole or not there, and what a link of this name points to stays as it is.
     part = path.with_name(f".{os.getpid()}.{path.name}.safetensors")  # MLX adds the ending where it is missing
     try:
-        mx.save_safetensors(str(part), tensors, metadata | {"format": FORMAT, "seed": str(seeds[0] if seeds else 0)})
+        mx.save_safetensors(str(part), tensors, metadata)
         os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):
@@ -173,16 +180,16 @@ def write_calibration(calibration, path, **metadata):
 
 def read_calibration(path):
     """(what `write_calibration` wrote, its entries); ValueError when the file holds something else."""
+    read_header("load_calibration", path)
     tensors, metadata = mx.load(str(path), return_metadata=True)
     if metadata.get("format") not in _READABLE:
         found = metadata.get("format")
         raise ValueError(f"[load_calibration] {path} must hold {FORMAT!r}; it holds {found!r}: {_AGAIN}")
     mx.eval(list(tensors.values()))  # a thread that loads lazily may end before another one reads
-    found = {}
-    for name, x in tensors.items():
-        slot, field = name.rsplit(".", 1)
-        found.setdefault(int(slot), {"seed": int(metadata["seed"])})[field] = x
-    result = Calibrations((slot, Calibration(**found[slot])) for slot in sorted(found))
+    try:
+        result = _slots(tensors, int(metadata.get("seed", "")))
+    except ValueError as error:
+        raise ValueError(f"[load_calibration] {path} {error}: {_AGAIN}") from error
     result.weights = frozenset(metadata.get("weights", "").split())
     result.policy = Policy.from_json(metadata["policy"]) if "policy" in metadata else None
     return result, metadata
@@ -214,6 +221,35 @@ def load_calibration(where: Any, *, directory: Any = None) -> Calibrations:
                 f"[load_calibration] {path} was made for a model of the same shape with other weights: {_AGAIN}"
             )
     return found
+
+
+_DTYPES = {"feedback": mx.float16, "map": mx.float32}  # of centres any float
+
+
+def _slots(tensors, seed):
+    """The calibrations that named arrays make; ValueError says what is wrong with one."""
+    found: dict[int, dict] = {}
+    for name, x in tensors.items():
+        slot, _, field = name.rpartition(".")
+        if field not in Calibration._fields or field == "seed" or not slot.isdecimal() or len(slot) > 6:
+            raise ValueError(f"holds {name!r}, which is no part of a calibration")
+        part = field.partition("_")[2]
+        rank = 2 if part == "centre" else 3
+        if x.ndim != rank or x.size == 0 or (rank == 3 and x.shape[-1] != x.shape[-2]):
+            raise ValueError(f"holds {name!r} of shape {tuple(x.shape)}")
+        if x.dtype != _DTYPES.get(part, x.dtype) or not mx.issubdtype(x.dtype, mx.floating):
+            raise ValueError(f"holds {name!r} of dtype {x.dtype}")
+        if not mx.all(mx.isfinite(x)).item():
+            raise ValueError(f"holds numbers that are not finite in {name!r}")
+        found.setdefault(int(slot), {"seed": seed})[field] = x
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"names the seed {seed}")
+    for slot, fields in found.items():
+        for side in ("key", "value"):
+            sizes = sorted({(x.shape[0], x.shape[-1]) for name, x in fields.items() if name.startswith(side)})
+            if len(sizes) > 1:
+                raise ValueError(f"holds arrays of several (heads, head_dim) for the {side}s of slot {slot}: {sizes}")
+    return Calibrations((slot, Calibration(**found[slot])) for slot in sorted(found))
 
 
 def load_beside(where: Any) -> Calibrations:

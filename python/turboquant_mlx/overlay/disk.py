@@ -27,6 +27,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_cache
 
 from .. import _core
+from .._safetensors import read_header
 from ..caches import PackedCache, leaves
 from ..caches.checkpoints import checkpointed, nearest_checkpoint
 from ..caches.identity import checksum, fingerprint
@@ -143,7 +144,7 @@ class PrefixStore:
     def _described(self, name):
         """The Prefix of a file by its header; ValueError when the file is damaged or of other models."""
         path = self.directory / name
-        header = saving.check_complete(path)
+        header = read_header("load_prompt_cache", path)
         fields = json.loads(header["__metadata__"][f"0.{KEY}"])
         if fields["identity"] != self._identity:
             raise ValueError("it belongs to another model or to other settings")
@@ -250,7 +251,7 @@ class PrefixStore:
         partial = self.directory / f".{name.removesuffix('.safetensors')}.{os.getpid()}.tmp.safetensors"
         try:
             saving.save_prompt_cache(str(partial), caches, {KEY: json.dumps(fields)})
-            saving.check_complete(partial)  # of a full disk MLX says nothing
+            read_header("save_prompt_cache", partial)  # of a full disk MLX says nothing
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)

@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_cache
 
+from .._safetensors import read_header
 from ..caches import PackedCache, leaves, older
 from ..caches.identity import checksum
 from ..caches.slots import layer_name
@@ -74,12 +75,9 @@ class _Contents:
     """What lies in a file, read without building a cache."""
 
     def __init__(self, file_name):
-        try:
-            arrays, header = mx.load(file_name, return_metadata=True)
-        except RuntimeError as error:
-            if not Path(file_name).is_file():
-                raise
-            raise ValueError(f"[load_prompt_cache] {file_name} is no safetensors file: {error}") from error
+        if Path(file_name).is_file():
+            read_header("load_prompt_cache", file_name)
+        arrays, header = mx.load(file_name, return_metadata=True)
         parts = [{}, {}, {}]  # metadata, class names, kinds of leaves that were no arrays
         for key, value in header.items():
             part, _, rest = key.partition(".")

@@ -3,39 +3,18 @@
 mlx-lm's own `save_prompt_cache` and `load_prompt_cache` work on packed caches once apply_patch() ran, and refuse
 altered codes; only the functions here know the model that a cache is meant for."""
 
-import json
-import struct
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
+from .._safetensors import read_header
 from ..caches import PackedCache, layer_name, leaves
 from ..caches.maker import CacheMaker
 from .other_slots import save_prompt_cache
 from .patch import apply_patch
 
 __all__ = ["check_fits", "load_prompt_cache", "save_prompt_cache"]
-
-
-def check_complete(file_name):
-    """The header of a safetensors file, which is a length, a JSON header and the bytes that this promises; else ValueError."""
-    size = Path(file_name).stat().st_size
-    with open(file_name, "rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        try:
-            header = json.loads(file.read(length) if length < size else b"")
-            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-            end = 8 + length + max(ends, default=0)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise ValueError(f"[load_prompt_cache] {file_name} is no complete safetensors file") from error
-    if size < end:
-        raise ValueError(f"[load_prompt_cache] {file_name} is truncated: it has {size} of {end} bytes")
-    if size > end:
-        raise ValueError(f"[load_prompt_cache] {file_name} was altered: it has {size} bytes and describes {end}")
-    return header
 
 
 def _kind(cache):
@@ -102,7 +81,7 @@ def load_prompt_cache(file_name: Any, model: Any = None, return_metadata: bool =
         ValueError: the file is truncated or altered, or does not fit the model; the message says what differs.
     """
     apply_patch()
-    check_complete(file_name)
+    read_header("load_prompt_cache", file_name)
     caches, metadata = mlx_lm_cache.load_prompt_cache(file_name, return_metadata=True)
     if model is not None:
         check_fits(caches, model, str(file_name))
