@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from .._safetensors import LARGEST_HEADER, read_header
-from ..caches.identity import weight_names
+from ..caches.identity import checksum, weight_names
 from ..overlay import hosts, sharding
 from .policies import Policy
 
@@ -168,6 +168,7 @@ def write_calibration(calibration, path, **metadata):
     if (policy := getattr(calibration, "policy", None)) is not None:
         metadata["policy"] = policy.to_json()
     metadata |= {"format": FORMAT, "seed": str(seeds[0] if seeds else 0)}
+    metadata["checksum"] = _sum(tensors, metadata)
     # Under another name first: the file is whole or not there, and what a link of this name points to stays as it is.
     part = path.with_name(f".{os.getpid()}.{path.name}.safetensors")  # MLX adds the ending where it is missing
     try:
@@ -178,6 +179,13 @@ def write_calibration(calibration, path, **metadata):
             part.unlink()
 
 
+def _sum(tensors, metadata):
+    """The checksum of all that a file holds beside it."""
+    names = sorted(tensors)
+    others = {key: value for key, value in metadata.items() if key != "checksum"}
+    return checksum([names, others], [tensors[name] for name in names])
+
+
 def read_calibration(path):
     """(what `write_calibration` wrote, its entries); ValueError when the file holds something else."""
     read_header("load_calibration", path)
@@ -186,6 +194,8 @@ def read_calibration(path):
         found = metadata.get("format")
         raise ValueError(f"[load_calibration] {path} must hold {FORMAT!r}; it holds {found!r}: {_AGAIN}")
     mx.eval(list(tensors.values()))  # a thread that loads lazily may end before another one reads
+    if metadata.get("checksum", found := _sum(tensors, metadata)) != found:  # files of earlier versions have none
+        raise ValueError(f"[load_calibration] {path} does not match its checksum, it was altered: {_AGAIN}")
     try:
         result = _slots(tensors, int(metadata.get("seed", "")))
     except ValueError as error:
