@@ -194,14 +194,14 @@ def read_calibration(path):
         found = metadata.get("format")
         raise ValueError(f"[load_calibration] {path} must hold {FORMAT!r}; it holds {found!r}: {_AGAIN}")
     mx.eval(list(tensors.values()))  # a thread that loads lazily may end before another one reads
-    if metadata.get("checksum", found := _sum(tensors, metadata)) != found:  # files of earlier versions have none
-        raise ValueError(f"[load_calibration] {path} does not match its checksum, it was altered: {_AGAIN}")
     try:
         result = _slots(tensors, int(metadata.get("seed", "")))
     except ValueError as error:
         raise ValueError(f"[load_calibration] {path} {error}: {_AGAIN}") from error
     result.weights = frozenset(metadata.get("weights", "").split())
     result.policy = Policy.from_json(metadata["policy"]) if "policy" in metadata else None
+    if metadata.get("checksum", found := _sum(tensors, metadata)) != found:  # files of earlier versions have none
+        raise ValueError(f"[load_calibration] {path} does not match its checksum, it was altered: {_AGAIN}")
     return result, metadata
 
 
