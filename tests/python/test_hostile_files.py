@@ -11,8 +11,10 @@ from mlx_lm.models import cache as mlx_lm_cache
 from packed_caches import same
 from turboquant_mlx import (
     BatchTurboQuantKVCache,
+    BatchTurboQuantLatentKVCache,
     BatchTurboQuantRotatingKVCache,
     TurboQuantKVCache,
+    TurboQuantLatentKVCache,
     TurboQuantRotatingKVCache,
     load_prompt_cache,
     save_prompt_cache,
@@ -39,30 +41,34 @@ def small(kind):
         "mapped": lambda: TurboQuantKVCache(2, recent=0, sink=0, key_map=2 * mx.eye(32)[None]),
         "empty": lambda: TurboQuantKVCache(3),
         "batch": lambda: BatchTurboQuantKVCache([1, 0], 4, recent=0, sink=2),
+        "latent": lambda: TurboQuantLatentKVCache(3),
+        "latents": lambda: BatchTurboQuantLatentKVCache([1, 0], 2),
         "young": lambda: TurboQuantRotatingKVCache(16, 1, 3),
         "window": lambda: TurboQuantRotatingKVCache(4, 1, 3, code="scalar"),
         "windows": lambda: BatchTurboQuantRotatingKVCache(4, [1, 0], 8),
     }
     cache = made[kind]()
     for n in () if kind == "empty" else (3, 1, 1):
-        cache.update_and_fetch(*kv(n, 2 if "batch" in kind or kind == "windows" else 1))
+        cache.update_and_fetch(*kv(n, 2 if kind in ("batch", "windows", "latents") else 1))
     return cache
 
 
-KINDS = ["copies", "mapped", "empty", "batch", "young", "window", "windows"]
+KINDS = ["copies", "mapped", "empty", "batch", "latent", "latents", "young", "window", "windows"]
 
 
 def use(cache):
     """Whatever can be done with a cache that was read, whose heads may be others than before."""
     if cache.empty():
         return
-    view, _ = cache.keys_and_values()
+    mx.eval(cache.keys_and_values() if "Latent" in type(cache).__name__ else [])
+    view = cache._core.view()
     keys, values = view.decode(mx.float16)
     rows, heads, _, dim = keys.shape
     query = mx.ones((rows, 2 * heads, 2, dim), mx.float16)
     mx.eval(view.attend(query[:, :, :1], 0.2, None), keys, values)
     more = mx.ones((rows, heads, 2, dim), mx.float16), mx.ones((rows, heads, 2, values.shape[3]), mx.float16)
-    view, _ = cache.update_and_fetch(*more)
+    cache.update_and_fetch(*more)
+    view = cache._core.view()
     mx.eval(view.attend(query, 0.2, "causal"))
     cache.make_mask(1, return_array=True)
     mx.eval([x for x in cache.state if isinstance(x, mx.array)])
@@ -101,7 +107,8 @@ def test_a_byte_altered_anywhere_in_a_calibration_is_noticed(tmp_path):
     }
     save_calibration(made, file, directory=MODEL)
     whole, drawn = file.read_bytes(), random.Random(1)
-    for at in range(len(whole)):
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for at in [*range(header), *range(header, len(whole), 5)]:
         damaged = bytearray(whole)
         damaged[at] ^= drawn.randrange(1, 256)
         file.write_bytes(damaged)
@@ -252,6 +259,26 @@ def test_forged_arrays_are_refused_or_harmless(kind):
             continue
         with contextlib.suppress(ValueError):  # centres of other sizes are refused where they are used
             use(other)
+
+
+@pytest.mark.parametrize(
+    "settings, heads, message",
+    [
+        ({"recent": 8, "sink": 1}, 1, "no exact copies"),
+        ({"recent": 0, "sink": 0, "key_map": 2 * mx.eye(32)[None]}, 1, "no exact copies, feedback or maps"),
+        ({"recent": 0, "sink": 0, "feedback": (mx.zeros((1, 32, 32), mx.float16), None)}, 1, "feedback or maps"),
+        ({"recent": 0, "sink": 0}, 2, "one head"),
+    ],
+)
+def test_a_latent_cache_takes_no_state_of_another_kind(settings, heads, message):
+    cache = TurboQuantKVCache(3, **settings)
+    cache.update_and_fetch(*(mx.repeat(x, heads, 1) for x in kv(5)))
+    *arrays, identity = cache.state
+    latent = small("latent")
+    before = str(latent.state[-1])
+    with pytest.raises(ValueError, match=message):
+        latent.state = (*arrays, str(Identity(identity.fields | {"kind": type(latent).__name__}, arrays)))
+    assert str(latent.state[-1]) == before
 
 
 def test_saving_a_calibration_writes_nowhere_else(tmp_path):

@@ -108,6 +108,15 @@ class _Latent:
         """The latent history (B, 1, N, D) and the rotary keys (B, 1, N, D_r), as `update_and_fetch` hands them out."""
         return self._hand_out(self._core.view())
 
+    def _restore(self, coding, position, arrays, copies=None):
+        kind = type(self).__name__
+        added = coding.keys.feedback, coding.values.feedback, coding.key_map
+        if any(x is not None for x in added) or coding.recent or coding.sink or copies:
+            raise ValueError(f"[load] a {kind} has no exact copies, feedback or maps; the saved one has")
+        if arrays and arrays[0].ndim == 4 and arrays[0].shape[1] != 1:
+            raise ValueError(f"[load] a {kind} has one head; the saved one has {arrays[0].shape[1]}")
+        super()._restore(coding, position, arrays)
+
     @property
     def kernel(self) -> str | None:
         """The kernel that attention over the codes used last, or that the layer decoded the latents; None before."""

@@ -291,7 +291,7 @@ class PackedCache(_BaseCache):
         except (TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:  # not as we write it
             raise ValueError(f"[load] this is not the state of a {kind} ({type(error).__name__}: {error})") from error
 
-    def _take(self, fields, arrays):
+    def _take(self, fields: dict[str, Any], arrays: list[Any]) -> None:
         """Becomes what `fields` and `arrays` of a state describe."""
         kind = type(self).__name__
         key_map = arrays.pop() if fields.get("mapped") and arrays else None

@@ -236,12 +236,12 @@ def load_calibration(where: Any, *, directory: Any = None) -> Calibrations:
 _DTYPES = {"feedback": mx.float16, "map": mx.float32}  # of centres any float
 
 
-def _slots(tensors, seed):
+def _slots(tensors: dict[str, mx.array], seed: int) -> Calibrations:
     """The calibrations that named arrays make; ValueError says what is wrong with one."""
     found: dict[int, dict] = {}
     for name, x in tensors.items():
-        slot, _, field = name.rpartition(".")
-        if field not in Calibration._fields or field == "seed" or not slot.isdecimal() or len(slot) > 6:
+        number, _, field = name.rpartition(".")
+        if field not in Calibration._fields or field == "seed" or not number.isdecimal() or len(number) > 6:
             raise ValueError(f"holds {name!r}, which is no part of a calibration")
         part = field.partition("_")[2]
         rank = 2 if part == "centre" else 3
@@ -251,7 +251,7 @@ def _slots(tensors, seed):
             raise ValueError(f"holds {name!r} of dtype {x.dtype}")
         if not mx.all(mx.isfinite(x)).item():
             raise ValueError(f"holds numbers that are not finite in {name!r}")
-        found.setdefault(int(slot), {"seed": seed})[field] = x
+        found.setdefault(int(number), {"seed": seed})[field] = x
     if not 0 <= seed < 2**64:
         raise ValueError(f"names the seed {seed}")
     for slot, fields in found.items():

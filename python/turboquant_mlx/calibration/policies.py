@@ -44,7 +44,7 @@ class Policy(NamedTuple):
             known = all(bits in WIDTHS for pair in policy.widths.values() for bits in pair)
             if not known or not all(type(n) is int and n >= 0 for n in (policy.recent, policy.sink)):
                 raise ValueError(text)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"[load_calibration] the file's choice of bits cannot be read: {text[:80]!r}") from error
         return policy
 
