@@ -128,7 +128,9 @@ struct View {
 
   int head_dim() const { return store.head_dim(coding); }
   int value_dim() const { return store.value_dim(coding); }
-  /// Attention of q (B, H_q, L, D) over the history.
+  /// Attention of q (B, H_q, L, D) over the history.  With exact copies, L is at most the number of tokens appended
+  /// last unless the result is evaluated before the cache goes on: copies that only more queries read may be
+  /// overwritten.
   mx::array attend(const mx::array& q, float scale, bool causal, const std::optional<mx::array>& mask = std::nullopt,
                    const std::optional<mx::array>& sinks = std::nullopt, mx::StreamOrDevice s = {}) const;
   /// The history as numbers, keys and values (B, H_kv, length, D): materialises all of it.
