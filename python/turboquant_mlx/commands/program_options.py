@@ -31,6 +31,21 @@ def options(command):
             default=20 * 10**9,
             help="of that directory at most, the least recently used first out (default: 20GB)",
         )
+        group = parser.add_argument_group("TurboQuant limits")
+        group.add_argument(
+            "--tq-memory",
+            type=size,
+            metavar="SIZE",
+            help="of weights, caches and workspace at most, such as 12GB: what cannot fit is refused at start, and requests "
+            "that do not fit beside others wait",
+        )
+        group.add_argument(
+            "--tq-context",
+            type=tokens,
+            metavar="N",
+            help="tokens of a prompt and its answer at most; longer prompts are refused (default: none without "
+            "--tq-memory, else what fits)",
+        )
     return parser
 
 
@@ -80,6 +95,14 @@ def install(module, command, args, replaced):
             module.LRUPromptCache = disk.stored(module.LRUPromptCache, store)
         replaced.setdefault("ModelProvider", module.ModelProvider)
         module.ModelProvider = _provider(module.ModelProvider, lookup, store)
+        if args.tq_memory is not None or args.tq_context is not None:
+            from ..overlay import limits
+
+            given = limits.Limits(args.tq_memory, args.tq_context)
+            closing.append(given.close)
+            module.ModelProvider = limits.provider(module.ModelProvider, given)
+            replaced.setdefault("ResponseGenerator", module.ResponseGenerator)
+            module.ResponseGenerator = limits.generator(module.ResponseGenerator, given)
     elif lookup is not None:
         name = "stream_generate" if command == "chat" else "generate"
         replaced[name] = getattr(module, name)

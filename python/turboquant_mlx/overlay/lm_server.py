@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 from huggingface_hub.errors import CacheNotFound
 
 from ..commands import hub
-from . import bodies
+from . import bodies, limits
 
 _MODELS = "/v1/models"
 
@@ -22,6 +22,8 @@ def _status(error: BaseException | None) -> int:
 
     if isinstance(error, (ValueError, TemplateError)):
         return 400
+    if isinstance(error, limits.Busy):
+        return 503
     return 404 if isinstance(error, OSError) else 500  # a model that is not there, on the disk or on the hub
 
 
