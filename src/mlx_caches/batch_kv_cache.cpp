@@ -214,6 +214,9 @@ void BatchKVCache::restore(const Store& store, int length, std::vector<int> left
   if (copies && has_copies(coding_)) check_restored("restore", coding_, *copies, store, length);
   require(int(left_padding.size()) == store.batch(), "[restore] left_padding must have one number for each of ",
           store.batch(), " rows; got ", left_padding.size());
+  for (int n : left_padding) {
+    require(n >= 0 && n <= 1 << 30, "[restore] left_padding must be from 0 to 1073741824; got ", n);
+  }
   copies_.reset();
   if (has_copies(coding_)) copies_ = copies ? *copies : copies_of_codes(coding_, store, length, left_padding);
   set_padding(std::move(left_padding));

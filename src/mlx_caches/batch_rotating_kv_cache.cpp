@@ -223,6 +223,12 @@ void BatchRotatingKVCache::restore(const Store& store, Position position) {
           position.left_padding.size(), " and ", position.offsets.size());
   require(position.index >= 0 && position.index <= store.capacity(), "[restore] index must be from 0 to ",
           store.capacity(), "; got ", position.index);
+  for (const auto* numbers : {&position.left_padding, &position.offsets}) {  // padding counts down below zero
+    for (int n : *numbers) {
+      require(n >= -(1 << 30) && n <= 1 << 30, "[restore] left_padding and offsets must be within 1073741824; got ", n);
+    }
+  }
+  require(position.length <= 1 << 30, "[restore] length must be at most 1073741824; got ", position.length);
   store_ = store;
   length_ = position.length;
   index_ = position.index;

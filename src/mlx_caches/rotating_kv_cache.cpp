@@ -72,6 +72,9 @@ void RotatingKVCache::restore(const Store& store, int offset, int index) {
   require(offset >= 0 && index >= 0 && index <= store.capacity(),
           "[restore] offset must be at least 0 and index from 0 to ", store.capacity(), "; got ", offset, " and ",
           index);
+  require(offset <= 1 << 30, "[restore] offset must be at most 1073741824; got ", offset);
+  require(index == store.capacity() || index >= offset || index >= keep_,
+          "[restore] index must be at least keep = ", keep_, " once the window has moved on; got ", index);
   store_ = store;
   offset_ = offset;
   index_ = index;

@@ -182,6 +182,17 @@ void check_store(const char* op, const CacheCoding& coding, const Store& store, 
           store.values.scales.shape());
   require(length >= 0 && length <= store.capacity(), "[", op, "] length must be from 0 to the ", store.capacity(),
           " tokens held; got ", length);
+  const int heads = store.heads(), dim = store.head_dim(coding), value_dim = store.value_dim(coding);
+  const auto check_fits = [&](const std::optional<mx::array>& x, const char* name, const mx::Shape& want) {
+    require(!x || x->shape() == want, "[", op, "] the ", name, " must have shape ", want, "; got ",
+            x ? x->shape() : want);
+  };
+  check_fits(coding.keys.centre, "key centre", {heads, dim});
+  check_fits(coding.keys.feedback, "key feedback", {heads, dim, dim});
+  check_fits(coding.key_map, "key map", {heads, dim, dim});
+  if (value_dim == 0) return;
+  check_fits(coding.values.centre, "value centre", {heads, value_dim});
+  check_fits(coding.values.feedback, "value feedback", {heads, value_dim, value_dim});
 }
 
 Store concatenate(const std::vector<Store>& stores, int axis, mx::StreamOrDevice s) {

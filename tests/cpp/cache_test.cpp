@@ -3,6 +3,7 @@
 
 #include "turboquant/mlx/batch_kv_cache.h"
 #include "turboquant/mlx/kv_cache.h"
+#include "turboquant/mlx/rotating_kv_cache.h"
 #include "turboquant/turboquant.h"
 
 namespace turboquant::ops {
@@ -100,6 +101,40 @@ TEST_F(Cache, CodesAndCopiesWaitForTheSameWriteWhenTied) {
   copies->held.written = nothing_to_wait_for(20);  // by another kernel
   tie_both(store, copies, mx::array(1.f));
   EXPECT_FALSE(same_write(*store, copies->held));
+}
+
+// Files may say anything.
+TEST_F(Cache, RestoreRefusesWhatNoCacheHolds) {
+  KVCache cache;
+  cache.append(random(10), random(10));
+  const auto dim = cache.store()->head_dim(cache.coding()), heads = cache.store()->heads();
+  for (const mx::Shape& shape : {mx::Shape{heads + 1, dim}, mx::Shape{heads, dim + 32}}) {
+    CacheCoding coding = cache.coding();
+    coding.keys.centre = mx::zeros(shape);
+    EXPECT_THROW(KVCache(coding).restore(*cache.store(), 10), std::invalid_argument) << shape;
+    coding = cache.coding();
+    coding.values.centre = mx::zeros(shape);
+    EXPECT_THROW(KVCache(coding).restore(*cache.store(), 10), std::invalid_argument) << shape;
+  }
+  CacheCoding mapped = cache.coding();
+  mapped.key_map = mapped.query_map = mx::zeros({heads + 1, dim, dim});
+  EXPECT_THROW(KVCache(mapped).restore(*cache.store(), 10), std::invalid_argument);
+  BatchKVCache batch({0}, cache.coding());
+  batch.restore(*cache.store(), 10, {3});
+  for (int padding : {-1, (1 << 30) + 1}) {
+    EXPECT_THROW(batch.restore(*cache.store(), 10, {padding}), std::invalid_argument) << padding;
+  }
+  EXPECT_EQ(batch.offsets(), std::vector<int>{7});
+}
+
+TEST_F(Cache, WindowsRefusePositionsThatNoneHas) {
+  RotatingKVCache window(8, 2, {});
+  window.append(random(8), random(8));
+  window.append(random(1), random(1));
+  RotatingKVCache other(8, 2, window.coding());
+  EXPECT_THROW(other.restore(*window.store(), 9, 1), std::invalid_argument);  // among the tokens that stay
+  EXPECT_THROW(other.restore(*window.store(), (1 << 30) + 1, 3), std::invalid_argument);
+  EXPECT_NO_THROW(other.restore(*window.store(), 9, 3));
 }
 
 TEST_F(Cache, AFailedAppendChangesNothing) {
