@@ -197,13 +197,13 @@ def greedy(model, tokens, count, cache=None, **settings):
 NEAR_TIE = 0.03
 
 
-def sure(model, tokens, count, cache=None, **settings):
-    """`greedy` up to the first token that leads by less than NEAR_TIE."""
+def sure(model, tokens, count, cache=None, tie=NEAR_TIE, **settings):
+    """`greedy` up to the first token that leads by less than `tie`."""
     cache = make_prompt_cache(model) if cache is None else cache
     out = []
     for token, logprobs in generate_step(mx.array(tokens), model, max_tokens=count, prompt_cache=cache, **settings):
         second, first = mx.topk(logprobs, 2).tolist()
-        if abs(first - second) < NEAR_TIE:
+        if abs(first - second) < tie:
             break
         out.append(token)
     return out

@@ -170,7 +170,9 @@ def speculative_generate_step(*positional, **named):
     else:
         caches, others = held[: len(model.layers)], held[len(model.layers) :]
     if of["kv_bits"] is not None:
-        if lookup or any(isinstance(c, PackedCache) for _, c in leaves(caches)):
+        for c in (c for _, c in leaves(caches) if isinstance(c, PackedCache)):
+            raise ValueError(f"{_OPERATION} {type(c).__name__} packs its keys and values itself; leave kv_bits out")
+        if lookup:
             raise ValueError(f"{_OPERATION} kv_bits is mlx-lm's own quantisation; got {of['kv_bits']}: leave it out")
         return original(*call.args, **call.kwargs)  # mlx-lm's own affair
     caches, pairs = _stood_in(caches)
