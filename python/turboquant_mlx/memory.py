@@ -88,11 +88,13 @@ class CacheSizes:
         return sum(slot.at(context) for path, slot in self._slots.items() if path not in without)
 
     def workspace(self, step: int) -> int:
-        """Bytes beside the caches while a chunk of `step` tokens is read: an estimate from above."""
+        """Bytes beside the caches while a chunk of `step` tokens is read: an estimate from above.
+
+        A tenth on top is for what waits to be freed while MLX's threads lag behind."""
         copied = sum(
             slot.copied + (slot.token if slot.window else 0) for slot in self._slots.values()
         )  # windows hold a chunk beside
-        return int(step * (self._layer + copied) + min(step, MAX_TOKENS) * self._recurrent)
+        return int(1.1 * (step * (self._layer + copied) + min(step, MAX_TOKENS) * self._recurrent))
 
     def longest(self, limit: int, most: int) -> int:
         """The longest context, `most` at most, whose caches take no more than `limit` bytes."""
