@@ -12,7 +12,6 @@ from turboquant_mlx import _core, decode, encode
 # moves by that times 1 / sqrt(3) of the key's length, four times that in a bad case, and the weight by as much of itself.
 # It rounds every weight to 1 / 65,024 of the largest near it, likewise; the rest is float32.
 OF_SCORE, OF_WEIGHT, OF_OUTPUT = 3.5 * 4 / 3**0.5 / 65024, 4 / 3**0.5 / 65024, 1e-5
-OF_SCALE = 2**-11  # a scale is a half: another order of its sum may round it the other way (docs/reliability.md)
 ROUNDING = {mx.float32: 0, mx.float16: 2**-11, mx.bfloat16: 2**-8}
 
 
@@ -167,10 +166,13 @@ class Row:
         for x, mask in sources:
             key, value = np.linalg.norm(x, axis=-1)[:, :, None]
             part = np.where(mask, weights, 0)
+            weighed = x[1]
+            if coding.centres is not None:  # a kernel weighs what is left without the centre, which it adds at the end
+                weighed = weighed - np.repeat(np.array(coding.centres[1]), group, axis=0)[:, None]
             bound += (part * spread * key * (value + norm[..., None])).sum(-1) * OF_SCORE
-            squares += ((part > 0) * value**2).sum(-1)
+            squares += ((part > 0) * (weighed**2).sum(-1)[:, None]).sum(-1)
         bound += OF_WEIGHT * weights.max(-1, initial=0) * squares**0.5
-        return out, bound + (OF_OUTPUT + OF_SCALE + ROUNDING[coding.dtype]) * norm
+        return out, bound + (OF_OUTPUT + ROUNDING[coding.dtype]) * norm
 
 
 class History:
