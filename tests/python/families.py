@@ -1,6 +1,6 @@
 """Small random models of every family that mlx-lm has a file for.
 
-A family's arguments are SIZES, of which `from_dict` takes those that it knows, and its own CHANGES."""
+A family's arguments are SIZES and its own CHANGES.  `from_dict` ignores the SIZES that it does not know."""
 
 import dataclasses
 import importlib

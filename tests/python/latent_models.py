@@ -1,5 +1,6 @@
 """Small random models with latent attention: latents of 64 numbers beside rotary keys of 32, as each family has them."""
 
+from families import YARN
 from mlx_lm.models import (
     deepseek_v3,
     deepseek_v32,
@@ -72,18 +73,7 @@ def indexed(**changes):
 
 
 def mistral():
-    rope = {
-        "rope_theta": 10000.0,
-        "type": "yarn",
-        "factor": 4.0,
-        "original_max_position_embeddings": 1000,
-        "llama_4_scaling_beta": 0.1,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-    }
-    return build(mistral4, **LATENT | EXPERTS, rope_parameters=rope)
+    return build(mistral4, **LATENT | EXPERTS, rope_parameters=YARN)
 
 
 FAMILIES = {

@@ -6,7 +6,7 @@ import shutil
 import mlx.core as mx
 from conftest import MODEL
 from mlx.utils import tree_flatten, tree_map_with_path
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import gemma3_text, gemma3n, gpt_oss, jamba, llama, phi, phi3, qwen2, qwen3, qwen3_5
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -188,6 +188,16 @@ def greedy(model, tokens, count, cache=None, **settings):
     cache = make_prompt_cache(model) if cache is None else cache
     steps = generate_step(mx.array(tokens), model, max_tokens=count, prompt_cache=cache, **settings)
     return [token for token, _ in steps]
+
+
+def batched(model, prompts, count):
+    """The `count` greedy tokens that each prompt gets when all are read in one batch."""
+    batch = BatchGenerator(model, max_tokens=count)
+    answers = {uid: [] for uid in batch.insert(prompts)}
+    while responses := batch.next_generated():
+        for response in responses:
+            answers[response.uid].append(response.token)
+    return list(answers.values())
 
 
 # Paths that multiply matrices of other shapes round elsewhere, and a coordinate that lay on a threshold takes the next

@@ -7,10 +7,10 @@ import mlx.core as mx
 import pytest
 from decoded import check_logits
 from latent_models import FAMILIES, deepseek, indexed
-from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.generate import generate_step
 from mlx_lm.models import deepseek_v2
 from mlx_lm.models.cache import KVCache, make_prompt_cache, trim_prompt_cache
-from small_models import greedy, prompt, small_llama
+from small_models import batched, greedy, prompt, small_llama
 from turboquant_mlx import (
     BatchTurboQuantLatentKVCache,
     TurboQuantKVCache,
@@ -78,14 +78,7 @@ def test_rows_of_a_batch_are_as_alone():
     model = deepseek()
     enable(model, bits=8)
     texts = [prompt(n, seed=n) for n in (9, 20, 14)]
-    batch = BatchGenerator(model, max_tokens=6)
-    ids = batch.insert(texts)
-    answers = {uid: [] for uid in ids}
-    while responses := batch.next_generated():
-        for response in responses:
-            answers[response.uid].append(response.token)
-    for uid, text in zip(ids, texts, strict=True):
-        assert answers[uid] == greedy(model, text, 6)
+    assert batched(model, texts, 6) == [greedy(model, text, 6) for text in texts]
 
 
 def test_merged_rows_hold_what_was_merged():

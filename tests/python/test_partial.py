@@ -12,10 +12,10 @@ import pytest
 from conftest import MODEL
 from decoded import check_logits
 from mlx.utils import tree_flatten
-from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.generate import generate_step
 from mlx_lm.models import deepseek_v2, gemma4_text
 from mlx_lm.models.cache import KVCache, make_prompt_cache, trim_prompt_cache
-from small_models import VOCAB, build, greedy, prompt, small_llama
+from small_models import VOCAB, batched, build, greedy, prompt, small_llama
 from turboquant_mlx import (
     TurboQuantKVCache,
     TurboQuantRotatingKVCache,
@@ -96,14 +96,7 @@ def test_mixed_slots_are_batched():
     model = mixed()
     enable(model, bits=8, recent=0, sink=0)
     texts = [prompt(n, seed=n) for n in (9, 20)]
-    batch = BatchGenerator(model, max_tokens=6)
-    ids = batch.insert(texts)
-    answers = {uid: [] for uid in ids}
-    while responses := batch.next_generated():
-        for response in responses:
-            answers[response.uid].append(response.token)
-    for uid, text in zip(ids, texts, strict=True):
-        assert answers[uid] == greedy(model, text, 6)
+    assert batched(model, texts, 6) == [greedy(model, text, 6) for text in texts]
 
 
 def test_heads_of_512_are_packed():

@@ -78,6 +78,7 @@ def table(args):
     from ..caches.slots import own_caches
     from ..enable import packing
     from ..memory import CacheSizes
+    from .prepare import coding
 
     if args.tq_start:
         raise ValueError(f"--tq-start {args.tq_start} is not counted: caches are those that are packed; leave it out")
@@ -90,13 +91,8 @@ def table(args):
         maker, _ = packing(
             model,
             bits,
-            key_bits=args.tq_key_bits,
-            value_bits=args.tq_value_bits,
-            code=args.tq_code,
-            seed=args.tq_seed,
+            **coding(args),
             calibration=_chosen(args) if bits == "auto" else {},
-            recent=args.tq_recent,
-            sink=args.tq_sink,
             checkpoints=False if args.tq_checkpoints is False else args.tq_checkpoints or "auto",
             strict=args.tq_strict,
             named=False,

@@ -55,6 +55,11 @@ def _describe(calibration):
     return ", centred" + (f", feedback of {' and '.join(fed)}" if fed else "")
 
 
+def coding(args):
+    """The arguments of `enable` that say how tokens are stored, but for bits and calibration."""
+    return {name: getattr(args, f"tq_{name}") for name in ("key_bits", "value_bits", "code", "seed", "recent", "sink")}
+
+
 def prepare(model, args, where, max_kv_size=None, main=True, tokenizer=None):
     """The model loaded from `where`, ready to run with packed caches; says on stderr what its slots became.  `main` is
     False of a draft model, and of one that only a server's request names.  With its tokenizer, a model that has no
@@ -80,14 +85,9 @@ def prepare(model, args, where, max_kv_size=None, main=True, tokenizer=None):
         enable(
             model,
             bits,
-            key_bits=args.tq_key_bits,
-            value_bits=args.tq_value_bits,
-            code=args.tq_code,
-            seed=args.tq_seed,
+            **coding(args),
             calibration=calibration or {},  # plain, unless said otherwise
             start=args.tq_start,
-            recent=args.tq_recent,
-            sink=args.tq_sink,
             chunked_recurrence=True,
             checkpoints=args.tq_checkpoints or False,
             strict=args.tq_strict,
